@@ -1,0 +1,39 @@
+# One environment in .venv, from nothing but Python 3.11, make and a C++ compiler.
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+SOURCES := $(wildcard csrc/cpu/*.cpp csrc/include/neuroflow/*.h)
+
+.PHONY: demo test test-slow lint format bench clean
+
+.venv/installed: pyproject.toml setup.py $(SOURCES)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade setuptools wheel
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[video,bench,test]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/neuroflow demo --out-dir demo
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+bench: .venv/installed
+	$(BIN)/python -m pytest bench
+
+clean:
+	rm -rf .venv build dist demo *.egg-info neuroflow_kernels/*.so

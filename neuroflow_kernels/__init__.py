@@ -1,0 +1,26 @@
+"""Fused ops for temporally sparse transformers: tensors in, tensors out.
+
+`ema_surprise_` measures each token against a running reference, `compact` turns surprise into a packed index,
+`gather_rows` and `scatter_rows_` move rows between the full and the packed layout, and `ema_gate_` does all of it up to
+the packed rows in one pass. All are batched over S independent streams and never wait for the device.
+"""
+
+from .dispatch import BackendUnavailable, load_extensions, unavailable, use_backend
+from .ops.compact import compact
+from .ops.ema_gate import ema_gate_
+from .ops.ema_surprise import ema_surprise_
+from .ops.gather_rows import gather_rows
+from .ops.scatter_rows import scatter_rows_
+
+load_extensions()
+
+__all__ = [
+    "BackendUnavailable",
+    "compact",
+    "ema_gate_",
+    "ema_surprise_",
+    "gather_rows",
+    "scatter_rows_",
+    "unavailable",
+    "use_backend",
+]

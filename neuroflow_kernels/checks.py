@@ -1,0 +1,65 @@
+"""Argument checks at the ops' public edge: each message names the argument, what it was, and what is accepted."""
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def require(condition: bool, name: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {describe(value)}; accepted is {accepted}")
+
+
+def rank(name: str, value: torch.Tensor, dims: str, *dtypes: torch.dtype) -> None:
+    """A tensor with as many dimensions as `dims` names, such as '[S, N, D]'."""
+    accepted = f"a tensor of shape {dims}, of dtype " + " or ".join(map(str, dtypes))
+    fits = isinstance(value, torch.Tensor) and value.ndim == dims.count(",") + 1 and value.dtype in dtypes
+    require(fits, name, value, accepted)
+
+
+def same(name: str, value: torch.Tensor, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> None:
+    accepted = f"a tensor of shape {list(shape)} on {device}, of dtype " + " or ".join(map(str, dict.fromkeys(dtypes)))
+    fits = isinstance(value, torch.Tensor) and value.shape == shape and value.device == device
+    require(fits and value.dtype in dtypes, name, value, accepted)
+
+
+def updated(name: str, value: torch.Tensor) -> None:
+    """A tensor that the op writes in place: contiguous, as a copy would lose the update."""
+    require(value.is_contiguous(), name, value, "a contiguous tensor, as it is updated in place")
+
+
+def fraction(name: str, value: float) -> float:
+    require(isinstance(value, (int, float)) and 0 <= value <= 1, name, value, "a number from 0 to 1")
+    return float(value)
+
+
+def count(name: str, value: int) -> int:
+    require(isinstance(value, (int, torch.SymInt)) and value >= 0, name, value, "an integer, 0 or more")
+    return value
+
+
+def per_stream(
+    name: str, value: torch.Tensor | float, streams: int, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """A number for all streams, or one for each: a contiguous [S] tensor of `dtype`."""
+    accepted = f"a number, 0 or more, or a tensor of shape [{streams}] (one value per stream) on {device}"
+    if isinstance(value, torch.Tensor):
+        require(value.shape == (streams,) and value.device == device, name, value, accepted)
+        return value.to(dtype).contiguous()
+    require(isinstance(value, (int, float)) and value >= 0, name, value, accepted)
+    return torch.full((streams,), value, dtype=dtype, device=device)
+
+
+def selection(index: torch.Tensor, cu_seqlens: torch.Tensor, device: torch.device) -> None:
+    """`index` and `cu_seqlens` as `compact` returns them."""
+    for name, value in (("index", index), ("cu_seqlens", cu_seqlens)):
+        accepted = f"a contiguous int32 tensor of one dimension on {device}, as `compact` returns it"
+        fits = isinstance(value, torch.Tensor) and value.ndim == 1 and value.dtype == torch.int32
+        require(fits and value.is_contiguous() and value.device == device, name, value, accepted)
+    require(cu_seqlens.shape[0] >= 1, "cu_seqlens", cu_seqlens, "a tensor of S + 1 offsets")

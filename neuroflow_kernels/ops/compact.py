@@ -1,0 +1,70 @@
+import torch
+
+from .. import checks
+from ..dispatch import Operator
+
+
+def _fake(
+    surprise: torch.Tensor, threshold: torch.Tensor | None, budget: torch.Tensor | None, floor: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    streams, tokens = surprise.shape
+    return (
+        surprise.new_empty((streams * tokens,), dtype=torch.int32),
+        surprise.new_empty((streams + 1,), dtype=torch.int32),
+    )
+
+
+_operator = Operator(
+    __name__, "compact(Tensor surprise, Tensor? threshold, Tensor? budget, int floor) -> (Tensor, Tensor)", _fake
+)
+
+
+def rule_arguments(
+    streams: int,
+    device: torch.device,
+    threshold: torch.Tensor | float | None,
+    budget: torch.Tensor | int | None,
+    floor: int,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    """Check the rule that `compact` and `ema_gate_` take alike; returns threshold [S] or budget [S], and floor."""
+    if (threshold is None) == (budget is None):
+        raise ValueError(f"threshold is {threshold!r} and budget is {budget!r}; accepted is exactly one of the two")
+    if threshold is not None:
+        threshold = checks.per_stream("threshold", threshold, streams, device, torch.float32)
+    else:
+        budget = checks.per_stream("budget", budget, streams, device, torch.int32)
+    return threshold, budget, checks.count("floor", floor)
+
+
+def compact(
+    surprise: torch.Tensor,
+    threshold: torch.Tensor | float | None = None,
+    budget: torch.Tensor | int | None = None,
+    floor: int = 4,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row numbers of the active tokens, packed from the left.
+
+    With `threshold`, a token is active where `surprise > threshold`, and everywhere in a stream whose threshold is 0.
+    With `budget`, the `budget` most surprising tokens of a stream are. If that leaves fewer than `floor`, the `floor`
+    most surprising are active instead. Of equal surprises the lower token comes first; NaN counts as +inf.
+
+    Args:
+        surprise: [S, N] float32.
+        threshold: a number or a float tensor [S]; exactly one of threshold and budget is given.
+        budget: tokens per stream, a number or an integer tensor [S]; more than N means N.
+        floor: the least number of active tokens in a stream (N where N is smaller).
+
+    Returns:
+        index [S * N] int32: rows of the flattened [S * N], ascending within each stream, stream after stream, -1 past
+        the last; cu_seqlens [S + 1] int32: stream s owns index[cu_seqlens[s] : cu_seqlens[s + 1]].
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+
+    Source: Schmitt 2026, the gate; the tie rule is ours.
+    """
+    checks.rank("surprise", surprise, "[S, N]", torch.float32)
+    streams, tokens = surprise.shape
+    checks.require(streams * tokens < 2**31, "surprise", surprise, "at most 2**31 - 1 tokens, as rows are int32")
+    rule = rule_arguments(streams, surprise.device, threshold, budget, floor)
+    return _operator(surprise.contiguous(), *rule)

@@ -1,0 +1,45 @@
+import torch
+
+from .. import checks
+from ..dispatch import Operator
+
+
+def _fake(
+    cache: torch.Tensor, packed: torch.Tensor, index: torch.Tensor, cu_seqlens: torch.Tensor, blend: float
+) -> None:
+    return None
+
+
+_operator = Operator(
+    __name__,
+    "scatter_rows_(Tensor(a!) cache, Tensor packed, Tensor index, Tensor cu_seqlens, float blend) -> ()",
+    _fake,
+)
+
+
+def scatter_rows_(
+    cache: torch.Tensor, packed: torch.Tensor, index: torch.Tensor, cu_seqlens: torch.Tensor, blend: float = 1.0
+) -> torch.Tensor:
+    """Write packed rows back to where `gather_rows` took them from: `cache = (1 - blend) cache + blend packed`.
+
+    Args:
+        cache: [S, N, D] in float32, bfloat16, float16 or float64, updated in place.
+        packed: [rows, D], cache's dtype; rows past `cu_seqlens[-1]` are padding and are not read.
+        index, cu_seqlens: as `compact` returns them, for the same S and N.
+        blend: weight of the new row, 0 to 1. 1 replaces, and reads nothing of the old row, whatever it holds.
+
+    Returns:
+        cache.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit. IndexError, on the CPU: an index outside [0, S * N).
+
+    Source: Schmitt 2026, dual memory; the blend is the paper's proposal against flicker.
+    """
+    checks.rank("cache", cache, "[S, N, D]", *checks.FLOATS)
+    checks.updated("cache", cache)
+    checks.selection(index, cu_seqlens, cache.device)
+    checks.rank("packed", packed, "[rows, D]", cache.dtype)
+    checks.same("packed", packed, (packed.shape[0], cache.shape[2]), cache.device, cache.dtype)
+    _operator(cache, packed.contiguous(), index, cu_seqlens, checks.fraction("blend", blend))
+    return cache

@@ -1,0 +1,14 @@
+import torch
+
+
+def scatter_rows_(
+    cache: torch.Tensor, packed: torch.Tensor, index: torch.Tensor, cu_seqlens: torch.Tensor, blend: float
+) -> None:
+    count = min(int(cu_seqlens[-1]), packed.shape[0])
+    rows, fresh = index[:count], packed[:count]
+    flat = cache.view(-1, cache.shape[2])
+    if blend != 1:
+        accumulate = torch.float64 if cache.dtype == torch.float64 else torch.float32
+        kept = flat.index_select(0, rows).to(accumulate)
+        fresh = ((1 - blend) * kept + blend * fresh.to(accumulate)).to(cache.dtype)
+    flat.index_copy_(0, rows.long(), fresh)
