@@ -58,7 +58,5 @@ def gather_rows(
         raise ValueError("norm_weight and norm_bias go together; accepted is both or neither")
     for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if value is not None:
-            checks.like(
-                name, value, "x's last dimension", x[0, 0] if x.numel() else x.new_empty(x.shape[2]), dtypes=(x.dtype,)
-            )
+            checks.same(name, value, x.shape[2:], x.device, x.dtype)
     return _operator(x.contiguous(), index, cu_seqlens, rows, norm_weight, norm_bias, float(eps))
