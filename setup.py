@@ -29,16 +29,19 @@ def extensions() -> dict:
     if reason is not None:
         print(f"neuroflow: building without C++ kernels, ops will run through plain torch: {reason}", file=sys.stderr)
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
-    windows = sys.platform == "win32"
-    flags = ["/O2", "/std:c++20"] if windows else ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    if sys.platform == "win32":
+        flags = ["/O2", "/std:c++20"]
+    else:
+        flags = ["-O3", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        flags += [f"-isystem{path}" for path in include_paths()]  # no warnings from torch's headers
     cpu = CppExtension(
         "neuroflow_kernels._cpu",
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")),
         include_dirs=[str(ROOT / "csrc/include")],
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/include/neuroflow").glob("*.h")),
-        extra_compile_args=[*flags, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030b0000"],
+        extra_compile_args=[*flags, "-DTORCH_TARGET_VERSION=0x020a000000000000"],
         py_limited_api=True,
     )
     return {

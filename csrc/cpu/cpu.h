@@ -1,0 +1,76 @@
+// What the bindings share. They trust the shapes, which Python checked, and nothing that could leave a tensor's memory.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "neuroflow/scalar.h"
+
+namespace neuroflow::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor ema_surprise_(Tensor h, Tensor ema, double decay);
+std::tuple<Tensor, Tensor> compact(Tensor surprise, std::optional<Tensor> threshold, std::optional<Tensor> budget,
+                                   int64_t floor);
+Tensor gather_rows(Tensor x, Tensor index, Tensor cu_seqlens, int64_t rows, std::optional<Tensor> norm_weight,
+                   std::optional<Tensor> norm_bias, double eps);
+
+/// Calls f with a value of the element type that `dtype` stands for.
+template <typename F>
+void dispatch(ScalarType dtype, const char* name, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Float16{});
+    default:
+      throw std::invalid_argument(std::string(name) + " is " + torch::headeronly::toString(dtype) +
+                                  "; accepted is float32, bfloat16, float16 or float64");
+  }
+}
+
+/// The elements of a contiguous tensor; T names what `dispatch` found there.
+template <typename T>
+T* data(const Tensor& tensor, const char* name) {
+  if (!tensor.is_contiguous()) throw std::invalid_argument(std::string(name) + " is not contiguous");
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+/// Rows to a thread such that it has some 32,768 elements to work on: less is done sooner than a thread wakes up.
+inline int64_t grain(int64_t dim) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, dim)); }
+
+/// The first min(cu_seqlens[-1], rows) entries of `index`, every one of them a row of a tensor of `limit` rows.
+struct Selection {
+  const int32_t* index;
+  int64_t count;
+};
+
+inline Selection selection(const Tensor& index, const Tensor& cu_seqlens, int64_t rows, int64_t limit) {
+  const int64_t active = data<int32_t>(cu_seqlens, "cu_seqlens")[cu_seqlens.numel() - 1];
+  if (active < 0 || active > index.numel())
+    throw std::out_of_range("cu_seqlens ends in " + std::to_string(active) + "; accepted is 0 to " +
+                            std::to_string(index.numel()) + ", the length of index");
+  const Selection chosen{data<int32_t>(index, "index"), std::min(active, rows)};
+  for (int64_t i = 0; i < chosen.count; ++i)
+    if (chosen.index[i] < 0 || chosen.index[i] >= limit)
+      throw std::out_of_range("index[" + std::to_string(i) + "] is " + std::to_string(chosen.index[i]) +
+                              "; accepted is 0 to S * N - 1 = " + std::to_string(limit - 1));
+  return chosen;
+}
+
+}  // namespace neuroflow::cpu
