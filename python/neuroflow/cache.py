@@ -1,0 +1,332 @@
+"""The engine: which patches of a frame are encoded, and what the others contribute.
+
+A patched tower runs its own forward. The engine stands at a few points of it: it reads the patch projection, packs the
+active tokens in front of a block [S, T, D] -> [1, M, D], serves attention and MLP from caches, and scatters the encoded
+tokens back after the last norm. An architecture is a choice of points:
+
+    mlp       packs in front of each MLP and restores after it
+    active    packs in front of the first block; the rest is gone
+    dual      packs in front of the first block, restores the output
+    midlayer  packs in front of a middle block, restores the output
+    context   as dual; each block's keys and values of all tokens are kept and attended to
+
+With every patch active nothing is packed and the tower runs as it would unpatched, while the caches are filled.
+"""
+
+import inspect
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Hashable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from neuroflow_kernels import compact, ema_surprise_, gather_rows, scatter_rows_
+
+from .adapters import Anatomy, Grid
+from .config import NeuroFlowConfig
+from .rewrites import attention_pool, is_patch_projection, project_patches
+from .state import StreamState
+
+ATTENTION = "neuroflow"
+DEFAULT_STREAM = "default"
+
+
+class Frame:
+    """One pass through the tower: a batch of frames, one of each stream in `states`."""
+
+    def __init__(self, engine: "Engine", states: list[StreamState], arguments: dict[str, Any]) -> None:
+        self.engine = engine
+        self.states = states
+        self.arguments = arguments
+        self.projected: torch.Tensor | None = None
+        self.finite: list[bool] = []
+        self.partial = False  # some patch of some stream is not encoded
+        self.packed = False  # the residual stream holds active tokens only
+
+    def select(self, active: list[torch.Tensor | None], tokens: int, device: torch.device) -> None:
+        """Take each stream's active tokens: int32 rows of its `tokens`, or None for all of them."""
+        self.partial = any(rows is not None for rows in active)
+        if not self.partial:
+            return
+        self.active = active
+        whole = torch.arange(tokens, dtype=torch.int32, device=device)
+        rows = [whole if chosen is None else chosen for chosen in active]
+        self.lengths = [chosen.numel() for chosen in rows]
+        self.offsets = [0, *itertools.accumulate(self.lengths)]
+        self.index = torch.cat([chosen + stream * tokens for stream, chosen in enumerate(rows)])
+        self.cu_seqlens = torch.tensor(self.offsets, dtype=torch.int32, device=device)
+        self.ends = torch.tensor([[0, length] for length in self.lengths], dtype=torch.int32, device=device)
+
+    def pack(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[S, T, D] -> [1, M, D]"""
+        return gather_rows(tokens, self.index, self.cu_seqlens, self.offsets[-1])[None]
+
+    def store(self, name: Hashable, tokens: torch.Tensor) -> None:
+        """Bring the cache `name` of every stream up to date with tokens [S, T, D], or [1, M, D] in a partial frame."""
+        for stream, state in enumerate(self.states):
+            if not self.partial:
+                state.put(name, tokens[stream : stream + 1])
+                continue
+            fresh = tokens[:, self.offsets[stream] : self.offsets[stream + 1]]
+            if self.active[stream] is None:
+                state.put(name, fresh)
+            else:
+                scatter_rows_(state.tensors[name], fresh[0], self.active[stream], self.ends[stream])
+
+    def cached(self, name: Hashable) -> torch.Tensor:
+        """The cache `name` of all streams, [S, T, D]; for one stream the cache itself."""
+        caches = [state.tensors[name] for state in self.states]
+        return caches[0] if len(caches) == 1 else torch.cat(caches)
+
+    def pad(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[1, M, D] -> [S, longest, D], zeros past each stream's own."""
+        return nn.utils.rnn.pad_sequence(tokens[0].split(self.lengths), batch_first=True)
+
+
+_frame: ContextVar[Frame | None] = ContextVar("neuroflow_frame", default=None)
+
+
+class Engine:
+    """The streams of one patched tower, and the functions that stand at its points.
+
+    Every `on_*` method takes the original forward of its point first. Outside of a pass through the tower (`_frame` is
+    None) it only calls that, so that parts of a patched model used by themselves behave as before.
+    """
+
+    def __init__(self, anatomy: Anatomy, config: NeuroFlowConfig) -> None:
+        depth = len(anatomy.layers)
+        self.anatomy = anatomy
+        self.config = config
+        self.mid_layer = depth // 2 - 1 if config.mid_layer is None else config.mid_layer
+        if config.arch == "midlayer" and self.mid_layer >= depth - 1:
+            raise ValueError(f"mid_layer is {self.mid_layer}; accepted is less than {depth - 1}, the last block")
+        self.decay = config.ema_decay if config.reference == "ema" else 0.0
+        self.signature = inspect.signature(anatomy.tower.forward)
+        self.layer_of = {module: layer for layer, module in enumerate(anatomy.attentions)}
+        self.attention_name: str | None = None
+        self.positions: dict[tuple, torch.Tensor] = {}
+        self.streams: dict[Hashable, StreamState] = {}
+        self.named: ContextVar[tuple[Hashable, ...]] = ContextVar("neuroflow_streams", default=(DEFAULT_STREAM,))
+        self._warned: set[str] = set()
+
+    def points(self) -> list[tuple[nn.Module, str, Callable]]:
+        """(module, method, replacement that takes the original first) for everything this architecture needs."""
+        anatomy, arch = self.anatomy, self.config.arch
+        points: list[tuple[nn.Module, str, Callable]] = [
+            (anatomy.tower, "forward", self.on_tower),
+            (anatomy.projection, "forward", self.on_projection),
+            (anatomy.layers[0], "forward", self.on_first_layer),
+        ]
+        if hasattr(anatomy.tower.embeddings, "interpolate_pos_encoding"):
+            points.append((anatomy.tower.embeddings, "interpolate_pos_encoding", self.on_positions))
+        if anatomy.head is not None:
+            points.append((anatomy.head, "forward", self.on_head))
+        if arch == "mlp":
+            for layer, (first, last) in enumerate(anatomy.mlps):
+                points.append((first, "forward", self.on_mlp_input))
+                points.append((last, "forward", lambda *args, layer=layer: self.on_mlp_output(layer, *args)))
+        else:
+            points.append((anatomy.norm, "forward", self.on_norm))
+        if arch == "midlayer":
+            points.append((anatomy.layers[self.mid_layer + 1], "forward", self.on_later_layer))
+        return points
+
+    def warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"neuroflow: {message}", RuntimeWarning, stacklevel=2)
+
+    def on_tower(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        count, names = arguments["pixel_values"].shape[0], self.named.get()
+        if count != len(names):
+            raise ValueError(
+                f"pixel_values holds {count} frames, and the context names {len(names)} stream(s); accepted is one "
+                "frame of each stream: neuroflow.encode(model, pixels, stream_ids=[...]) names them"
+            )
+        states = [self.streams.get(name) or StreamState() for name in names]
+        frame = Frame(self, states, arguments)
+        token = _frame.set(frame)
+        try:
+            with torch.no_grad():
+                output = forward(*args, **kwargs)
+        finally:
+            _frame.reset(token)
+        for name, state, finite in zip(names, states, frame.finite, strict=True):
+            state.valid = finite
+            self.streams[name] = state
+        return output
+
+    def on_projection(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
+        frame = _frame.get()
+        if frame is None:
+            return forward(pixels)
+        projection = self.anatomy.projection
+        frame.projected = project_patches(projection, pixels) if is_patch_projection(projection) else forward(pixels)
+        return frame.projected
+
+    def on_positions(self, interpolate: Callable, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Interpolating the positional table costs as much as a sparse frame at 224 px, and is the same every frame."""
+        if torch.is_inference(next(self.anatomy.tower.embeddings.parameters())):
+            return interpolate(embeddings, height, width)
+        weights = tuple((p.data_ptr(), p._version) for p in self.anatomy.tower.embeddings.parameters())
+        key = (weights, embeddings.shape[1], height, width)
+        if key not in self.positions:
+            self.positions = {k: v for k, v in self.positions.items() if k[0] == weights}
+            self.positions[key] = interpolate(embeddings, height, width)
+        return self.positions[key]
+
+    def on_first_layer(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        frame = _frame.get()
+        if frame is not None:
+            self._gate(frame, tokens)
+            if self.config.arch in ("active", "dual", "context"):
+                tokens = self._pack(frame, tokens)
+        return forward(tokens, *args, **kwargs)
+
+    def on_later_layer(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        frame = _frame.get()
+        return forward(tokens if frame is None else self._pack(frame, tokens), *args, **kwargs)
+
+    def on_mlp_input(self, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
+        frame = _frame.get()
+        return forward(frame.pack(tokens) if frame is not None and frame.partial else tokens)
+
+    def on_mlp_output(self, layer: int, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
+        frame, increments = _frame.get(), forward(tokens)
+        if frame is None:
+            return increments
+        frame.store(("increment", layer), increments)
+        return frame.cached(("increment", layer)) if frame.partial else increments
+
+    def on_norm(self, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
+        frame, outputs = _frame.get(), forward(tokens)
+        if frame is None:
+            return outputs
+        if self.config.arch == "active":
+            return frame.pad(outputs) if frame.packed else outputs
+        frame.store("output", outputs)
+        # The caller may keep what it gets, and the cache goes on changing.
+        return frame.cached("output").clone() if frame.packed else outputs
+
+    def on_head(self, forward: Callable, tokens: torch.Tensor, *args: Any) -> torch.Tensor:
+        frame = _frame.get()
+        if frame is None:
+            return forward(tokens, *args)
+        ragged = self.config.arch == "active" and frame.packed
+        return attention_pool(self.anatomy.head, tokens, frame.lengths if ragged else None)
+
+    def attend(
+        self,
+        frame: Frame,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention as the model had it, from the active queries to what this architecture lets them see.
+
+        query, key, value: [S, heads, T, head_dim], or [1, heads, M, head_dim] when packed.
+        """
+        attention = ALL_ATTENTION_FUNCTIONS.get(self.attention_name, ALL_ATTENTION_FUNCTIONS["sdpa"])
+        context = self.config.arch == "context"
+        if context:
+            layer = self.layer_of[module]
+            frame.store(("key", layer), key.transpose(1, 2).flatten(2))
+            frame.store(("value", layer), value.transpose(1, 2).flatten(2))
+        if not frame.packed:
+            return attention(module, query, key, value, mask, **kwargs)
+        outputs = []
+        for state, start, stop in zip(frame.states, frame.offsets, frame.offsets[1:], strict=False):
+            keys, values = key[:, :, start:stop], value[:, :, start:stop]
+            if context:
+                keys = state.tensors["key", layer].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
+                values = state.tensors["value", layer].unflatten(2, (value.shape[1], -1)).transpose(1, 2)
+            # Packed tokens of one stream only see tokens of that stream, none of which is padding.
+            outputs.append(attention(module, query[:, :, start:stop], keys, values, None, **kwargs)[0])
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None
+
+    def _pack(self, frame: Frame, tokens: torch.Tensor) -> torch.Tensor:
+        if not frame.partial:
+            return tokens
+        frame.packed = True
+        return frame.pack(tokens)
+
+    def _gate(self, frame: Frame, tokens: torch.Tensor) -> None:
+        """Choose each stream's active patches, and account for them."""
+        grid, prefix = self.anatomy.grid(frame.projected, frame.arguments), self.anatomy.prefix
+        if self.config.signal == "embedding":
+            signal = tokens[:, prefix:]
+        elif frame.projected.ndim == 4:
+            signal = frame.projected.flatten(2).transpose(1, 2)
+        else:
+            signal = frame.projected
+        leading = torch.arange(prefix, dtype=torch.int32, device=tokens.device)
+        rows: list[torch.Tensor | None] = []
+        for state, h in zip(frame.states, signal.split(1), strict=True):
+            index, finite = self._active_patches(state, h, grid)
+            frame.finite.append(finite)
+            rows.append(None if index is None else torch.cat((leading, index + prefix)))
+        frame.select(rows, tokens.shape[1], tokens.device)
+
+    def _active_patches(self, state: StreamState, h: torch.Tensor, grid: Grid) -> tuple[torch.Tensor | None, bool]:
+        """One stream's active patches, int32 rows of h [1, N, D] or None for all; and whether every patch is finite."""
+        signature = (grid, h.shape[2], h.dtype, h.device)
+        if state.signature not in (None, signature):
+            before, now = (f"{s[0][0]}x{s[0][1]} patches, {s[2]} on {s[3]}" for s in (state.signature, signature))
+            self.warn_once(f"a stream changed from {before} to {now}; its caches start over with a key frame")
+        key_frame = not state.valid or state.signature != signature
+        state.valid = False
+        if state.signature != signature:
+            state.start_over(signature, grid, h.device)
+        if key_frame:
+            # 16 bits would lose the small steps of a moving average.
+            wide = torch.promote_types(h.dtype, torch.float32) if self.decay else h.dtype
+            state.put("reference", h.to(wide))
+            index, finite = None, bool(h.sum(dtype=wide).isfinite())
+        else:
+            index, finite = self._surprising_patches(state, h)
+        state.account(index, key_frame, finite)
+        return index, finite
+
+    def _surprising_patches(self, state: StreamState, h: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
+        """As `_active_patches`, by surprise; moves the reference on."""
+        config, patches = self.config, h.shape[1]
+        reference = state.tensors["reference"]
+        surprise = ema_surprise_(h, reference, self.decay)
+        finite = not bool(surprise.isinf().any())
+        if config.max_age is not None:
+            oldest = state.age.argsort(descending=True, stable=True)[: math.ceil(patches / config.max_age)]
+            surprise[0, oldest] = torch.inf
+        index, cu_seqlens = compact(surprise, config.threshold, config.tokens_per_frame(patches), config.floor)
+        count = int(cu_seqlens[-1])
+        if config.reference == "refreshed":
+            scatter_rows_(reference, gather_rows(h, index, cu_seqlens, count), index, cu_seqlens)
+        return (None if count == patches else index[:count]), finite
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    frame = _frame.get()
+    if frame is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    return frame.engine.attend(frame, module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,152 @@
+"""Patching a model in place: on the instance, never on the class, and undone without a trace."""
+
+import contextlib
+import functools
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import describe
+from .cache import ATTENTION, Engine
+from .config import NeuroFlowConfig
+from .state import StreamSummary, Summary
+
+_ENGINE = "_neuroflow_engine"
+
+
+def _engine(model: nn.Module) -> Engine:
+    engine = vars(describe(model).tower).get(_ENGINE)
+    if engine is None:
+        raise RuntimeError(f"{type(model).__name__} is not patched; call neuroflow.enable_cache(model) first")
+    return engine
+
+
+def enable_cache(model: nn.Module, config: NeuroFlowConfig | None = None) -> None:
+    """Patch `model`'s vision tower in place, so that only surprising patches are encoded.
+
+    The model is called as before and returns its own output class. It runs without gradients, attention weights are not
+    returned for partial frames (an "eager" attention implementation becomes "sdpa"), and hidden states of a partial
+    frame are those of its active tokens, packed [1, M, D].
+
+    Args:
+        model: a transformers model with a SigLIP, SigLIP 2 or ViT vision tower, in evaluation mode.
+        config: `NeuroFlowConfig()` by default. Calling again with an equal one does nothing.
+
+    Raises:
+        TypeError: a model that no adapter knows. RuntimeError: the model is patched with another configuration.
+        ValueError: a `mid_layer` that the model does not have.
+    """
+    config = NeuroFlowConfig() if config is None else config
+    if not isinstance(config, NeuroFlowConfig):
+        raise TypeError(f"config is {config!r} ({type(config).__name__}); accepted is a neuroflow.NeuroFlowConfig")
+    anatomy = describe(model)
+    patched = vars(anatomy.tower).get(_ENGINE)
+    if patched is not None:
+        if patched.config == config:
+            return
+        raise RuntimeError(
+            f"{type(model).__name__} is already patched, with {patched.config}; call neuroflow.disable_cache first"
+        )
+    engine = Engine(anatomy, config)
+    model_config = anatomy.attentions[0].config
+    engine.attention_name = model_config._attn_implementation
+    for module, method, replacement in engine.points():
+        setattr(module, method, functools.partial(replacement, getattr(module, method)))
+    model_config._attn_implementation = ATTENTION
+    setattr(anatomy.tower, _ENGINE, engine)
+
+
+def disable_cache(model: nn.Module) -> None:
+    """Undo `enable_cache` and drop every stream; does nothing to a model that is not patched.
+
+    Raises:
+        TypeError: a model that no adapter knows.
+    """
+    engine = vars(describe(model).tower).get(_ENGINE)
+    if engine is None:
+        return
+    for module, method, _ in reversed(engine.points()):
+        # A class's own method comes back by removing the instance's.
+        original = getattr(module, method).args[0]
+        delattr(module, method)
+        if getattr(module, method) != original:
+            setattr(module, method, original)
+    engine.anatomy.attentions[0].config._attn_implementation = engine.attention_name
+    delattr(engine.anatomy.tower, _ENGINE)
+
+
+@contextlib.contextmanager
+def cache_context(model: nn.Module, *streams: Hashable) -> Iterator[None]:
+    """Name the stream that the frames inside the block belong to; several names for a batch, one a frame, in order.
+
+    Without a context a batch of one frame belongs to the stream "default". Contexts are local to a thread or task.
+
+    Raises:
+        RuntimeError: the model is not patched. ValueError: no name, or one name twice.
+    """
+    engine = _engine(model)
+    if not streams or len(set(streams)) < len(streams):
+        raise ValueError(f"streams is {streams!r}; accepted is at least one name, each only once")
+    token = engine.named.set(streams)
+    try:
+        yield
+    finally:
+        engine.named.reset(token)
+
+
+def encode(model: nn.Module, pixels: torch.Tensor, stream_ids: Sequence[Hashable], **kwargs: Any) -> Any:
+    """Encode one frame of each of several streams in one packed pass.
+
+    Args:
+        model: a patched model.
+        pixels: [S, 3, H, W], as the model takes `pixel_values`.
+        stream_ids: S names, each only once.
+        kwargs: handed to the model.
+
+    Returns:
+        the model's own output class, for a batch of S.
+
+    Raises:
+        RuntimeError: the model is not patched. ValueError: S differs from the number of names, or a name comes twice.
+    """
+    with cache_context(model, *stream_ids):
+        return model(pixel_values=pixels, **kwargs)
+
+
+def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
+    """Forget one stream, or all of them: the next frame is a key frame.
+
+    Raises:
+        RuntimeError: the model is not patched. KeyError: a stream that was never seen.
+    """
+    engine = _engine(model)
+    if stream is None:
+        engine.streams.clear()
+    elif stream in engine.streams:
+        del engine.streams[stream]
+    else:
+        raise KeyError(f"stream is {stream!r}; known are {list(engine.streams)}")
+
+
+def summary(model: nn.Module) -> Summary:
+    """What every stream has skipped so far, and what it holds.
+
+    Raises:
+        RuntimeError: the model is not patched.
+    """
+    engine = _engine(model)
+    streams = {
+        name: StreamSummary(
+            frames=state.frames,
+            key_frames=state.key_frames,
+            skipped=state.skipped / state.frames,
+            nonfinite=state.nonfinite,
+            grid=state.grid,
+            active=state.active.view(state.grid),
+            state_bytes=state.state_bytes,
+        )
+        for name, state in engine.streams.items()
+    }
+    return Summary(arch=engine.config.arch, streams=streams)

@@ -1,0 +1,100 @@
+import dataclasses
+from collections.abc import Hashable
+
+import torch
+
+from .adapters.anatomy import Grid
+
+
+class StreamState:
+    """What one stream carries from frame to frame.
+
+    `tensors` holds the reference and the caches, each [1, rows, D]. `valid` is False while a frame is being encoded, so
+    that a frame that fails half-way, or holds NaN, makes the next one a key frame.
+    """
+
+    def __init__(self) -> None:
+        self.valid = False
+        self.signature: tuple | None = None
+        self.grid: Grid = (0, 0)
+        self.tensors: dict[Hashable, torch.Tensor] = {}
+        self.age: torch.Tensor | None = None  # [N], frames since a patch was last encoded
+        self.active: torch.Tensor | None = None  # [N] bool, of the last frame
+        self.frames = 0
+        self.key_frames = 0
+        self.nonfinite = 0
+        self.skipped = 0.0
+
+    def start_over(self, signature: tuple, grid: Grid, device: torch.device) -> None:
+        """Make room for a key frame of another size, dtype or device."""
+        self.signature, self.grid = signature, grid
+        self.tensors.clear()
+        self.age = torch.zeros(grid[0] * grid[1], dtype=torch.int32, device=device)
+
+    def put(self, name: Hashable, value: torch.Tensor) -> None:
+        """Replace a cache in full; value [1, rows, D]."""
+        if name not in self.tensors:
+            # A cache outlives the frame, so it must not become an inference tensor that later frames cannot update.
+            with torch.inference_mode(False):
+                self.tensors[name] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        self.tensors[name].copy_(value)
+
+    def account(self, active: torch.Tensor | None, key_frame: bool, finite: bool) -> None:
+        """Note that a frame encodes the patches `active` (int32 rows; None for all)."""
+        self.active = torch.full(self.age.shape, active is None, device=self.age.device)
+        if active is not None:
+            self.active[active] = True
+            self.skipped += 1 - active.numel() / self.age.numel()
+        self.age.add_(1).masked_fill_(self.active, 0)
+        self.frames += 1
+        self.key_frames += key_frame
+        self.nonfinite += not finite
+
+    @property
+    def state_bytes(self) -> int:
+        held = [*self.tensors.values(), *(t for t in (self.age, self.active) if t is not None)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSummary:
+    """One stream since it was opened or reset.
+
+    Args:
+        frames, key_frames: how many, and how many of them encoded every patch because they had to.
+        skipped: share of patches that were not encoded, over all frames.
+        nonfinite: frames with a NaN or Inf in a patch.
+        grid: rows and columns of patches.
+        active: bool [rows, columns], which patches the last frame encoded.
+        state_bytes: what the stream holds.
+    """
+
+    frames: int
+    key_frames: int
+    skipped: float
+    nonfinite: int
+    grid: Grid
+    active: torch.Tensor
+    state_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a patched model holds and has saved; `str()` gives a table."""
+
+    arch: str
+    streams: dict[Hashable, StreamSummary]
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(stream.state_bytes for stream in self.streams.values())
+
+    def __str__(self) -> str:
+        lines = [f"NeuroFlow {self.arch}: {len(self.streams)} stream(s), {self.state_bytes / 2**20:.1f} MiB of state"]
+        lines += [
+            f"  {name}: {stream.frames} frames ({stream.key_frames} key), grid {stream.grid[0]}x{stream.grid[1]}, "
+            f"{stream.skipped:.1%} of patches skipped, {stream.nonfinite} frames with NaN/Inf, "
+            f"{stream.state_bytes / 2**20:.1f} MiB"
+            for name, stream in self.streams.items()
+        ]
+        return "\n".join(lines)
