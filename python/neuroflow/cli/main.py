@@ -1,0 +1,145 @@
+"""The `neuroflow` command: its options, and errors as one line."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from . import CommandError
+
+RUN_DESCRIPTION = """\
+Encode a video with a vision transformer, re-encoding only the patches that changed, and report what that saved and,
+with --compare, what it cost.
+
+SOURCE is a video file, a directory of images (taken in name order), a webcam (0, /dev/video0) or an rtsp:// or http://
+address. Files give every frame; live sources give the newest, until --max-frames or Ctrl-C ends them.
+MODEL is a Hugging Face id or a local directory: SigLIP, SigLIP 2 of fixed resolution, or ViT; its vision tower is used.
+"""
+
+RUN_EXAMPLES = """\
+examples:
+  neuroflow run clip.mp4 --model google/siglip2-base-patch16-224 --compare
+  neuroflow run clip.mp4 --model ./my-vit --out result.parquet --overlay overlay.mp4
+  neuroflow run rtsp://camera/stream --model ./my-vit --device cuda --dtype float16 --max-frames 1000
+  neuroflow run clip.mp4 --model ./my-vit --out result.jsonl --resume
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code: 0, 2 after bad input, 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    warnings.showwarning = _show_warning
+    try:
+        # Late, so that --help and mistakes in the options answer at once.
+        if arguments.command == "demo":
+            from .demo import demo as command
+        else:
+            from .run import run as command
+        from ..video.results import ResultError
+        from ..video.source import SourceError
+    except ModuleNotFoundError as error:
+        if error.name not in ("av", "PIL"):
+            raise
+        print(f"neuroflow: error: {error.name} is missing; install the video extra: neuroflow[video]", file=sys.stderr)
+        return 2
+    try:
+        return command(arguments)
+    except (CommandError, ResultError, SourceError) as error:
+        print(f"neuroflow: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="neuroflow", description="Vision transformers over video, at the cost of what changed.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,demo}")
+    _add_run(commands)
+    demo = commands.add_parser(
+        "demo",
+        help="draw a street, run a model of random weights over it, show the table",
+        description="Draw a short street clip, encode it with a SigLIP of base size and random weights, dense and "
+        "patched side by side, print the table and write street.mp4, overlay.mp4 and result.jsonl.",
+    )
+    demo.add_argument("--out-dir", type=Path, default=Path("demo"), metavar="DIR", help="where to (default: demo)")
+    return parser
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    run = commands.add_parser(
+        "run",
+        help="encode a video with a model",
+        description=RUN_DESCRIPTION,
+        epilog=RUN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("source", metavar="SOURCE", help="file, directory, webcam or address")
+    run.add_argument("--model", required=True, metavar="MODEL", help="Hugging Face id or local directory")
+    run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    run.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    run.add_argument(
+        "--size", type=_size, metavar="WxH", help="input size in pixels, 448 or 640x384 (default: the model's own)"
+    )
+    run.add_argument("--compare", action="store_true", help="run the unpatched model beside it: dense times, fidelity")
+
+    gate = run.add_argument_group("which patches are encoded", "defaults are NeuroFlowConfig's")
+    gate.add_argument("--arch", help="context (E), dual (C), active (B), mlp (A) or midlayer (D) (default: context)")
+    gate.add_argument("--threshold", type=float, metavar="T", help="encode patches of more surprise, 0 (all) to 2")
+    gate.add_argument(
+        "--budget", type=float, metavar="K", help="instead: the K most surprising, a count or a share < 1"
+    )
+    gate.add_argument("--floor", type=int, metavar="N", help="encode at least N patches (default: 4)")
+    gate.add_argument("--max-age", type=int, metavar="N", help="encode every patch at least once in N frames")
+    gate.add_argument("--signal", help="patch, before the positional embedding, or embedding (default: patch)")
+    gate.add_argument("--reference", help="compare with the refreshed content or its ema (default: refreshed)")
+    gate.add_argument(
+        "--ema-decay", type=float, metavar="A", help="weight of a new frame in the ema; implies --reference ema"
+    )
+
+    frames = run.add_argument_group("which frames")
+    frames.add_argument("--stride", type=_count, default=1, metavar="N", help="every Nth frame (default: 1)")
+    frames.add_argument("--max-frames", type=_count, metavar="N", help="stop after N frames")
+    frames.add_argument(
+        "--max-pixels",
+        type=_count,
+        default=178_956_970,
+        metavar="N",
+        help="refuse frames of more pixels (default: 178956970)",
+    )
+
+    output = run.add_argument_group("what is written")
+    output.add_argument(
+        "--out", type=Path, metavar="FILE", help="each frame's embedding, skip and timing: .jsonl, .npz or .parquet"
+    )
+    output.add_argument("--overlay", type=Path, metavar="FILE", help="an .mp4 of frames beside their active patches")
+    output.add_argument("--resume", action="store_true", help="continue the unfinished --out of the same command")
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return count
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Width and height."""
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give 448 or 640x384")
+    return sides[0], sides[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

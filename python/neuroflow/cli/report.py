@@ -1,0 +1,75 @@
+"""The table at the end of a run."""
+
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from ..video.results import Record
+
+
+def format_report(records: list[Record], state_bytes: int, model: str, gate: str, device: torch.device) -> str:
+    """The table of a run: times, skipped patches, fidelity, state and machine.
+
+    Args:
+        records: of every frame, at least one.
+        state_bytes: what the stream holds.
+        model: the model and its input, one line.
+        gate: NeuroFlow's settings, one line.
+        device: what the model ran on.
+    """
+    scored = [record for record in records if not record.first]
+    lines = [
+        f"frames            {len(records)}, {len(scored)} of them scored (a run's first is dense, and is not)",
+        f"model             {model}",
+        f"NeuroFlow         {gate}",
+    ]
+    if scored:
+        lines += _statistics(scored)
+    lines += [
+        f"key frames        {sum(record.key_frame for record in records)}",
+        f"state             {state_bytes:,} bytes",
+        f"machine           {machine(device)}",
+    ]
+    return "\n".join(lines)
+
+
+def machine(device: torch.device) -> str:
+    """The processor, the device, its threads and the versions that a time depends on, one line."""
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        processor = next(iter(names), processor)
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return (
+        f"{processor} ({os.cpu_count()} cores), on {place}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def _statistics(scored: list[Record]) -> list[str]:
+    sparse = np.array([record.neuroflow_ms for record in scored])
+    skipped = f"patches skipped   {np.mean([record.skipped for record in scored]):.1%}"
+    heading = f"ms/frame          {'median':>10}{'p20':>10}{'p80':>10}"
+    if scored[0].dense_ms is None:
+        return [heading, _times("NeuroFlow", sparse), skipped, "fidelity          not measured; --compare does"]
+    dense = np.array([record.dense_ms for record in scored])
+    cosine = np.array([record.cosine for record in scored])
+    fidelity = f"mean {cosine.mean():.4f}   p5 {np.quantile(cosine, 0.05):.4f}   min {cosine.min():.4f}"
+    return [
+        heading,
+        _times("dense", dense),
+        _times("NeuroFlow", sparse),
+        f"speed-up          {np.median(dense) / np.median(sparse):.2f}x, same frames, side by side",
+        skipped,
+        f"fidelity          {fidelity}   (cosine to dense)",
+    ]
+
+
+def _times(name: str, milliseconds: np.ndarray) -> str:
+    median, low, high = np.quantile(milliseconds, [0.5, 0.2, 0.8])
+    return f"  {name:<16}{median:>10.1f}{low:>10.1f}{high:>10.1f}"

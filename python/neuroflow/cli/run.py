@@ -1,0 +1,277 @@
+"""`neuroflow run`: a video through a model, frame by frame."""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+import neuroflow
+
+from ..video.overlay import OverlayWriter
+from ..video.preprocess import Preprocessor
+from ..video.results import Record, Results
+from ..video.source import Frame, Source, SourceError
+from . import CommandError
+from .model import load_tower
+from .report import format_report
+
+STREAM = "video"
+DIRECTORY_RATE = Fraction(25)
+INTERRUPTED = 130
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry out `neuroflow run` and return the exit code.
+
+    Raises:
+        CommandError, SourceError, ResultError: bad input.
+    """
+    config = _gate_config(arguments)
+    device = _device(arguments.device)
+    if arguments.resume and arguments.out is None:
+        raise CommandError("--resume: there is nothing to continue without --out; give that of the unfinished run")
+    overlay = arguments.overlay
+    if overlay is not None and (overlay.suffix != ".mp4" or overlay.is_dir() or not overlay.parent.is_dir()):
+        raise CommandError(f"--overlay {overlay}: cannot be written; give an .mp4 file in a directory that exists")
+    with contextlib.closing(Source(arguments.source, max_pixels=arguments.max_pixels)) as source:
+        if arguments.resume and source.live:
+            raise CommandError("--resume: a live source cannot be continued; run without it")
+        results = None
+        if arguments.out is not None:
+            results = Results(arguments.out, _pinned(arguments, config), resume=arguments.resume)
+        model = load_tower(arguments.model, device, getattr(torch, arguments.dtype))
+        height, width = _input_size(model, arguments.size)
+        code = encode_video(
+            source,
+            model,
+            Preprocessor.from_pretrained(arguments.model, height, width),
+            config,
+            compare=arguments.compare,
+            stride=arguments.stride,
+            max_frames=arguments.max_frames,
+            results=results,
+            overlay=overlay,
+        )
+    if code == INTERRUPTED and results is not None:
+        print("what is done is kept: the same command with --resume continues it", file=sys.stderr)
+    return code
+
+
+def encode_video(
+    source: Source,
+    model: PreTrainedModel,
+    preprocess: Preprocessor,
+    config: neuroflow.NeuroFlowConfig,
+    *,
+    compare: bool = False,
+    stride: int = 1,
+    max_frames: int | None = None,
+    results: Results | None = None,
+    overlay: Path | None = None,
+) -> int:
+    """Encode a source's frames, with progress on stderr and the table on stdout, and return the exit code.
+
+    Args:
+        source: where the frames come from.
+        model: a vision tower; it is patched when this returns.
+        preprocess: gives its input.
+        config: how it is patched.
+        compare: run every frame through the unpatched model as well.
+        stride: encode every so many frames.
+        max_frames: of the results, those of a run that is continued among them.
+        results: where every frame's embedding and record go.
+        overlay: an MP4 to write, of the frames beside their active patches.
+    """
+    dense = _copy_sharing_weights(model) if compare else None
+    neuroflow.enable_cache(model, config)
+    records = list(results.resumed) if results is not None else []
+    start = 0
+    if records:
+        start = records[-1].frame + stride
+        note = ", and the overlay begins there" if overlay is not None else ""
+        print(f"resuming at frame {start}: it is a key frame{note}", file=sys.stderr)
+    frames = _every(source, stride, start)
+    total = None if source.frame_count is None else -(-source.frame_count // stride)
+    if max_frames is not None:
+        frames = itertools.islice(frames, max(max_frames - len(records), 0))
+        total = max_frames if total is None else min(total, max_frames)
+    try:
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(tqdm(total=total, initial=len(records), unit="frame", dynamic_ncols=True))
+            writer = None
+            if overlay is not None:
+                writer = stack.enter_context(OverlayWriter(overlay, (source.rate or DIRECTORY_RATE) / stride))
+            # Ctrl-C is how a live source ends, but it cuts a file short.
+            stack.enter_context(contextlib.suppress(KeyboardInterrupt) if source.live else contextlib.nullcontext())
+            skipped = 0.0
+            for frame, record, embedding, active in _encode(frames, model, dense, preprocess):
+                records.append(record)
+                if results is not None:
+                    results.append(record, embedding)
+                if writer is not None:
+                    writer.draw(frame, active, _caption(record))
+                skipped += record.skipped
+                bar.update()
+                bar.set_postfix_str(f"{skipped / (bar.n - bar.initial):.1%} skipped", refresh=False)
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(records)} frames", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        if results is not None:
+            results.close()
+    if not records:
+        raise SourceError(f"{source.address}: {source.stopped or 'it ended before a frame was encoded'}; try again")
+    if source.stopped:
+        print(f"warning: {source.address}: {source.stopped}; the frames before are kept", file=sys.stderr)
+    if results is not None:
+        results.finish()
+    height, width = preprocess.height, preprocess.width
+    rows, columns = (size // patch for size, patch in zip((height, width), _pair(model.config.patch_size), strict=True))
+    dtype = str(model.dtype).removeprefix("torch.")
+    name = f"{type(model).__name__}, {width}x{height}, {rows * columns} patches, {dtype}"
+    print(format_report(records, neuroflow.summary(model).state_bytes, name, _gate(config), model.device))
+    return 0
+
+
+def _encode(
+    frames: Iterable[Frame], model: PreTrainedModel, dense: PreTrainedModel | None, preprocess: Preprocessor
+) -> Iterator[tuple[Frame, Record, np.ndarray, torch.Tensor]]:
+    """Each frame with its record, its embedding [D] float32 and its active patches [rows, columns] bool."""
+    embedding_of = neuroflow.adapters.describe(model).embedding
+    key_frames = 0
+    for number, frame in enumerate(frames):
+        pixels = preprocess(frame).to(model.device, model.dtype)
+        # Taking turns, so that neither always finds the processor's cache as the other left it.
+        if dense is not None and number % 2 == 0:
+            reference, dense_ms = _timed(dense, pixels)
+        with neuroflow.cache_context(model, STREAM):
+            output, neuroflow_ms = _timed(model, pixels)
+        if dense is not None and number % 2 == 1:
+            reference, dense_ms = _timed(dense, pixels)
+        embedding = embedding_of(output)[0].float()
+        cosine = None if dense is None else F.cosine_similarity(embedding, embedding_of(reference)[0].float(), 0).item()
+        stream = neuroflow.summary(model).streams[STREAM]
+        active = int(stream.active.sum())
+        record = Record(
+            frame=frame.index,
+            time_s=round(frame.time, 6),
+            skipped=1 - active / stream.active.numel(),
+            active=active,
+            key_frame=stream.key_frames > key_frames,
+            neuroflow_ms=neuroflow_ms,
+            dense_ms=dense_ms if dense is not None else None,
+            cosine=cosine,
+            first=number == 0,
+        )
+        key_frames = stream.key_frames
+        yield frame, record, embedding.cpu().numpy(), stream.active
+
+
+@torch.inference_mode()
+def _timed(model: PreTrainedModel, pixels: torch.Tensor) -> tuple[ModelOutput, float]:
+    """The model's output and the milliseconds that it took."""
+    interpolate = tuple(pixels.shape[2:]) != _pair(model.config.image_size)
+    _synchronise(pixels.device)
+    start = time.perf_counter()
+    output = model(pixel_values=pixels, interpolate_pos_encoding=interpolate)
+    _synchronise(pixels.device)
+    return output, (time.perf_counter() - start) * 1e3
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _every(source: Source, stride: int, start: int) -> Iterator[Frame]:
+    """The source's frames from `start`, at least `stride` apart: a live source has gaps of its own."""
+    for frame in source:
+        if frame.index >= start:
+            start = frame.index + stride
+            yield frame
+
+
+def _copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _caption(record: Record) -> str:
+    text = f"frame {record.frame}    {record.skipped:.1%} skipped    NeuroFlow {record.neuroflow_ms:.1f} ms"
+    if record.dense_ms is not None:
+        text += f"    dense {record.dense_ms:.1f} ms"
+    return text + "    key frame" * record.key_frame
+
+
+def _gate(config: neuroflow.NeuroFlowConfig) -> str:
+    """The settings that are in force, one line."""
+    rule = f"threshold {config.threshold}" if config.budget is None else f"budget {config.budget:g}"
+    reference = f"ema {config.ema_decay}" if config.reference == "ema" else config.reference
+    age = f", at most {config.max_age} frames old" if config.max_age else ""
+    return f"{config.arch}, {rule}, floor {config.floor}, signal {config.signal}, reference {reference}{age}"
+
+
+def _gate_config(arguments: argparse.Namespace) -> neuroflow.NeuroFlowConfig:
+    names = ("arch", "threshold", "budget", "ema_decay", "signal", "reference", "floor", "max_age")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if "ema_decay" in given:
+        given.setdefault("reference", "ema")
+    try:
+        return neuroflow.NeuroFlowConfig(**given)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    # torch answers a device that is misspelt, not built in or not there with several classes.
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"--device {name}: cannot be used ({reason}); cpu always can") from None
+    return device
+
+
+def _input_size(model: PreTrainedModel, asked: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the model's input; asked: width and height."""
+    if asked is None:
+        return _pair(model.config.image_size)
+    patch_height, patch_width = _pair(model.config.patch_size)
+    width, height = asked
+    if width % patch_width or height % patch_height:
+        raise CommandError(f"--size {width}x{height}: give multiples of the patch size, {patch_width}x{patch_height}")
+    return height, width
+
+
+def _pair(size: int | Iterable[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _pinned(arguments: argparse.Namespace, config: neuroflow.NeuroFlowConfig) -> dict:
+    """What a continued run must have in common with the one that it continues."""
+    source, model = Path(arguments.source), Path(arguments.model)
+    return {
+        "source": str(source.resolve()) if source.exists() else arguments.source,
+        "source_bytes": source.stat().st_size if source.is_file() else None,
+        "model": str(model.resolve()) if model.exists() else arguments.model,
+        "size": arguments.size,
+        "stride": arguments.stride,
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "compare": arguments.compare,
+        **dataclasses.asdict(config),
+    }

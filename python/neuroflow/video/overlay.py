@@ -1,0 +1,39 @@
+"""The picture that shows what was encoded: a frame beside the same frame with its inactive patches darkened."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .encode import VideoWriter
+from .source import Frame
+
+PANEL_HEIGHT = 448
+CAPTION_HEIGHT = 32
+BRIGHTNESS = 0.25
+
+
+class OverlayWriter(VideoWriter):
+    """An MP4 of frames beside their active patches. The first frame's shape is every frame's."""
+
+    _panel_width = 0
+
+    def draw(self, frame: Frame, active: torch.Tensor, caption: str) -> None:
+        """Append one frame.
+
+        Args:
+            frame: the frame, of any size.
+            active: [rows, columns] bool, the patches that were encoded.
+            caption: a line of text to burn in below.
+        """
+        height, width = frame.size
+        self._panel_width = self._panel_width or max(round(PANEL_HEIGHT * width / height), 1)
+        panel = frame.rgb(PANEL_HEIGHT, self._panel_width)
+        rows, columns = active.shape
+        row = np.arange(PANEL_HEIGHT) * rows // PANEL_HEIGHT
+        column = np.arange(self._panel_width) * columns // self._panel_width
+        lit = active.cpu().numpy()[row][:, column, None]
+        darkened = np.where(lit, panel, (panel * BRIGHTNESS).astype(np.uint8))
+        text = Image.new("RGB", (2 * self._panel_width, CAPTION_HEIGHT), (16, 18, 22))
+        font = ImageFont.load_default(size=15)
+        ImageDraw.Draw(text).text((12, CAPTION_HEIGHT / 2), caption, (236, 238, 240), font, anchor="lm")
+        self.write(np.concatenate([np.concatenate([panel, darkened], 1), np.asarray(text)]))
