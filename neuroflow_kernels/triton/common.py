@@ -1,0 +1,39 @@
+"""What the row kernels share: their tile, and correctly rounded arithmetic."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def row_tile(dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Launch options for programs that hold whole rows of `dim` elements in registers.
+
+    Narrow rows share a program. A warp has 1024 elements, 32 a lane: several 16-byte loads in flight for each tensor,
+    reductions that mostly stay within the warp, and about 100 registers where two tensors are held in float32. float64
+    takes twice the registers, so it gets half the elements.
+    """
+    elements = 512 if dtype == torch.float64 else 1024
+    block_dim = max(16, triton.next_power_of_2(dim))
+    block_rows = max(1, elements // block_dim)
+    return {
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_DIM": block_dim,
+        "num_warps": min(32, block_rows * block_dim // elements),
+    }
+
+
+@triton.jit
+def square_root(value: tl.tensor) -> tl.tensor:
+    # In float32 the plain operation is approximate; in float64 there is no other.
+    if value.dtype == tl.float32:
+        return tl.sqrt_rn(value)
+    else:
+        return tl.sqrt(value)
+
+
+@triton.jit
+def quotient(numerator: tl.tensor, denominator: tl.tensor) -> tl.tensor:
+    if numerator.dtype == tl.float32:
+        return tl.div_rn(numerator, denominator)
+    else:
+        return numerator / denominator
