@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "neuroflow/scalar.h"
+#include "neuroflow/row.h"
 
 namespace neuroflow {
 
@@ -19,11 +19,7 @@ NEUROFLOW_MULTIVERSION void scatter_rows_blended(T* cache, const T* packed, cons
                                                  int64_t rows, int64_t dim) {
   using Sum = Accumulator<T>;
   const Sum keep = static_cast<Sum>(1.0 - blend), take = static_cast<Sum>(blend);
-  for (int64_t row = 0; row < rows; ++row, packed += dim) {
-    T* token = cache + index[row] * dim;
-#pragma omp simd
-    for (int64_t i = 0; i < dim; ++i) token[i] = narrow<T>(keep * widen(token[i]) + take * widen(packed[i]));
-  }
+  for (int64_t row = 0; row < rows; ++row) blend_row(cache + index[row] * dim, packed + row * dim, keep, take, dim);
 }
 
 }  // namespace neuroflow
