@@ -151,7 +151,7 @@ class Engine:
                 f"pixel_values holds {count} frames, and the context names {len(names)} stream(s); accepted is one "
                 "frame of each stream: neuroflow.encode(model, pixels, stream_ids=[...]) names them"
             )
-        states = [self.streams.get(name) or StreamState() for name in names]
+        states = [self.streams.get(name) or StreamState(name) for name in names]
         frame = Frame(self, states, arguments)
         token = _frame.set(frame)
         try:
@@ -159,9 +159,9 @@ class Engine:
                 output = forward(*args, **kwargs)
         finally:
             _frame.reset(token)
-        for name, state, finite in zip(names, states, frame.finite, strict=True):
+        for state, finite in zip(states, frame.finite, strict=True):
             state.valid = finite
-            self.streams[name] = state
+            self.streams[state.name] = state
         return output
 
     def on_projection(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
@@ -283,7 +283,7 @@ class Engine:
         signature = (grid, h.shape[2], h.dtype, h.device)
         if state.signature not in (None, signature):
             before, now = (f"{s[0][0]}x{s[0][1]} patches, {s[2]} on {s[3]}" for s in (state.signature, signature))
-            self.warn_once(f"a stream changed from {before} to {now}; its caches start over with a key frame")
+            self.warn_once(f"stream {state.name!r} changed from {before} to {now}; it starts over with a key frame")
         key_frame = not state.valid or state.signature != signature
         state.valid = False
         if state.signature != signature:

@@ -2,7 +2,7 @@ import dataclasses
 from typing import Literal
 
 ARCHITECTURES = {"A": "mlp", "B": "active", "C": "dual", "D": "midlayer", "E": "context"}
-DEFAULT_THRESHOLD = 0.05
+DEFAULT_THRESHOLD = 0.02
 
 
 def _require(condition: bool, name: str, value: object, accepted: str) -> None:
@@ -21,7 +21,7 @@ class NeuroFlowConfig:
         arch: what inactive patches contribute. "context" (E): their keys and values of every block and their last
             output. "dual" (C): their last output. "active" (B): nothing. "midlayer" (D): the first blocks run on all
             patches, then as C. "mlp" (A): attention runs on all patches, inactive ones repeat their last MLP increment.
-        threshold: a patch is active where its surprise, 1 - cosine, lies above it; 0 makes every patch active. 0.05
+        threshold: a patch is active where its surprise, 1 - cosine, lies above it; 0 makes every patch active. 0.02
             when neither threshold nor budget is given.
         budget: instead of a threshold, how many patches are active: a count, or a share of the patches below 1.
         ema_decay: weight of the new frame in the reference, 0 to 1; read when `reference="ema"`.

@@ -22,6 +22,9 @@ def project_patches(convolution: nn.Conv2d, pixels: torch.Tensor) -> torch.Tenso
     The result is a view of rows [S, rows * columns, D] that are contiguous, which is the order that the gate and the
     blocks read; a convolution leaves the channels outermost.
     """
+    if pixels.ndim != 4 or pixels.shape[1] != convolution.in_channels:
+        accepted = f"{convolution.in_channels} channels, [S, {convolution.in_channels}, H, W]"
+        raise ValueError(f"pixel_values has shape {list(pixels.shape)}; accepted is {accepted}")
     height, width = convolution.kernel_size
     rows, columns = pixels.shape[2] // height, pixels.shape[3] // width
     windows = pixels[:, :, : rows * height, : columns * width]

@@ -13,7 +13,8 @@ class StreamState:
     that a frame that fails half-way, or holds NaN, makes the next one a key frame.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: Hashable) -> None:
+        self.name = name
         self.valid = False
         self.signature: tuple | None = None
         self.grid: Grid = (0, 0)
@@ -45,7 +46,7 @@ class StreamState:
         if active is not None:
             self.active[active] = True
             self.skipped += 1 - active.numel() / self.age.numel()
-        self.age.add_(1).masked_fill_(self.active, 0)
+        self.age = (self.age + 1).masked_fill(self.active, 0)
         self.frames += 1
         self.key_frames += key_frame
         self.nonfinite += not finite

@@ -1,0 +1,188 @@
+"""Promise 1: with nothing skipped, every architecture is the unpatched model; and patching leaves no trace."""
+
+import neuroflow
+import pytest
+import torch
+from models import clip, inputs, tiny
+
+FAMILIES = ("siglip", "siglip2", "vit")
+ARCHITECTURES = ("A", "B", "C", "D", "E")
+
+
+def outputs(model, family, frames):
+    with torch.inference_mode():
+        return [model(**inputs(family, frame[None])) for frame in frames]
+
+
+def assert_close(actual, expected, tolerance):
+    for name in ("last_hidden_state", "pooler_output"):
+        ours, theirs = getattr(actual, name), getattr(expected, name)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.shape == theirs.shape
+            assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(48, 48), (32, 64)])
+def test_threshold_zero_is_the_unpatched_model(family, arch, size):
+    model, frames = tiny(family), clip(size=size)
+    dense = outputs(model, family, frames)
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch=arch, threshold=0))
+    for ours, theirs in zip(outputs(model, family, frames), dense, strict=True):
+        assert type(ours) is type(theirs)
+        assert_close(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threshold_zero_in_bfloat16(family, arch):
+    """Against the float64 model: no further from it than twice what bfloat16 itself loses."""
+    model, frames = tiny(family).to(torch.bfloat16), clip(frames=3)
+    exact = outputs(tiny(family).to(torch.bfloat16).double(), family, frames.bfloat16().double())
+    dense = outputs(model, family, frames.bfloat16())
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch=arch, threshold=0))
+    for ours, theirs, truth in zip(outputs(model, family, frames.bfloat16()), dense, exact, strict=True):
+        for name in ("last_hidden_state", "pooler_output"):
+            if getattr(truth, name) is not None:
+                lost = (getattr(theirs, name) - getattr(truth, name)).norm()
+                assert (getattr(ours, name) - getattr(truth, name)).norm() <= 2 * lost
+
+
+def plain_vit(model, frames, active, arch, mid_layer):
+    """The architectures on a ViT, written down once more without packing tricks: tokens [1 + N, D] per frame."""
+
+    def attend(layer, queries, tokens):
+        heads = layer.attention.num_attention_heads
+        q, k, v = (
+            projection(x).unflatten(-1, (heads, -1)).transpose(0, 1)
+            for projection, x in (
+                (layer.attention.q_proj, queries),
+                (layer.attention.k_proj, tokens),
+                (layer.attention.v_proj, tokens),
+            )
+        )
+        weights = (q @ k.transpose(1, 2) * layer.attention.scaling).softmax(-1)
+        return layer.attention.o_proj((weights @ v).transpose(0, 1).flatten(1))
+
+    memory, pooled = {}, []
+    for frame, chosen in zip(frames, active, strict=True):
+        everything = torch.arange(1 + len(chosen))
+        rows = torch.cat((torch.zeros(1, dtype=torch.long), 1 + chosen.nonzero()[:, 0]))
+        x = model.embeddings(frame[None], interpolate_pos_encoding=True)[0]
+        live = everything if arch in ("A", "D") else rows  # the tokens that x holds
+        x = x[live]
+        for i, layer in enumerate(model.layers):
+            if arch == "D" and i == mid_layer + 1:
+                x, live = x[rows], rows
+            normed = layer.layernorm_before(x)
+            seen = normed
+            if arch == "E":
+                seen = memory[i] = memory.get(i, normed).index_copy(0, rows, normed)
+            x = x + attend(layer, normed, seen)
+            increment = layer.mlp(layer.layernorm_after(x))
+            if arch == "A":
+                increment = memory[i] = memory.get(i, increment).index_copy(0, rows, increment[rows])
+            x = x + increment
+        pooled.append(model.layernorm(x)[0])  # CLS is always fresh
+    return torch.stack(pooled)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_vit_against_a_plain_one(arch):
+    """The reference vectors are of a tower without CLS; this is one with."""
+    model, frames = tiny("vit").double(), clip(changed=5).double()
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch=arch, threshold=1e-4, mid_layer=1))
+    sparse, active = [], []
+    for frame in frames:
+        sparse += outputs(model, "vit", frame[None])
+        active.append(neuroflow.summary(model).streams["default"].active.flatten())
+    neuroflow.disable_cache(model)
+    assert [int(chosen.sum()) for chosen in active] == [36, 5, 5, 5, 5, 5]
+    with torch.no_grad():
+        expected = plain_vit(model, frames, active, arch, mid_layer=1)
+    torch.testing.assert_close(torch.cat([o.last_hidden_state[:, 0] for o in sparse]), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_disabling_leaves_no_trace(family, arch):
+    model, frames = tiny(family), clip(frames=3)
+    modules, attributes = list(model.modules()), [dict(vars(module)) for module in model.modules()]
+    implementation = model.config._attn_implementation
+    before = outputs(model, family, frames)
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch=arch))
+    outputs(model, family, frames)
+    neuroflow.disable_cache(model)
+    assert all(ours is theirs for ours, theirs in zip(model.modules(), modules, strict=True))
+    assert [vars(module).keys() for module in model.modules()] == [kept.keys() for kept in attributes]
+    assert model.config._attn_implementation == implementation
+    for ours, theirs in zip(outputs(model, family, frames), before, strict=True):
+        assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+
+
+def test_disabling_puts_back_a_forward_of_the_users_own():
+    model = tiny("siglip")
+    theirs = model.head.forward
+    model.head.forward = lambda *args: theirs(*args) + 1
+    own = model.head.forward
+    neuroflow.enable_cache(model)
+    neuroflow.disable_cache(model)
+    assert model.head.forward is own
+
+
+def test_enabling_twice():
+    model, config = tiny("siglip"), neuroflow.NeuroFlowConfig(threshold=0.1)
+    neuroflow.enable_cache(model, config)
+    patched = model.forward
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0.1))
+    assert model.forward is patched
+    with pytest.raises(RuntimeError, match="disable_cache first"):
+        neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0.2))
+
+
+def test_failing_to_enable_leaves_nothing_behind():
+    model = tiny("siglip")
+    kept = [dict(vars(module)) for module in model.modules()]
+    with pytest.raises(ValueError, match="mid_layer is 3"):
+        neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch="D", mid_layer=3))
+    assert [vars(module).keys() for module in model.modules()] == [state.keys() for state in kept]
+
+
+def test_unknown_models_are_refused():
+    with pytest.raises(TypeError, match="supported are SigLIP"):
+        neuroflow.enable_cache(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"accepted is a torch\.nn\.Module"):
+        neuroflow.enable_cache("google/siglip2-base-patch16-224")
+    with pytest.raises(RuntimeError, match="enable_cache"):
+        neuroflow.summary(tiny("vit"))
+
+
+def test_the_midlayer_architecture_stands_between_dense_and_dual():
+    """D runs the blocks up to mid_layer on everything: with the last block but one it is closer to dense than C."""
+    model, frames = tiny("siglip"), clip(changed=8)
+    dense = outputs(model, "siglip", frames)[-1].pooler_output
+    distance = {}
+    for arch, mid_layer in (("C", None), ("D", 0), ("D", 2)):
+        config = neuroflow.NeuroFlowConfig(arch=arch, threshold=1e-4, mid_layer=mid_layer)
+        neuroflow.enable_cache(model, config)
+        distance[mid_layer] = (outputs(model, "siglip", frames)[-1].pooler_output - dense).norm()
+        neuroflow.disable_cache(model)
+    assert distance[2] < distance[0] < distance[None]
+
+
+def test_hidden_states_are_captured():
+    model, frames = tiny("siglip"), clip(frames=2)
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=1e-4, floor=0))
+    first, second = (model(pixel_values=frame[None], output_hidden_states=True) for frame in frames)
+    assert [tuple(state.shape) for state in first.hidden_states] == [(1, 36, 64)] * 5
+    assert [tuple(state.shape) for state in second.hidden_states[1:]] == [(1, 4, 64)] * 4
+
+
+def test_layers_used_by_themselves_behave_as_before():
+    model, tokens = tiny("siglip"), torch.randn(1, 5, 64)
+    before = [model.encoder.layers[0](tokens, None), model.head(tokens)]
+    neuroflow.enable_cache(model)
+    after = [model.encoder.layers[0](tokens, None), model.head(tokens)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(after, before, strict=True))

@@ -1,0 +1,48 @@
+import dataclasses
+
+import neuroflow
+import pytest
+
+
+def test_letters_are_aliases():
+    named = [neuroflow.NeuroFlowConfig(arch=letter).arch for letter in "ABCDE"]
+    assert named == ["mlp", "active", "dual", "midlayer", "context"]
+    assert neuroflow.NeuroFlowConfig() == neuroflow.NeuroFlowConfig(arch="E", threshold=0.02)
+
+
+def test_a_budget_takes_the_place_of_the_threshold():
+    assert neuroflow.NeuroFlowConfig(budget=0.16).threshold is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("arch", "F"),
+        ("threshold", -0.1),
+        ("threshold", float("nan")),
+        ("budget", 0),
+        ("budget", 2.5),
+        ("ema_decay", 1.1),
+        ("floor", -1),
+        ("floor", 2.0),
+        ("signal", "pixels"),
+        ("reference", "previous"),
+        ("max_age", 0),
+        ("mid_layer", -1),
+    ],
+)
+def test_values_outside_are_named(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} is {value!r}; accepted is "):
+        neuroflow.NeuroFlowConfig(**{name: value})
+
+
+def test_threshold_and_budget_exclude_each_other():
+    with pytest.raises(ValueError, match="budget is 5; accepted is None beside a threshold"):
+        neuroflow.NeuroFlowConfig(threshold=0.1, budget=5)
+
+
+def test_configurations_are_values():
+    config = neuroflow.NeuroFlowConfig(arch="C")
+    assert dataclasses.replace(config, threshold=0.2).threshold == 0.2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.arch = "E"
