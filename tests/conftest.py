@@ -1,0 +1,30 @@
+import os
+
+import pytest
+import torch
+from neuroflow_kernels import unavailable, use_backend
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/test_triton.py runs the ops' tests again like this
+
+
+@pytest.fixture
+def poison():
+    """What nobody wrote is NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpp"])
+def backend(request, poison):
+    """Every op called in the test runs on this backend, in poisoned memory."""
+    reason = unavailable(request.param)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)

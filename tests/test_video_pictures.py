@@ -1,0 +1,81 @@
+"""The clip that the project draws, the writer of MP4s, and the overlay."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from neuroflow.video.encode import VideoWriter
+from neuroflow.video.overlay import BRIGHTNESS, CAPTION_HEIGHT, PANEL_HEIGHT, OverlayWriter
+from neuroflow.video.scene import draw_street, write_street
+from neuroflow.video.source import Frame, Source
+
+
+def test_street_is_still_but_for_what_moves(tmp_path):
+    write_street(tmp_path / "street.mp4", frames=40)
+    frames = np.stack([frame.rgb(448, 448) for frame in Source(str(tmp_path / "street.mp4"))]).astype(np.float32)
+    assert frames.shape == (40, 448, 448, 3)
+    change = np.abs(np.diff(frames, axis=0)).mean(-1).reshape(39, 28, 16, 28, 16).mean((2, 4))
+    still = (change < 2).mean()
+    assert 0.9 < still < 0.99
+    # Things move in every frame, on the road and on the pavement above it.
+    assert (change[:, 17:25].max((1, 2)) > 10).all() and (change[:, 14:17].max((1, 2)) > 5).all()
+
+
+def test_street_repeats_with_its_seed_and_has_noise():
+    first, again, other = (np.stack(list(draw_street(2, 112, seed))) for seed in (3, 3, 4))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    sky = first[:, :10].astype(int)
+    assert (sky[0] != sky[1]).mean() > 0.5
+
+
+def test_video_appears_whole_or_not_at_all(tmp_path):
+    image = np.zeros((16, 16, 3), np.uint8)
+    with pytest.raises(RuntimeError), VideoWriter(tmp_path / "a.mp4", Fraction(10)) as writer:
+        writer.write(image)
+        raise RuntimeError
+    with VideoWriter(tmp_path / "b.mp4", Fraction(10)):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with VideoWriter(tmp_path / "c.mp4", Fraction(10)) as writer:
+        writer.write(image)
+        assert not (tmp_path / "c.mp4").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["c.mp4"]
+
+
+@pytest.mark.parametrize(("built_in", "codec"), [({"libx264"}, "h264"), (set(), "mpeg4")])
+def test_codec_is_what_this_build_has(tmp_path, monkeypatch, recwarn, built_in, codec):
+    monkeypatch.setattr(av, "codecs_available", built_in)
+    with VideoWriter(tmp_path / "a.mp4", Fraction(30000, 1001)) as writer:
+        writer.write(np.zeros((16, 16, 3), np.uint8))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == codec
+        assert container.streams.video[0].average_rate == Fraction(30000, 1001)
+    assert ["no libx264" in str(warning.message) for warning in recwarn] == [True] * (codec == "mpeg4")
+
+
+def test_overlay_darkens_inactive_patches_beside_the_frame(tmp_path):
+    picture = av.VideoFrame.from_ndarray(np.full((96, 128, 3), 200, np.uint8), format="rgb24")
+    active = torch.zeros(6, 8, dtype=torch.bool)
+    active[0, 0] = active[5, 7] = True
+    with OverlayWriter(tmp_path / "overlay.mp4", Fraction(10)) as writer:
+        writer.draw(Frame(0, 0.0, picture), active, "frame 0    95.8% skipped")
+    (frame,) = Source(str(tmp_path / "overlay.mp4"))
+    width = round(PANEL_HEIGHT * 128 / 96)
+    assert frame.size == (PANEL_HEIGHT + CAPTION_HEIGHT, 2 * width)
+    image = frame.rgb(*frame.size).astype(float).mean(-1)
+    panel, patches, caption = image[:PANEL_HEIGHT, :width], image[:PANEL_HEIGHT, width:], image[PANEL_HEIGHT:]
+    assert np.abs(panel - 200).max() < 20
+    middles = patches[PANEL_HEIGHT // 12 :: PANEL_HEIGHT // 6][:6, width // 16 :: width // 8][:, :8]
+    expected = np.where(active, 200, 200 * BRIGHTNESS)
+    assert np.abs(middles - expected).max() < 10
+    assert (caption > 200).any()
+
+
+def test_overlay_keeps_its_size_when_the_video_does_not(tmp_path):
+    with OverlayWriter(tmp_path / "overlay.mp4", Fraction(10)) as writer:
+        for height, width in ((96, 128), (128, 96)):
+            picture = av.VideoFrame.from_ndarray(np.zeros((height, width, 3), np.uint8), format="rgb24")
+            writer.draw(Frame(0, 0.0, picture), torch.ones(2, 2, dtype=torch.bool), "")
+    assert len({frame.size for frame in Source(str(tmp_path / "overlay.mp4"))}) == 1

@@ -1,0 +1,54 @@
+"""Pixels as the measuring protocol has them, and as a model's own settings ask for them."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+from neuroflow.video.preprocess import Preprocessor
+from neuroflow.video.source import Frame
+
+
+@pytest.fixture
+def frame():
+    image = np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)
+    return Frame(0, 0.0, av.VideoFrame.from_ndarray(image, format="rgb24"))
+
+
+def test_default_is_the_measuring_protocol(frame):
+    rgb = frame.picture.reformat(width=32, height=16, format="rgb24", interpolation="AREA").to_ndarray()
+    expected = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1
+    pixels = Preprocessor(16, 32)(frame)
+    assert pixels.shape == (1, 3, 16, 32) and pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
+
+
+def test_area_resize_averages(frame):
+    image = frame.picture.to_ndarray().astype(float)
+    blocks = image.reshape(3, 16, 5, 16, 3).mean((1, 3))
+    # swscale works in fixed point.
+    assert np.abs(frame.rgb(3, 5) - blocks).max() <= 2
+
+
+SETTINGS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "rescale_factor": 1 / 255}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, lambda x: (x / 255 - torch.tensor([0.4, 0.5, 0.6])) / torch.tensor([0.2, 0.3, 0.4])),
+        ({"do_normalize": False}, lambda x: x / 255),
+        ({"do_rescale": False, "do_normalize": False}, lambda x: x),
+    ],
+)
+def test_the_models_own_settings_are_read(tmp_path, frame, change, expected):
+    settings = {**SETTINGS, "image_processor_type": "SiglipImageProcessor", **change}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    pixels = Preprocessor.from_pretrained(str(tmp_path), 16, 32)(frame)[0].permute(1, 2, 0)
+    torch.testing.assert_close(pixels, expected(torch.from_numpy(frame.rgb(16, 32).copy()).float()))
+
+
+def test_without_settings_the_default_is_said(tmp_path):
+    with pytest.warns(UserWarning, match=r"no preprocessor_config.json: pixels are scaled to \[-1, 1\]"):
+        assert Preprocessor.from_pretrained(str(tmp_path), 16, 32) == Preprocessor(16, 32)
