@@ -5,7 +5,11 @@ import triton
 import triton.language as tl
 
 
-def row_tile(dim: int, dtype: torch.dtype) -> dict[str, int]:
+# Stated, because Triton's default differs between versions, and rounding with it.
+FUSE_MULTIPLY_ADD = {"enable_fp_fusion": True}
+
+
+def row_tile(dim: int, dtype: torch.dtype) -> dict[str, int | bool]:
     """Launch options for programs that hold whole rows of `dim` elements in registers.
 
     Narrow rows share a program. A warp has 1024 elements, 32 a lane: several 16-byte loads in flight for each tensor,
@@ -19,6 +23,7 @@ def row_tile(dim: int, dtype: torch.dtype) -> dict[str, int]:
         "BLOCK_ROWS": block_rows,
         "BLOCK_DIM": block_dim,
         "num_warps": min(32, block_rows * block_dim // elements),
+        **FUSE_MULTIPLY_ADD,
     }
 
 

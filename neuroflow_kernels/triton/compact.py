@@ -7,9 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
-# Keys per pass of a program: 16 a thread at 16 warps, where more streams' programs still fit beside it.
+from .common import FUSE_MULTIPLY_ADD
+
+# Keys a program holds at once, 16 a thread. One program selects for a whole stream, so it gets many threads; a long
+# stream is written by several, each of which reads the blocks before its own.
 SELECT_BLOCK = 8192
-# A stream of 65,536 tokens is written by 16 programs, which reread at most 15 blocks from L2.
 WRITE_BLOCK = 4096
 
 
@@ -32,7 +34,7 @@ def _select_kernel(
     floor: tl.tensor,
     BUDGET: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One program per stream; a token is active above `cutoff`, and at it among the first `ties`."""
     stream = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -54,22 +56,25 @@ def _select_kernel(
 
     ties = 0
     if count > reached:
-        # Radix search of the count-th largest key, eight bits at a time from the top.
+        # Radix search of the count-th largest key, eight bits at a time from the top; `found` masks those known. Not
+        # unrolled, as that quadruples code which every stream runs once.
         digits = tl.arange(0, 256)
         ties = count
         cutoff = cutoff * 0
-        for shift in tl.static_range(24, -1, -8):
+        found = cutoff
+        for step in range(4):
+            shift = 24 - 8 * step
             tally = tl.zeros((256,), tl.int32)
             for start in range(0, tokens, BLOCK):
                 inside = start + column < tokens
                 key = _ordered_key(tl.load(surprise + start + column, mask=inside, other=0))
-                if shift < 24:
-                    inside = inside & (key >> (shift + 8) == cutoff)
+                inside = inside & ((key ^ cutoff) & found == 0)
                 tally += tl.histogram((key >> shift & 255).to(tl.int32), 256, mask=inside)
             at_least = tl.sum(tally) - tl.cumsum(tally) + tally
             digit = tl.sum((at_least >= ties).to(tl.int32)) - 1
             ties -= tl.sum(tl.where(digits > digit, tally, 0))
-            cutoff = cutoff << 8 | digit.to(tl.uint32)
+            cutoff = cutoff | (digit << shift).to(tl.uint32)
+            found = found | (255 << shift).to(tl.uint32)
 
     tl.store(selected + stream, count)
     tl.store(selected + streams + stream, cutoff.to(tl.int32, bitcast=True))
@@ -85,7 +90,7 @@ def _write_kernel(
     streams: tl.tensor,
     tokens: tl.tensor,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One program per block of a stream."""
     blocks = tl.cdiv(tokens, BLOCK)
     stream = tl.program_id(0) // blocks
@@ -141,7 +146,6 @@ def compact(
     rule = budget if threshold is None else threshold
     width = max(256, triton.next_power_of_2(tokens))
     select_block, write_block = min(width, SELECT_BLOCK), min(width, WRITE_BLOCK)
-    # Two keys a thread while the stream is short, as it is latency that counts there.
     with torch.cuda.device_of(surprise):
         _select_kernel[(streams,)](
             surprise,
@@ -152,7 +156,8 @@ def compact(
             min(floor, tokens),
             BUDGET=threshold is None,
             BLOCK=select_block,
-            num_warps=min(16, select_block // 64),
+            num_warps=max(4, select_block // 512),
+            **FUSE_MULTIPLY_ADD,
         )
         _write_kernel[(streams * triton.cdiv(tokens, write_block),)](
             surprise,
@@ -162,6 +167,7 @@ def compact(
             streams,
             tokens,
             BLOCK=write_block,
-            num_warps=min(8, write_block // 64),
+            num_warps=max(4, write_block // 512),
+            **FUSE_MULTIPLY_ADD,
         )
     return index, cu_seqlens

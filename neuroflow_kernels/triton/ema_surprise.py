@@ -7,7 +7,7 @@ from .common import quotient, row_tile, square_root
 NORM_FLOOR = tl.constexpr(1e-8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _ema_surprise_kernel(
     h: tl.tensor,
     ema: tl.tensor,
@@ -20,7 +20,7 @@ def _ema_surprise_kernel(
     MOVE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_DIM)
     at = row[:, None] * dim + column[None, :]  # [BLOCK_ROWS, BLOCK_DIM]

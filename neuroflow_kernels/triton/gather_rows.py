@@ -5,14 +5,15 @@ import triton.language as tl
 from .common import quotient, row_tile, square_root
 
 
-@triton.jit(do_not_specialize=["rows", "slots", "sources"])
+@triton.jit(do_not_specialize=["streams", "rows", "slots", "sources"])
 def _gather_rows_kernel(
     x: tl.tensor,
     index: tl.tensor,
-    total: tl.tensor,
+    cu_seqlens: tl.tensor,
     norm_weight: tl.tensor,
     norm_bias: tl.tensor,
     packed: tl.tensor,
+    streams: tl.tensor,
     rows: tl.tensor,
     slots: tl.tensor,
     sources: tl.tensor,
@@ -22,10 +23,10 @@ def _gather_rows_kernel(
     NORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_DIM)
-    active = row < tl.minimum(tl.load(total), slots)
+    active = row < tl.minimum(tl.load(cu_seqlens + streams), slots)
     source = tl.load(index + row, mask=active, other=-1).to(tl.int64)
     # The host cannot see what index holds: a row outside x must not be read.
     active = active & (source >= 0) & (source < sources)
@@ -33,9 +34,10 @@ def _gather_rows_kernel(
     value = tl.load(x + source[:, None] * dim + column[None, :], mask=active[:, None] & inside, other=0)
     if NORM:
         wide = value.to(ACCUMULATE)  # [BLOCK_ROWS, BLOCK_DIM]
-        mean = quotient(tl.sum(wide, axis=1), dim.to(ACCUMULATE))
+        length = tl.full((1,), dim, ACCUMULATE)
+        mean = quotient(tl.sum(wide, axis=1), length)
         centred = tl.where(inside, wide - mean[:, None], 0)
-        variance = quotient(tl.sum(centred * centred, axis=1), dim.to(ACCUMULATE))
+        variance = quotient(tl.sum(centred * centred, axis=1), length)
         deviation = square_root(variance + tl.full((1,), eps, ACCUMULATE))
         weight = tl.load(norm_weight + column, mask=column < dim, other=0).to(ACCUMULATE)
         bias = tl.load(norm_bias + column, mask=column < dim, other=0).to(ACCUMULATE)
@@ -63,10 +65,11 @@ def gather_rows(
         _gather_rows_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]),)](
             x,
             index,
-            cu_seqlens[-1:],
+            cu_seqlens,
             norm_weight,
             norm_bias,
             packed,
+            cu_seqlens.shape[0] - 1,
             rows,
             min(rows, index.shape[0]),
             x.shape[0] * x.shape[1],

@@ -5,12 +5,13 @@ import triton.language as tl
 from .common import row_tile
 
 
-@triton.jit(do_not_specialize=["slots", "targets"])
+@triton.jit(do_not_specialize=["streams", "slots", "targets"])
 def _scatter_rows_kernel(
     cache: tl.tensor,
     packed: tl.tensor,
     index: tl.tensor,
-    total: tl.tensor,
+    cu_seqlens: tl.tensor,
+    streams: tl.tensor,
     slots: tl.tensor,
     targets: tl.tensor,
     dim: tl.tensor,
@@ -20,10 +21,10 @@ def _scatter_rows_kernel(
     REPLACE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_DIM)
-    active = row < tl.minimum(tl.load(total), slots)
+    active = row < tl.minimum(tl.load(cu_seqlens + streams), slots)
     target = tl.load(index + row, mask=active, other=-1).to(tl.int64)
     # The host cannot see what index holds: a row outside cache must not be written.
     active = active & (target >= 0) & (target < targets)
@@ -52,7 +53,8 @@ def scatter_rows_(
             cache,
             packed,
             index,
-            cu_seqlens[-1:],
+            cu_seqlens,
+            cu_seqlens.shape[0] - 1,
             slots,
             cache.shape[0] * cache.shape[1],
             dim,
