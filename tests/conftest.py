@@ -1,10 +1,13 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
 from neuroflow_kernels import unavailable, use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/test_triton.py runs the ops' tests again like this
+DATA = Path(os.environ.get("NEUROFLOW_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 @pytest.fixture
@@ -28,3 +31,16 @@ def backend(request, poison):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data():
+    """data(name) -> the path of a file that the project does not carry; skips the test where it is absent."""
+
+    def find(name):
+        path = DATA / name
+        if not path.exists():
+            pytest.skip(f"{name} is not in {DATA} (NEUROFLOW_DATA names another directory)")
+        return path
+
+    return find
