@@ -1,5 +1,7 @@
 """Argument checks at the ops' public edge: each message names the argument, what it was, and what is accepted."""
 
+from typing import NoReturn
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -11,22 +13,26 @@ def describe(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
+def reject(name: str, value: object, accepted: str) -> NoReturn:
+    raise ValueError(f"{name} is {describe(value)}; accepted is {accepted}")
+
+
 def require(condition: bool, name: str, value: object, accepted: str) -> None:
     if not condition:
-        raise ValueError(f"{name} is {describe(value)}; accepted is {accepted}")
+        reject(name, value, accepted)
 
 
 def rank(name: str, value: torch.Tensor, dims: str, *dtypes: torch.dtype) -> None:
     """A tensor with as many dimensions as `dims` names, such as '[S, N, D]'."""
-    accepted = f"a tensor of shape {dims}, of dtype " + " or ".join(map(str, dtypes))
-    fits = isinstance(value, torch.Tensor) and value.ndim == dims.count(",") + 1 and value.dtype in dtypes
-    require(fits, name, value, accepted)
+    if not (isinstance(value, torch.Tensor) and value.ndim == dims.count(",") + 1 and value.dtype in dtypes):
+        reject(name, value, f"a tensor of shape {dims}, of dtype " + " or ".join(map(str, dtypes)))
 
 
 def same(name: str, value: torch.Tensor, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> None:
-    accepted = f"a tensor of shape {list(shape)} on {device}, of dtype " + " or ".join(map(str, dict.fromkeys(dtypes)))
     fits = isinstance(value, torch.Tensor) and value.shape == shape and value.device == device
-    require(fits and value.dtype in dtypes, name, value, accepted)
+    if not (fits and value.dtype in dtypes):
+        accepted = " or ".join(map(str, dict.fromkeys(dtypes)))
+        reject(name, value, f"a tensor of shape {list(shape)} on {device}, of dtype {accepted}")
 
 
 def updated(name: str, value: torch.Tensor) -> None:
@@ -59,7 +65,7 @@ def per_stream(
 def selection(index: torch.Tensor, cu_seqlens: torch.Tensor, device: torch.device) -> None:
     """`index` and `cu_seqlens` as `compact` returns them."""
     for name, value in (("index", index), ("cu_seqlens", cu_seqlens)):
-        accepted = f"a contiguous int32 tensor of one dimension on {device}, as `compact` returns it"
         fits = isinstance(value, torch.Tensor) and value.ndim == 1 and value.dtype == torch.int32
-        require(fits and value.is_contiguous() and value.device == device, name, value, accepted)
+        if not (fits and value.is_contiguous() and value.device == device):
+            reject(name, value, f"a contiguous int32 tensor of one dimension on {device}, as `compact` returns it")
     require(cu_seqlens.shape[0] >= 1, "cu_seqlens", cu_seqlens, "a tensor of S + 1 offsets")

@@ -71,9 +71,17 @@ _default = _check_requested(os.environ.get("NEUROFLOW_BACKEND", "auto"))
 _requested: ContextVar[str | None] = ContextVar("neuroflow_backend", default=_default)
 
 
+@torch.compiler.assume_constant_result
+def _requested_backend() -> str | None:
+    return _requested.get()
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every op called inside the block with backend `name`: 'reference', 'cpp', 'cuda', 'triton' or 'auto'."""
+    """Serve every op called inside the block with backend `name`: 'reference', 'cpp', 'cuda', 'triton' or 'auto'.
+
+    What `torch.compile` traces keeps the backend that was asked for while it was traced.
+    """
     token = _requested.set(_check_requested(name))
     try:
         yield
@@ -133,7 +141,7 @@ class Operator:
         Operator.registry[self.name] = self
 
     def __call__(self, *args: object) -> object:
-        backend = _requested.get()
+        backend = _requested_backend()
         if backend is None:
             return self.overload(*args)
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))

@@ -1,0 +1,192 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from neuroflow_kernels import gather_rows, use_backend
+from neuroflow_kernels.reference.gather_rows import gather_rows as reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# (S, N, D), rows per stream
+CASES = [((1, 1, 1), [1]), ((1, 5, 7), [3]), ((3, 4, 33), [2, 0, 4]), ((2, 9, 768), [5, 1]), ((2, 3, 8), [0, 0])]
+EMPTY = [((0, 4, 8), []), ((2, 0, 8), [0, 0])]
+
+
+def select(generator, shape, counts):
+    """A selection of that many rows of each stream, as compact returns it."""
+    streams, tokens, _ = shape
+    rows = [
+        stream * tokens + torch.randperm(tokens, generator=generator)[:count].sort().values
+        for stream, count in enumerate(counts)
+    ]
+    packed = torch.cat(rows) if rows else torch.empty(0)
+    index = torch.full((streams * tokens,), -1, dtype=torch.int32)
+    index[: len(packed)] = packed
+    return index, torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+
+
+def layer_norm(generator, dim, dtype):
+    return {
+        "norm_weight": torch.randn(dim, generator=generator).to(dtype),
+        "norm_bias": torch.randn(dim, generator=generator).to(dtype),
+        "eps": 1e-5,
+    }
+
+
+def test_reference_is_the_definition(generator):
+    x = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    index, cu_seqlens = torch.tensor([1, 3, 5, -1, -1, -1]).int(), torch.tensor([0, 1, 3]).int()
+    packed = reference(x, index, cu_seqlens, 4, None, None, 0.0)
+    assert packed.tolist() == [x[0, 1].tolist(), x[1, 0].tolist(), x[1, 2].tolist(), [0.0] * 4]
+    norm = layer_norm(generator, 4, torch.float64)
+    row = x[0, 1].tolist()
+    mean = sum(row) / 4
+    variance = sum((value - mean) ** 2 for value in row) / 4
+    scaled = [(value - mean) / (variance + 1e-5) ** 0.5 for value in row]
+    weight, bias = norm["norm_weight"].tolist(), norm["norm_bias"].tolist()
+    expected = [value * w + b for value, w, b in zip(scaled, weight, bias, strict=True)]
+    assert reference(x, index, cu_seqlens, 4, *norm.values())[0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, counts", CASES + EMPTY, ids=str)
+def test_rows_are_copied_bit_for_bit(backend, generator, shape, counts, dtype):
+    x = torch.randn(shape, generator=generator).to(dtype)
+    index, cu_seqlens = select(generator, shape, counts)
+    packed = gather_rows(x, index, cu_seqlens)
+    assert packed.dtype == dtype
+    assert torch.equal(packed, x.view(-1, shape[2])[index[: sum(counts)].long()])
+
+
+def test_nan_and_inf_are_copied_too(backend):
+    x = torch.tensor([[[torch.nan, 1.0], [2.0, -torch.inf]]])
+    packed = gather_rows(x, torch.tensor([0, 1]).int(), torch.tensor([0, 2]).int())
+    assert torch.equal(packed.view(torch.int32), x[0].view(torch.int32))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_rows_pad_and_truncate(backend, generator, norm):
+    shape = (2, 6, 9)
+    x = torch.randn(shape, generator=generator)
+    index, cu_seqlens = select(generator, shape, [3, 2])
+    norm = layer_norm(generator, 9, x.dtype) if norm else {}
+    exact = gather_rows(x, index, cu_seqlens, **norm)
+    padded = gather_rows(x, index, cu_seqlens, 20, **norm)
+    assert torch.equal(padded[:5], exact)
+    assert torch.equal(padded[5:], torch.zeros(15, 9))
+    assert torch.equal(gather_rows(x, index, cu_seqlens, 2, **norm), exact[:2])
+    assert gather_rows(x, index, cu_seqlens, 0, **norm).shape == (0, 9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, counts", CASES, ids=str)
+def test_layer_norm(backend, generator, shape, counts, dtype):
+    x = (3 + 2 * torch.randn(shape, generator=generator)).to(dtype)
+    index, cu_seqlens = select(generator, shape, counts)
+    norm = layer_norm(generator, shape[2], dtype)
+    packed = gather_rows(x, index, cu_seqlens, **norm)
+    wide = [value.double() if isinstance(value, torch.Tensor) else value for value in norm.values()]
+    expected = reference(x.double(), index, cu_seqlens, sum(counts), *wide)
+    torch.testing.assert_close(packed, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_layer_norm_of_a_large_mean(backend, generator):
+    """Where mean(x^2) - mean(x)^2 would have no digit left."""
+    x = 4096 + torch.randn(1, 1, 512, generator=generator)
+    norm = {"norm_weight": torch.ones(512), "norm_bias": torch.zeros(512), "eps": 1e-6}
+    packed = gather_rows(x, torch.zeros(1).int(), torch.tensor([0, 1]).int(), **norm)
+    expected = F.layer_norm(x[0].double(), (512,), eps=1e-6).float()
+    torch.testing.assert_close(packed, expected, rtol=0, atol=2e-3)
+
+
+def test_x_need_not_be_contiguous(backend, generator):
+    x = torch.randn(5, 2, 7, generator=generator).transpose(0, 1)
+    index, cu_seqlens = select(generator, (2, 5, 7), [2, 3])
+    assert torch.equal(gather_rows(x, index, cu_seqlens), x.reshape(-1, 7)[index[:5].long()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_to_16_bits(generator, dtype):
+    """Sums of any two 16-bit values, Inf, NaN, overflow and ties included: a row of +-1 is its own LayerNorm."""
+    everything = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = torch.ones(1, 1, 2**16, dtype=dtype)
+    x[0, 0, 1::2] = -1
+    shuffled = everything[torch.randperm(2**16, generator=generator)]
+    for bias in (shuffled, *(everything.roll(shift) for shift in (0, 1, 2, 3, 257, 4096, 32768, 32769))):
+        with use_backend("cpp"):
+            norm = {"norm_weight": everything, "norm_bias": bias, "eps": 0.0}
+            packed = gather_rows(x, torch.zeros(1).int(), torch.tensor([0, 1]).int(), **norm)[0]
+        expected = (x[0, 0].float() * everything.float() + bias.float()).to(dtype)
+        assert torch.equal(packed.isnan(), expected.isnan())
+        known = ~expected.isnan()
+        assert torch.equal(packed[known], expected[known])
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_many_rows_on_many_threads(generator, norm):
+    shape = (2, 800, 100)
+    x = torch.randn(shape, generator=generator)
+    index, cu_seqlens = select(generator, shape, [500, 300])
+    norm = layer_norm(generator, 100, x.dtype) if norm else {}
+    with use_backend("cpp"):
+        packed = gather_rows(x, index, cu_seqlens, 900, **norm)
+    expected = reference(x, index, cu_seqlens, 900, norm.get("norm_weight"), norm.get("norm_bias"), 1e-5)
+    torch.testing.assert_close(packed, expected)
+
+
+@pytest.mark.parametrize("value", [10, -1, 2**31 - 1])
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_index_out_of_range(name, value):
+    index = torch.tensor([0, value]).int()
+    with use_backend(name), pytest.raises(IndexError, match="index"):
+        gather_rows(torch.zeros(2, 5, 3), index, torch.tensor([0, 1, 2]).int())
+
+
+def test_cu_seqlens_out_of_range():
+    with use_backend("cpp"), pytest.raises(IndexError, match="cu_seqlens ends in 3"):
+        gather_rows(torch.zeros(2, 5, 3), torch.zeros(2).int(), torch.tensor([0, 1, 3]).int(), 3)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_opcheck(generator, norm):
+    x = torch.randn(2, 5, 7, generator=generator)
+    index, cu_seqlens = select(generator, (2, 5, 7), [2, 3])
+    weights = (torch.ones(7), torch.zeros(7)) if norm else (None, None)
+    torch.library.opcheck(torch.ops.neuroflow.gather_rows.default, (x, index, cu_seqlens, 6, *weights, 1e-5))
+
+
+def test_compile(generator):
+    x = torch.randn(2, 5, 7, generator=generator)
+    index, cu_seqlens = select(generator, (2, 5, 7), [2, 3])
+    compiled = torch.compile(gather_rows, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, index, cu_seqlens, 6), gather_rows(x, index, cu_seqlens, 6))
+    assert torch.equal(compiled(x, index, cu_seqlens), gather_rows(x, index, cu_seqlens))
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("x", {"x": torch.zeros(3, 4)}),
+        ("x", {"x": torch.zeros(2, 3, 4, dtype=torch.int32)}),
+        ("index", {"index": torch.zeros(6)}),
+        ("index", {"index": torch.zeros(12).int()[::2]}),
+        ("cu_seqlens", {"cu_seqlens": torch.zeros(3).long()}),
+        ("cu_seqlens", {"cu_seqlens": torch.zeros(0).int()}),
+        ("rows", {"rows": -1}),
+        ("norm_weight", {"norm_weight": torch.ones(3), "norm_bias": torch.ones(4)}),
+        ("norm_bias", {"norm_weight": torch.ones(4), "norm_bias": torch.ones(4).double()}),
+    ],
+)
+def test_errors_name_the_argument(name, change):
+    arguments = {
+        "x": torch.zeros(2, 3, 4),
+        "index": torch.zeros(6).int(),
+        "cu_seqlens": torch.zeros(3).int(),
+        "rows": 2,
+    }
+    with pytest.raises(ValueError, match=rf"^{name} is .*; accepted is"):
+        gather_rows(**arguments | change)
+
+
+def test_norm_weight_and_bias_go_together():
+    with pytest.raises(ValueError, match="norm_weight and norm_bias go together"):
+        gather_rows(torch.zeros(1, 3, 4), torch.zeros(3).int(), torch.zeros(2).int(), 2, norm_weight=torch.ones(4))
