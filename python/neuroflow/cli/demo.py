@@ -17,6 +17,7 @@ from . import CommandError
 from .run import encode_video
 
 SIZE = 448
+SIGLIP_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 RANDOM_WEIGHTS = "The weights are random: only the speed and the share of patches skipped mean anything, not fidelity."
 
 
@@ -35,13 +36,11 @@ def demo(arguments: argparse.Namespace) -> int:
     print(f"drawing {clip} and making a SigLIP of base size. {RANDOM_WEIGHTS}", file=sys.stderr)
     write_street(clip, size=SIZE)
     torch.manual_seed(0)
-    config = SiglipVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=SIZE
-    )
+    model = SiglipVisionModel(SiglipVisionConfig(**SIGLIP_BASE, image_size=SIZE, patch_size=16)).eval()
     with contextlib.closing(Source(str(clip))) as source:
         code = encode_video(
             source,
-            SiglipVisionModel(config).eval(),
+            model,
             Preprocessor(SIZE, SIZE),
             neuroflow.NeuroFlowConfig(),
             compare=True,

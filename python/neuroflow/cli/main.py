@@ -135,8 +135,8 @@ def _count(text: str) -> int:
 
 def _size(text: str) -> tuple[int, int]:
     """Width and height."""
-    sides = [int(side) for side in text.lower().split("x")]
-    if len(sides) > 2 or min(sides) < 1:
+    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
+    if len(sides) > 2 or 0 in sides:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give 448 or 640x384")
     return sides[0], sides[-1]
 
