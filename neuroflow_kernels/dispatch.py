@@ -80,7 +80,8 @@ def _requested_backend() -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Serve every op called inside the block with backend `name`: 'reference', 'cpp', 'cuda', 'triton' or 'auto'.
 
-    What `torch.compile` traces keeps the backend that was asked for while it was traced.
+    What `torch.compile` traces keeps the backend that was asked for while it was traced; around 'reference' and
+    'triton' the graph breaks.
     """
     token = _requested.set(_check_requested(name))
     try:

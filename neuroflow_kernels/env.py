@@ -1,0 +1,55 @@
+"""`python -m neuroflow_kernels.env`: what a bug report needs."""
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .dispatch import BACKENDS, unavailable
+
+PACKAGES = ("torch", "triton", "transformers", "numpy", "neuroflow")
+VARIABLES = ("NEUROFLOW_", "TRITON_", "TORCH_", "TORCHINDUCTOR_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _devices() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        return {"cuda": "none"}
+    properties = [torch.cuda.get_device_properties(device) for device in range(torch.cuda.device_count())]
+    return {
+        f"cuda:{device}": f"{found.name}, compute capability {found.major}.{found.minor}"
+        for device, found in enumerate(properties)
+    }
+
+
+def describe() -> dict[str, str]:
+    """Versions, processor, devices, every backend's state on the CPU and the GPU, and the environment, by name."""
+    facts = {"python": sys.version.split()[0], "platform": platform.platform()}
+    facts |= {package: _version(package) for package in PACKAGES}
+    facts |= {"processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"}
+    facts |= {"threads": f"{torch.get_num_threads()} of {os.cpu_count()}"} | _devices()
+    for backend in BACKENDS:
+        for device in ("cpu", "cuda"):
+            facts[f"{backend} on {device}"] = unavailable(backend, device) or "available"
+    return facts | {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+
+
+if __name__ == "__main__":
+    for name, value in describe().items():
+        print(f"{name + ':':20} {value}")
