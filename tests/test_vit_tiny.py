@@ -1,0 +1,64 @@
+"""A real ImageNet ViT-Ti on real photographs and footage, by the command that a user types."""
+
+import neuroflow
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import vit_tiny
+from neuroflow.cli.main import main
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def classifier(data, tmp_path_factory):
+    """The model, and the Hugging Face directory that it was saved to."""
+    directory = tmp_path_factory.mktemp("vit-tiny")
+    return vit_tiny(data("weights/vit_tiny_patch16_224.safetensors"), directory), directory
+
+
+def photograph(path):
+    """The middle 224 x 224 of a photograph whose short side is 256."""
+    image = Image.open(path).convert("RGB")
+    left, top = (image.width - 224) // 2, (image.height - 224) // 2
+    pixels = np.asarray(image.crop((left, top, left + 224, top + 224)))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def test_the_converted_classifier_recognises_photographs(classifier, data):
+    model, _ = classifier
+    paths = sorted(data("imagenet256").glob("*.jpg"))
+    assert len(paths) == 500
+    correct = 0
+    with torch.inference_mode():
+        for start in range(0, 500, 50):
+            batch = paths[start : start + 50]
+            predicted = model(torch.stack([photograph(path) for path in batch])).logits.argmax(-1)
+            correct += sum(int(path.name[:4]) == label for path, label in zip(batch, predicted.tolist(), strict=True))
+    assert 0.80 <= correct / 500 <= 0.86
+
+
+def test_the_idle_clip_keeps_its_features(classifier, data, tmp_path, capsys):
+    """Context, its defaults, the measuring protocol's 120 frames: 97 % skipped at a cosine of 0.99."""
+    video, out = data("videos/intel_bottle-detection.mp4"), tmp_path / "result.npz"
+    command = ["run", str(video), "--model", str(classifier[1]), "--arch", "context", "--compare"]
+    assert main([*command, "--max-frames", "120", "--out", str(out)]) == 0
+    print(capsys.readouterr().out)
+    result = np.load(out)
+    assert result["skipped"].mean() >= 0.97
+    assert result["cosine"][1:].mean() >= 0.99
+
+
+def test_a_classifier_is_patched_inside(classifier, data):
+    """The vision tower lies inside the classification model, whose own output class comes back."""
+    model, _ = classifier
+    photo = photograph(sorted(data("imagenet256").glob("*.jpg"))[0])[None]
+    with torch.inference_mode():
+        dense = model(photo)
+        neuroflow.enable_cache(model)
+        sparse = [model(photo) for _ in range(2)]
+        skipped = neuroflow.summary(model).streams["default"].skipped
+        neuroflow.disable_cache(model)
+    assert type(sparse[1]) is type(dense)
+    assert skipped == pytest.approx((1 - 4 / 196) / 2)
+    assert F.cosine_similarity(sparse[1].logits, dense.logits).item() > 0.9999
