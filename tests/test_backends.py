@@ -70,6 +70,7 @@ def test_requests_nest_and_end(monkeypatch):
 
 
 def test_torch_compile_keeps_the_backend_it_was_traced_with(monkeypatch):
+    torch._dynamo.reset()
     surprise, calls = torch.rand(2, 9), []
     reference = dispatch._implementation("reference", "compact", "compact")
     monkeypatch.setattr(dispatch, "_implementation", lambda *names: calls.append(names) or reference)
@@ -77,6 +78,7 @@ def test_torch_compile_keeps_the_backend_it_was_traced_with(monkeypatch):
         index, _ = torch.compile(compact, backend="aot_eager")(surprise, threshold=0.5)
     assert torch.equal(index, compact(surprise, threshold=0.5)[0])
     assert calls == [("reference", "compact", "compact")]
+    torch._dynamo.reset()
     with use_backend("cuda"), pytest.raises(Exception, match="cannot serve compact on cpu"):
         torch.compile(compact, fullgraph=True, backend="aot_eager")(surprise, threshold=0.5)
 

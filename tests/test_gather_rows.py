@@ -123,10 +123,10 @@ def test_rounding_to_16_bits(generator, dtype):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_many_rows_on_many_threads(generator, norm):
-    shape = (2, 800, 100)
+    shape = (2, 800, 1000)
     x = torch.randn(shape, generator=generator)
     index, cu_seqlens = select(generator, shape, [500, 300])
-    norm = layer_norm(generator, 100, x.dtype) if norm else {}
+    norm = layer_norm(generator, 1000, x.dtype) if norm else {}
     with use_backend("cpp"):
         packed = gather_rows(x, index, cu_seqlens, 900, **norm)
     expected = reference(x, index, cu_seqlens, 900, norm.get("norm_weight"), norm.get("norm_bias"), 1e-5)

@@ -93,7 +93,7 @@ def test_every_16_bit_value_is_widened_and_rounded(generator, dtype, odd):
 
 @pytest.mark.parametrize("blend", BLENDS)
 def test_many_rows_on_many_threads(generator, blend):
-    cache, packed, index, cu_seqlens = draw(generator, (2, 800, 100), [500, 300])
+    cache, packed, index, cu_seqlens = draw(generator, (2, 800, 1000), [500, 300])
     expected = cache.clone()
     reference(expected, packed, index, cu_seqlens, blend)
     with use_backend("cpp"):

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> compact(Tensor surprise, std::optional<Tensor> thresh
   const int32_t* budgets = budget ? data<int32_t>(*budget, "budget") : nullptr;
   int32_t* rows = data<int32_t>(index, "index");
   std::vector<int64_t> counts(streams);
-  torch::stable::parallel_for(0, streams, grain(tokens), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, streams, grain(computed, tokens), [&](int64_t begin, int64_t end) {
     for (int64_t stream = begin; stream < end; ++stream) {
       const int64_t base = stream * tokens;
       counts[stream] = thresholds ? compact_above(values + base, tokens, thresholds[stream], floor, base, rows + base)

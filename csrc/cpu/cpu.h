@@ -51,8 +51,13 @@ T* data(const Tensor& tensor, const char* name) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-/// Rows to a thread such that it has some 32,768 elements to work on: less is done sooner than a thread wakes up.
-inline int64_t grain(int64_t dim) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, dim)); }
+/// Rows to a thread, so that it has this many elements to work on: less is done sooner than a thread wakes up. Rows
+/// that are merely copied need more, as on a busy machine waiting for the last thread costs a time slice.
+constexpr int64_t computed = 1 << 15, copied = 1 << 19;
+
+inline int64_t grain(int64_t elements, int64_t dim) {
+  return std::max<int64_t>(1, elements / std::max<int64_t>(1, dim));
+}
 
 /// The first min(cu_seqlens[-1], rows) entries of `index`, every one of them a row of a tensor of `limit` rows.
 struct Selection {

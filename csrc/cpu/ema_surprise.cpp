@@ -11,7 +11,7 @@ Tensor ema_surprise_(Tensor h, Tensor ema, double decay) {
     const auto* rows = data<decltype(token)>(h, "h");
     auto* references = data<decltype(reference)>(ema, "ema");
     float* out = data<float>(surprise, "surprise");
-    torch::stable::parallel_for(0, streams * tokens, grain(dim), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, streams * tokens, grain(computed, dim), [&](int64_t begin, int64_t end) {
       ema_surprise(rows + begin * dim, references + begin * dim, out + begin, end - begin, dim, decay);
     });
   };

@@ -15,7 +15,7 @@ Tensor gather_rows(Tensor x, Tensor index, Tensor cu_seqlens, int64_t rows, std:
     const T* weight = norm_weight ? data<T>(*norm_weight, "norm_weight") : nullptr;
     const T* bias = norm_bias ? data<T>(*norm_bias, "norm_bias") : nullptr;
     T* target = data<T>(packed, "packed");
-    torch::stable::parallel_for(0, count, grain(dim), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, count, grain(weight ? computed : copied, dim), [&](int64_t begin, int64_t end) {
       if (weight)
         gather_rows_normalized(source, chosen + begin, weight, bias, eps, target + begin * dim, end - begin, dim);
       else

@@ -11,7 +11,7 @@ void scatter_rows_(Tensor cache, Tensor packed, Tensor index, Tensor cu_seqlens,
     using T = decltype(zero);
     T* target = data<T>(cache, "cache");
     const T* source = data<T>(packed, "packed");
-    torch::stable::parallel_for(0, count, grain(dim), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, count, grain(blend == 1 ? copied : computed, dim), [&](int64_t begin, int64_t end) {
       if (blend == 1)
         scatter_rows(target, source + begin * dim, chosen + begin, end - begin, dim);
       else
