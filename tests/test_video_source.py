@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 from neuroflow.video.encode import VideoWriter
-from neuroflow.video.source import Source, SourceError
+from neuroflow.video.source import Frame, Source, SourceError
 from PIL import Image
 
 
@@ -145,10 +145,12 @@ def test_frames_over_the_ceiling_are_refused(tmp_path):
         Source(str(clip), max_pixels=64 * 48 - 1)
 
 
-def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path):
+@pytest.mark.parametrize("name", ["huge.png", "."])
+def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, name):
     Image.new("1", (20000, 10000)).save(tmp_path / "huge.png")  # 24 kB, 200 million pixels
-    with pytest.raises(SourceError, match="over the ceiling of 178,956,970 pixels, see --max-pixels"):
-        Source(str(tmp_path / "huge.png"))
+    # FFmpeg learns the size of a PNG by decoding it: that the message cannot tell it shows that nothing was decoded.
+    with pytest.raises(SourceError, match=r"\(damaged, or over the ceiling of 178,956,970 pixels, see --max-pixels\)"):
+        Source(str(tmp_path / name))
 
 
 def test_growing_over_the_ceiling_ends_a_stream(tmp_path):
@@ -224,6 +226,21 @@ def test_live_source_keeps_the_newest_and_ends_when_it_falls_silent(tmp_path, se
     silence.set()
     assert len(frames) <= 2 and frames[-1].index >= 15
     assert source.stopped
+
+
+def test_driver_that_hangs_does_not_hang_the_caller(monkeypatch):
+    release = threading.Event()
+
+    def stuck():
+        yield Frame(0, 0.0, None)
+        release.wait(5)
+
+    monkeypatch.setattr(Source, "_open", lambda self: self._newest(stuck()))
+    source = Source("/dev/video0", timeout=0.2)
+    source.live = True
+    assert list(source) == []
+    release.set()
+    assert source.stopped == "no frame came for 0.2 seconds"
 
 
 def test_server_that_never_answers_times_out(serve):

@@ -69,6 +69,7 @@ class Source:
         self.rate: Fraction | None = None
         self.stopped: str | None = None
         self._max_pixels = max_pixels
+        self._over = f"over the ceiling of {max_pixels:,} pixels, see --max-pixels"
         self._timeout = timeout
         self._frames = self._open()
         self._first = next(self._frames, None)
@@ -119,7 +120,6 @@ class Source:
             container.close()
             raise SourceError(f"{self.address}: there is no video in it, only other streams; give another source")
         stream = container.streams.video[0]
-        stream.codec_context.options = {"max_pixels": str(self._max_pixels)}
         self.rate = stream.average_rate
         self.live = device is not None or name.startswith("rtsp") or ("://" in name and container.duration is None)
         if self.live:
@@ -130,9 +130,12 @@ class Source:
         return self._read_container(container, stream)
 
     def _container(self, name: str, options: dict[str, str], device: str | None) -> av.container.InputContainer:
-        # FFmpeg decodes a frame or two while it opens a file, so the ceiling has to be in place by then.
         ceiling = {"max_pixels": str(self._max_pixels)}
-        return av.open(name, format=device, options={**options, **ceiling}, timeout=self._timeout)
+        # FFmpeg decodes a frame or two to open a file, with a decoder of its own: both need the ceiling.
+        container = av.open(name, format=device, options={**options, **ceiling}, timeout=self._timeout)
+        for stream in container.streams.video:
+            stream.codec_context.options = ceiling
+        return container
 
     def _read_images(self, images: list[Path]) -> Iterator[Frame]:
         for index, path in enumerate(images):
@@ -148,7 +151,8 @@ class Source:
         index = 0
         with container:
             try:
-                self._check_pixels(stream.width, stream.height)
+                if stream.width * stream.height > self._max_pixels:
+                    raise SourceError(f"{stream.width}x{stream.height} is {self._over}")
                 for packet in container.demux(stream):
                     try:
                         pictures = packet.decode()
@@ -157,7 +161,6 @@ class Source:
                             continue
                         raise
                     for picture in pictures:
-                        self._check_pixels(picture.width, picture.height)
                         time = picture.time if picture.time is not None else float(index / (self.rate or 1))
                         yield Frame(index, time, picture)
                         index += 1
@@ -201,12 +204,8 @@ class Source:
         finally:
             closing = True
 
-    def _check_pixels(self, width: int, height: int) -> None:
-        if width * height > self._max_pixels:
-            raise SourceError(f"{width}x{height} is over the ceiling of {self._max_pixels:,} pixels, see --max-pixels")
-
     def _reason(self, error: Exception) -> str:
         if isinstance(error, av.error.ArgumentError):
-            return f"damaged, or over the ceiling of {self._max_pixels:,} pixels, see --max-pixels"
+            return f"damaged, or {self._over}"
         text = error.strerror if isinstance(error, av.FFmpegError) else str(error)
         return " ".join((text or type(error).__name__).split())
