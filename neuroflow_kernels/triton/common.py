@@ -4,7 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-
 # Stated, because Triton's default differs between versions, and rounding with it.
 FUSE_MULTIPLY_ADD = {"enable_fp_fusion": True}
 
