@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-SOURCES := $(wildcard csrc/cpu/*.cpp csrc/include/neuroflow/*.h)
+SOURCES := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/neuroflow/*.h)
 
 .PHONY: demo test test-slow lint format bench clean
 

@@ -36,13 +36,13 @@ def extensions() -> dict:
     else:
         # errno and the exception flags, which nothing here reads, would keep loops from being vectorised.
         flags = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-        flags += ["-Wall", "-Wextra"]
+        flags += ["-Wall", "-Wextra", "-g0"]
         flags += [f"-isystem{path}" for path in include_paths()]  # no warnings from torch's headers
     cpu = CppExtension(
         "neuroflow_kernels._cpu",
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")),
         include_dirs=[str(ROOT / "csrc/include")],
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/include/neuroflow").glob("*.h")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
         extra_compile_args=[*flags, "-DTORCH_TARGET_VERSION=0x020a000000000000"],
         py_limited_api=True,
     )
