@@ -74,6 +74,7 @@ def test_decay_zero_writes_nothing(backend, generator):
     h, ema = frame(generator, (1, 4, 9), torch.bfloat16, torch.bfloat16)
     ema[0, 1] = torch.nan
     ema[0, 2] = torch.inf
+    ema[0, 3] = -0.0  # 1 * -0 + 0 * h would be 0
     before = ema.clone()
     ema_surprise_(h, ema, 0)
     assert torch.equal(ema.view(torch.int16), before.view(torch.int16))
