@@ -23,12 +23,14 @@ from neuroflow_kernels.triton.gather_rows import gather_rows  # noqa: E402
 from neuroflow_kernels.triton.scatter_rows import scatter_rows_  # noqa: E402
 
 OPS = ("ema_surprise", "compact", "gather_rows", "scatter_rows", "ema_gate")
+OLD_INTERPRETER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: the kernels are not compiled")
 interprets = pytest.mark.skipif(not INTERPRETED, reason="run by test_op_tests_pass_interpreted")
 
 
 @compiles
+@pytest.mark.skipif(OLD_INTERPRETER, reason="before triton 3.7 the interpreter cannot count in a loop, under NumPy 2.4")
 def test_op_tests_pass_interpreted():
     tests = Path(__file__).parent
     # Triton decides on import whether kernels are interpreted: hence a process of its own.
