@@ -124,20 +124,20 @@ def test_disabling_leaves_no_trace(family, arch):
 
 def test_disabling_puts_back_a_forward_of_the_users_own():
     model = tiny("siglip")
-    theirs = model.head.forward
-    model.head.forward = lambda *args: theirs(*args) + 1
-    own = model.head.forward
+    head = neuroflow.adapters.describe(model).head
+    theirs = head.forward
+    head.forward = own = lambda *args: theirs(*args) + 1
     neuroflow.enable_cache(model)
     neuroflow.disable_cache(model)
-    assert model.head.forward is own
+    assert head.forward is own
 
 
 def test_enabling_twice():
     model, config = tiny("siglip"), neuroflow.NeuroFlowConfig(threshold=0.1)
     neuroflow.enable_cache(model, config)
-    patched = model.forward
+    patched = neuroflow.adapters.describe(model).tower.forward
     neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0.1))
-    assert model.forward is patched
+    assert neuroflow.adapters.describe(model).tower.forward is patched
     with pytest.raises(RuntimeError, match="disable_cache first"):
         neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0.2))
 
@@ -182,7 +182,8 @@ def test_hidden_states_are_captured():
 
 def test_layers_used_by_themselves_behave_as_before():
     model, tokens = tiny("siglip"), torch.randn(1, 5, 64)
-    before = [model.encoder.layers[0](tokens, None), model.head(tokens)]
+    anatomy = neuroflow.adapters.describe(model)
+    before = [anatomy.layers[0](tokens, None), anatomy.head(tokens)]
     neuroflow.enable_cache(model)
-    after = [model.encoder.layers[0](tokens, None), model.head(tokens)]
+    after = [anatomy.layers[0](tokens, None), anatomy.head(tokens)]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(after, before, strict=True))

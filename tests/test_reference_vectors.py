@@ -20,7 +20,8 @@ def vectors(request, data):
 
 def tower(vectors, dtype):
     model = SiglipVisionModel(SiglipVisionConfig(**json.loads(str(vectors["config"]))))
-    model.load_state_dict({k[6:]: torch.from_numpy(vectors[k]) for k in vectors.files if k.startswith("state.")})
+    state = {k.removeprefix("state."): torch.from_numpy(vectors[k]) for k in vectors.files if k.startswith("state.")}
+    neuroflow.adapters.describe(model).tower.load_state_dict(state)
     return model.eval().to(dtype)
 
 
@@ -32,7 +33,7 @@ def test_gate_ops(vectors, backend):
     """Every backend's gate, fused and in steps: the active sets exactly, the surprise to 1e-6."""
     model, decay, threshold = tower(vectors, torch.float32), float(vectors["alpha"]), float(vectors["tau"])
     with torch.no_grad():
-        embeddings = model.embeddings(frames(vectors, torch.float32))
+        embeddings = neuroflow.adapters.describe(model).tower.embeddings(frames(vectors, torch.float32))
     fused, stepped = embeddings[:1].clone(), embeddings[:1].clone()
     floor = int(vectors["floor"])
     with kernels.use_backend(backend):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from models import tiny
+from neuroflow.adapters import describe
 from neuroflow.rewrites import attention_pool, is_patch_projection, project_patches
 from torch import nn
 
@@ -38,14 +39,14 @@ def test_other_projections_are_left_alone(convolution):
 @pytest.mark.parametrize("family", ["siglip", "siglip2"])
 @pytest.mark.parametrize("tokens", [1, 7, 36])
 def test_attention_pool_is_the_head(family, tokens):
-    head = tiny(family).head.double()
+    head = describe(tiny(family)).head.double()
     x = 3 * torch.randn(2, tokens, 64, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(attention_pool(head, x), head(x), rtol=0, atol=1e-12)
 
 
 def test_attention_pool_over_ragged_streams():
-    head = tiny("siglip").head.double()
+    head = describe(tiny("siglip")).head.double()
     x = torch.randn(3, 9, 64, dtype=torch.float64)
     with torch.no_grad():
         ours = attention_pool(head, x, [4, 9, 1])
@@ -54,7 +55,7 @@ def test_attention_pool_over_ragged_streams():
 
 
 def test_attention_pool_loses_no_more_than_the_head_in_bfloat16():
-    head, x = tiny("siglip").head.bfloat16(), (4 * torch.randn(4, 36, 64)).bfloat16()
+    head, x = describe(tiny("siglip")).head.bfloat16(), (4 * torch.randn(4, 36, 64)).bfloat16()
     with torch.no_grad():
         theirs, ours = head(x), attention_pool(head, x)
         exact = head.double()(x.double())

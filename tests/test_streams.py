@@ -129,7 +129,7 @@ def test_a_frame_that_fails_half_way_makes_the_next_a_key_frame():
     def fail(*_):
         raise MemoryError
 
-    hook = model.encoder.layers[2].register_forward_pre_hook(fail)
+    hook = neuroflow.adapters.describe(model).layers[2].register_forward_pre_hook(fail)
     with pytest.raises(MemoryError):
         pooled(model, "siglip", frames[1:2], ["a"])
     hook.remove()
@@ -206,7 +206,7 @@ def test_bfloat16_moving_average_keeps_small_steps():
     model, frames = tiny("siglip").bfloat16(), clip(frames=2).bfloat16()
     neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(reference="ema", ema_decay=0.001))
     pooled(model, "siglip", frames[:1], ["a"])
-    state = model._neuroflow_engine.streams["a"]
+    state = neuroflow.adapters.describe(model).tower._neuroflow_engine.streams["a"]
     before = state.tensors["reference"].clone()
     pooled(model, "siglip", frames[1:], ["a"])
     changed = state.active

@@ -13,7 +13,7 @@ def gather_rows(
 ) -> torch.Tensor:
     dim = x.shape[2]
     count = min(int(cu_seqlens[-1]), rows)
-    active = x.reshape(-1, dim).index_select(0, index[:count])
+    active = x.flatten(0, 1).index_select(0, index[:count])
     if norm_weight is not None:
         accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
         wide = F.layer_norm(active.to(accumulate), (dim,), norm_weight.to(accumulate), norm_bias.to(accumulate), eps)

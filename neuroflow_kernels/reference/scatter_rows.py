@@ -6,7 +6,7 @@ def scatter_rows_(
 ) -> None:
     count = min(int(cu_seqlens[-1]), packed.shape[0])
     rows, fresh = index[:count], packed[:count]
-    flat = cache.view(-1, cache.shape[2])
+    flat = cache.flatten(0, 1)
     if blend != 1:
         accumulate = torch.float64 if cache.dtype == torch.float64 else torch.float32
         kept = flat.index_select(0, rows).to(accumulate)
