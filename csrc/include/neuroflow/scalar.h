@@ -7,10 +7,9 @@
 #include <type_traits>
 
 // A function marked so is compiled once per x86-64 level, and the loader picks: one binary, every machine's vectors.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
-#if __has_attribute(target_clones)
+// Clang has no clones of templates; what it builds has the vectors of the level it was asked for.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define NEUROFLOW_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#endif
 #endif
 #ifndef NEUROFLOW_MULTIVERSION
 #define NEUROFLOW_MULTIVERSION
