@@ -38,12 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     try:
         # Late, so that --help and mistakes in the options answer at once.
+        from ..video.results import ResultError
+        from ..video.source import SourceError
+
         if arguments.command == "demo":
             from .demo import demo as command
         else:
             from .run import run as command
-        from ..video.results import ResultError
-        from ..video.source import SourceError
     except ModuleNotFoundError as error:
         if error.name not in ("av", "PIL"):
             raise

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from transformers import AutoConfig, SiglipVisionModel, ViTModel
@@ -17,6 +18,8 @@ def load_tower(name: str, device: torch.device, dtype: torch.dtype) -> transform
     Raises:
         CommandError: the model cannot be loaded, is of another type, or lacks weights.
     """
+    # What these would say of a failure comes below, in one line.
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
