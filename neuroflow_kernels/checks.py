@@ -54,12 +54,12 @@ def per_stream(
     name: str, value: torch.Tensor | float, streams: int, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     """A number for all streams, or one for each: a contiguous [S] tensor of `dtype`."""
-    accepted = f"a number, 0 or more, or a tensor of shape [{streams}] (one value per stream) on {device}"
     if isinstance(value, torch.Tensor):
-        require(value.shape == (streams,) and value.device == device, name, value, accepted)
-        return value.to(dtype).contiguous()
-    require(isinstance(value, (int, float)) and value >= 0, name, value, accepted)
-    return torch.full((streams,), value, dtype=dtype, device=device)
+        if value.shape == (streams,) and value.device == device:
+            return value.to(dtype).contiguous()
+    elif isinstance(value, (int, float)) and value >= 0:
+        return torch.full((streams,), value, dtype=dtype, device=device)
+    reject(name, value, f"a number, 0 or more, or a tensor of shape [{streams}] (one value per stream) on {device}")
 
 
 def selection(index: torch.Tensor, cu_seqlens: torch.Tensor, device: torch.device) -> None:
