@@ -5,15 +5,15 @@ the sparse frame is the right one is checked here all the same, by encoding ever
 """
 
 import argparse
-import platform
 import statistics
 import subprocess
 import time
 
 import neuroflow
 import torch
-import transformers
 from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from neuroflow_kernels.env import describe
 
 PATCH = 16
 
@@ -106,10 +106,8 @@ def main():
     parser.add_argument("--sparse-frames", type=int, default=7, help="for each dense frame")
     arguments = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    print(
-        f"{platform.machine()} {platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, neuroflow {commit}"
-    )
+    facts = describe()
+    print("  ".join(f"{name} {facts[name]}" for name in ("processor", "threads", "torch", "transformers")), commit)
     for size in arguments.size:
         for dtype in arguments.dtype:
             for skip in arguments.skip:
