@@ -46,7 +46,7 @@ def machine(device: torch.device) -> str:
         processor = next(iter(names), processor)
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return (
-        f"{processor} ({os.cpu_count()} cores), on {place}, {torch.get_num_threads()} threads, "
+        f"{processor} ({os.cpu_count()} cores), on {place}, {torch.get_num_threads()} thread(s), "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
 
