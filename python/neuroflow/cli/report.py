@@ -1,12 +1,9 @@
 """The table at the end of a run."""
 
-import os
-import platform
-from pathlib import Path
-
 import numpy as np
 import torch
-import transformers
+
+from neuroflow_kernels.env import describe
 
 from ..video.results import Record
 
@@ -39,11 +36,7 @@ def format_report(records: list[Record], state_bytes: int, model: str, gate: str
 
 def machine(device: torch.device) -> str:
     """The processor, the device, its threads and the versions that a time depends on, one line."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        names = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
-        processor = next(iter(names), processor)
+    facts = describe()
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return (
         f"{processor} ({os.cpu_count()} cores), on {place}, {torch.get_num_threads()} thread(s), "
