@@ -39,8 +39,8 @@ def machine(device: torch.device) -> str:
     facts = describe()
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return (
-        f"{processor} ({os.cpu_count()} cores), on {place}, {torch.get_num_threads()} thread(s), "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
+        f"{facts['processor']}, on {place}, threads {facts['threads']}, torch {facts['torch']}, "
+        f"transformers {facts['transformers']}"
     )
 
 
