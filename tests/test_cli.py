@@ -97,7 +97,7 @@ def test_the_main_job(tmp_path, neuroflow_run, clip):
         "key frames        1",
         "bytes",
         "float32",
-        "1 thread(s)",
+        "threads 1 of",
     ):
         assert words in table
     assert "8/8" in progress and "skipped" in progress
