@@ -53,7 +53,7 @@ T* data(const Tensor& tensor, const char* name) {
 
 /// Rows to a thread, so that it has this many elements to work on: less is done sooner than a thread wakes up. Rows
 /// that are merely copied need more, as on a busy machine waiting for the last thread costs a time slice.
-constexpr int64_t computed = 1 << 15, copied = 1 << 19;
+constexpr int64_t computed = 1 << 15, copied = 1 << 17;
 
 inline int64_t grain(int64_t elements, int64_t dim) {
   return std::max<int64_t>(1, elements / std::max<int64_t>(1, dim));

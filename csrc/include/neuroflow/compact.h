@@ -13,10 +13,17 @@ namespace neuroflow {
 /// Writes base, base + 1, ... for the tokens that are active, ascending; returns how many. index: room for `tokens`.
 template <typename Active>
 int64_t write_active(int64_t tokens, int32_t base, int32_t* index, Active active) {
+  constexpr int64_t block = 16;  // of which most hold nothing, and are passed over in one vector comparison
   int64_t count = 0;
-  for (int64_t token = 0; token < tokens; ++token) {
-    index[count] = base + static_cast<int32_t>(token);
-    count += active(token) ? 1 : 0;
+  for (int64_t start = 0; start < tokens; start += block) {
+    const int64_t end = std::min(start + block, tokens);
+    int any = 0;
+    for (int64_t token = start; token < end; ++token) any |= active(token) ? 1 : 0;
+    if (!any) continue;
+    for (int64_t token = start; token < end; ++token) {
+      index[count] = base + static_cast<int32_t>(token);
+      count += active(token) ? 1 : 0;
+    }
   }
   return count;
 }
@@ -46,7 +53,7 @@ inline int64_t compact_most(const float* surprise, int64_t tokens, int64_t count
 inline int64_t compact_above(const float* surprise, int64_t tokens, float threshold, int64_t floor, int32_t base,
                              int32_t* index) {
   if (threshold <= 0) return compact_most(surprise, tokens, tokens, base, index);
-  const auto above = [=](int64_t token) { return nan_as_inf(surprise[token]) > threshold; };
+  const auto above = [=](int64_t token) { return !(surprise[token] <= threshold); };  // NaN too
   const int64_t count = write_active(tokens, base, index, above);
   return count < std::min(floor, tokens) ? compact_most(surprise, tokens, floor, base, index) : count;
 }
