@@ -53,7 +53,7 @@ inline int64_t compact_most(const float* surprise, int64_t tokens, int64_t count
 inline int64_t compact_above(const float* surprise, int64_t tokens, float threshold, int64_t floor, int32_t base,
                              int32_t* index) {
   if (threshold <= 0) return compact_most(surprise, tokens, tokens, base, index);
-  const auto above = [=](int64_t token) { return !(surprise[token] <= threshold); };  // NaN too
+  const auto above = [=](int64_t token) { return nan_as_inf(surprise[token]) > threshold; };
   const int64_t count = write_active(tokens, base, index, above);
   return count < std::min(floor, tokens) ? compact_most(surprise, tokens, floor, base, index) : count;
 }
