@@ -180,6 +180,19 @@ def test_hidden_states_are_captured():
     assert [tuple(state.shape) for state in second.hidden_states[1:]] == [(1, 4, 64)] * 4
 
 
+def test_new_weights_take_effect_at_once():
+    """Also the positional table, whose interpolation to another size is kept from frame to frame."""
+    model, frame = tiny("siglip"), clip(frames=1, size=(32, 64))
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0))
+    outputs(model, "siglip", frame)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    ours = outputs(model, "siglip", frame)[0]
+    neuroflow.disable_cache(model)
+    assert_close(ours, outputs(model, "siglip", frame)[0], 1e-5)
+
+
 def test_layers_used_by_themselves_behave_as_before():
     model, tokens = tiny("siglip"), torch.randn(1, 5, 64)
     anatomy = neuroflow.adapters.describe(model)

@@ -184,8 +184,10 @@ def test_budget(budget, count):
 def test_the_gate_follows_its_definition(signal, reference):
     """Active sets and references against the definition, patch by patch, over a clip with gradual change."""
     model = tiny("vit").double()
+    with torch.no_grad():
+        model.embeddings.position_embeddings.mul_(4)  # enough to hide some of the change
     start, end = clip(frames=2, changed=12).double()
-    frames = [torch.lerp(start, end, share) for share in (0, 0.05, 0.1, 0.3, 0.35, 1)]
+    frames = [torch.lerp(start, end, share) for share in (0, 0.05, 0.1, 0.3, 0.35, *[1] * 8)]
     config = neuroflow.NeuroFlowConfig(threshold=0.02, ema_decay=0.3, floor=0, signal=signal, reference=reference)
     neuroflow.enable_cache(model, config)
     kept, counts = None, []
@@ -199,7 +201,7 @@ def test_the_gate_follows_its_definition(signal, reference):
         assert torch.equal(neuroflow.summary(model).streams["a"].active.flatten(), expected)
         kept = torch.lerp(kept, h, 0.3) if reference == "ema" else torch.where(expected[:, None], h, kept)
         counts.append(int(expected.sum()))
-    assert 0 < sum(counts[1:]) < 12 * 5
+    assert max(counts[1:]) > counts[-1] == 0
 
 
 def test_bfloat16_moving_average_keeps_small_steps():
@@ -244,6 +246,7 @@ def test_what_is_returned_never_changes_afterwards():
 def test_inference_mode_and_no_grad_may_alternate():
     model, frames = tiny("siglip"), clip(frames=4)
     neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=1e-4))
+    frames[0] = torch.nan  # so that the next frame, outside of inference mode, fills the same caches again
     for t, frame in enumerate(frames):
         with torch.inference_mode(t % 2 == 0):
             output = model(pixel_values=frame[None]).pooler_output
