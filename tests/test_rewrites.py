@@ -54,10 +54,10 @@ def test_attention_pool_over_ragged_streams():
             torch.testing.assert_close(row, head(tokens[None, :length])[0], rtol=0, atol=1e-12)
 
 
-def test_attention_pool_loses_no_more_than_the_head_in_bfloat16():
+def test_attention_pool_loses_less_than_the_head_in_bfloat16():
     head, x = describe(tiny("siglip")).head.bfloat16(), (40 * torch.randn(4, 36, 64)).bfloat16()
     with torch.no_grad():
         theirs, ours = head(x), attention_pool(head, x)
         exact = head.double()(x.double())
     assert ours.dtype == torch.bfloat16
-    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
+    assert (ours - exact).norm() <= 0.5 * (theirs - exact).norm()
