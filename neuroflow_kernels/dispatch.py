@@ -23,6 +23,10 @@ import torch
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
+_NOT_BUILT = {
+    "_cpu": "it is not built (`pip install --no-build-isolation .` builds it where torch and a C++ compiler are)",
+    "_cuda": "there is none yet; triton serves cuda tensors",
+}
 _library = torch.library.Library("neuroflow", "DEF")
 _extension_errors: dict[str, str | None] = {}
 
@@ -35,7 +39,7 @@ def _load_extension(stem: str) -> str | None:
     """Load `stem`.*.so beside this file into torch's dispatcher. Returns why it could not be, or None."""
     files = sorted(Path(__file__).parent.glob(f"{stem}.*so")) + sorted(Path(__file__).parent.glob(f"{stem}.*pyd"))
     if not files:
-        return "it is not built (`pip install --no-build-isolation .` builds it where torch and a C++ compiler are)"
+        return _NOT_BUILT[stem]
     try:
         torch.ops.load_library(files[0])
     except (OSError, RuntimeError) as error:

@@ -295,6 +295,8 @@ class Engine:
             index, finite = None, bool(h.sum(dtype=wide).isfinite())
         else:
             index, finite = self._surprising_patches(state, h)
+        if not finite:
+            self.warn_once(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
         state.account(index, key_frame, finite)
         return index, finite
 
