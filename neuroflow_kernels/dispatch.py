@@ -25,7 +25,7 @@ BACKENDS = ("reference", "cpp", "cuda", "triton")
 
 _NOT_BUILT = {
     "_cpu": "it is not built (`pip install --no-build-isolation .` builds it where torch and a C++ compiler are)",
-    "_cuda": "there is none yet; triton serves cuda tensors",
+    "_cuda": "it has no extension yet; triton serves cuda tensors",
 }
 _library = torch.library.Library("neuroflow", "DEF")
 _extension_errors: dict[str, str | None] = {}
