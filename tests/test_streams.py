@@ -51,6 +51,8 @@ def test_streams_and_frames_must_match():
     neuroflow.enable_cache(model)
     with pytest.raises(ValueError, match=r"holds 3 frames, and the context names 1 stream.*neuroflow\.encode"):
         model(pixel_values=frames)
+    with pytest.raises(ValueError, match="pixel_values is None"):
+        model(pixel_values=None)
     with pytest.raises(ValueError, match="each only once"):
         neuroflow.encode(model, frames[:2], stream_ids=["a", "a"])
     assert neuroflow.summary(model).streams == {}

@@ -145,7 +145,10 @@ class Engine:
 
     def on_tower(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         arguments = self.signature.bind(*args, **kwargs).arguments
-        count, names = arguments["pixel_values"].shape[0], self.named.get()
+        pixels, names = arguments.get("pixel_values"), self.named.get()
+        if not isinstance(pixels, torch.Tensor):
+            raise ValueError(f"pixel_values is {pixels!r}; accepted is a tensor, one frame of each stream")
+        count = pixels.shape[0]
         if count != len(names):
             raise ValueError(
                 f"pixel_values holds {count} frames, and the context names {len(names)} stream(s); accepted is one "
