@@ -176,7 +176,7 @@ class Engine:
         return frame.projected
 
     def on_positions(self, interpolate: Callable, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Interpolating the positional table costs as much as a sparse frame at 224 px, and is the same every frame."""
+        """The positional table interpolated to a size is kept: it stays the same until the weights change."""
         if torch.is_inference(next(self.anatomy.tower.embeddings.parameters())):
             return interpolate(embeddings, height, width)
         weights = tuple((p.data_ptr(), p._version) for p in self.anatomy.tower.embeddings.parameters())
