@@ -53,18 +53,22 @@ def test_threshold_zero_in_bfloat16(family, arch):
 def plain_vit(model, frames, active, arch, mid_layer):
     """The architectures on a ViT, written down once more without packing tricks: tokens [1 + N, D] per frame."""
 
-    def attend(layer, queries, tokens):
-        heads = layer.attention.num_attention_heads
+    anatomy = neuroflow.adapters.describe(model)
+
+    def attend(i, queries, tokens):
+        attention, layer = anatomy.attentions[i], anatomy.layers[i].attention
+        names = ("q_proj", "k_proj", "v_proj") if hasattr(attention, "q_proj") else ("query", "key", "value")
         q, k, v = (
-            projection(x).unflatten(-1, (heads, -1)).transpose(0, 1)
-            for projection, x in (
-                (layer.attention.q_proj, queries),
-                (layer.attention.k_proj, tokens),
-                (layer.attention.v_proj, tokens),
-            )
+            getattr(attention, name)(x).unflatten(-1, (attention.num_attention_heads, -1)).transpose(0, 1)
+            for name, x in zip(names, (queries, tokens, tokens), strict=True)
         )
-        weights = (q @ k.transpose(1, 2) * layer.attention.scaling).softmax(-1)
-        return layer.attention.o_proj((weights @ v).transpose(0, 1).flatten(1))
+        weights = (q @ k.transpose(1, 2) * attention.scaling).softmax(-1)
+        project = layer.o_proj if hasattr(layer, "o_proj") else layer.output.dense
+        return project((weights @ v).transpose(0, 1).flatten(1))
+
+    def mlp(i, tokens):
+        first, last = anatomy.mlps[i]
+        return last(torch.nn.functional.gelu(first(tokens)))
 
     memory, pooled = {}, []
     for frame, chosen in zip(frames, active, strict=True):
@@ -73,15 +77,15 @@ def plain_vit(model, frames, active, arch, mid_layer):
         x = model.embeddings(frame[None], interpolate_pos_encoding=True)[0]
         live = everything if arch in ("A", "D") else rows  # the tokens that x holds
         x = x[live]
-        for i, layer in enumerate(model.layers):
+        for i, layer in enumerate(anatomy.layers):
             if arch == "D" and i == mid_layer + 1:
                 x, live = x[rows], rows
             normed = layer.layernorm_before(x)
             seen = normed
             if arch == "E":
                 seen = memory[i] = memory.get(i, normed).index_copy(0, rows, normed)
-            x = x + attend(layer, normed, seen)
-            increment = layer.mlp(layer.layernorm_after(x))
+            x = x + attend(i, normed, seen)
+            increment = mlp(i, layer.layernorm_after(x))
             if arch == "A":
                 increment = memory[i] = memory.get(i, increment).index_copy(0, rows, increment[rows])
             x = x + increment

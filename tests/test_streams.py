@@ -146,8 +146,9 @@ def test_bad_arguments_cost_nothing():
     model, frames = tiny("vit"), clip(frames=3)
     neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=1e-4))
     pooled(model, "vit", frames[:1], ["a"])
-    with pytest.raises(ValueError, match="attention_mask is given"), neuroflow.cache_context(model, "a"):
-        model(frames[1:2], attention_mask=torch.ones(1, 37))
+    model.embeddings.mask_token = torch.nn.Parameter(torch.zeros(1, 1, 64))
+    with pytest.raises(ValueError, match="bool_masked_pos is given"), neuroflow.cache_context(model, "a"):
+        model(frames[1:2], bool_masked_pos=torch.zeros(1, 36, dtype=torch.bool))
     pooled(model, "vit", frames[2:], ["a"])
     assert neuroflow.summary(model).streams["a"].key_frames == 1
 
