@@ -216,8 +216,10 @@ class Engine:
         if self.config.arch == "active":
             return frame.pad(outputs) if frame.packed else outputs
         frame.store("output", outputs)
-        # The caller may keep what it gets, and the cache goes on changing.
-        return frame.cached("output").clone() if frame.packed else outputs
+        if not frame.packed:
+            return outputs
+        # A copy, of one stream too: the caller may keep what it gets, and the caches go on changing.
+        return torch.cat([state.tensors["output"] for state in frame.states])
 
     def on_head(self, forward: Callable, tokens: torch.Tensor, *args: Any) -> torch.Tensor:
         frame = _frame.get()
