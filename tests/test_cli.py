@@ -10,9 +10,12 @@ from models import vit_tiny
 from neuroflow import NeuroFlowConfig
 from neuroflow.cli import demo
 from neuroflow.cli.main import main
+from neuroflow.cli.report import format_report
+from neuroflow.cli.run import caption
 from neuroflow.video.encode import VideoWriter
 from neuroflow.video.preprocess import Preprocessor
-from neuroflow.video.results import Results
+from neuroflow.video.results import Record, Results
+from neuroflow.video.scene import CAMERAS, CLASSES, TRAJECTORIES, Scene, scenes, write_scene
 from neuroflow.video.source import Source
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
@@ -336,13 +339,68 @@ def test_resume_with_nothing_to_continue_begins_at_the_beginning(tmp_path, neuro
 
 def test_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "SIGLIP_BASE", TINY)
+    monkeypatch.setattr(demo, "SCENES", 5)
+    monkeypatch.setattr(demo, "FRAMES", 16)
     assert main(["demo", "--out-dir", str(tmp_path / "demo")]) == 0
     table = capsys.readouterr().out
-    assert "speed-up" in table and "The weights are random" in table
-    assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == ["overlay.mp4", "result.jsonl", "street.mp4"]
+    for words in (*TRAJECTORIES, *CAMERAS, "top-1", "speed-up", "weights are random, so this is about speed only"):
+        assert words in table
+    shown = next(scene for scene in scenes(5, held_out=True) if scene.camera == "static")
+    clips = [f"{scene.subject}-{scene.trajectory}-{scene.camera}.mp4" for scene in scenes(5, held_out=True)]
+    written = sorted(file.name for file in (tmp_path / "demo").iterdir())
+    assert written == sorted([*clips, "overlay.mp4", "result.jsonl", "street.mp4"])
     records = rows(tmp_path / "demo" / "result.jsonl")
-    assert len(records) == 120 and len(records[0]["embedding"]) == 64
-    assert 0.9 < np.mean([record["skipped"] for record in records[1:]]) < 1
+    assert len(records) == 16 and len(records[0]["embedding"]) == 192
+    assert 0.5 < np.mean([record["skipped"] for record in records[1:]]) < 1
+    assert {record["dense_predicted"] for record in records} <= set(CLASSES) and shown.subject in table
+
+
+def test_table_of_the_demo():
+    car = Scene("car", "local", "static", 1)
+    dog = Scene("dog", "arc", "pan", 3)
+
+    def scored(scene, label, predicted, dense, *, first=False, skipped=0.5):
+        return demo.Scored(scene, label, Record(0, 0, skipped, 98, first, 2.0, 9.0, 0.9, first, predicted, dense))
+
+    table = demo.format_scores(
+        [
+            scored(car, "car", "dog", "dog", first=True, skipped=0.0),
+            scored(car, "car", "car", "car"),
+            scored(car, "car", "van", "car"),
+            scored(car, None, "van", "van"),
+            scored(dog, "dog", "dog", "bird", skipped=0.8),
+        ],
+        "trajectory",
+        TRAJECTORIES,
+    )
+    assert [line.split() for line in table.splitlines()[3:]] == [
+        ["local", "100.0%", "50.0%", "0.9000", "50.0%", "9.0", "2.0"],
+        ["arc", "0.0%", "100.0%", "0.9000", "80.0%", "9.0", "2.0"],
+        ["all", "66.7%", "66.7%", "0.9000", "57.5%", "9.0", "2.0"],
+    ]
+
+
+def test_without_model_the_packages_own_is_used_and_named(tmp_path, capsys):
+    clip, out = tmp_path / "scene.mp4", tmp_path / "result.jsonl"
+    labels = write_scene(clip, Scene("bus", "local", "static", 1), 8)
+    assert main(["run", str(clip), "--compare", "--out", str(out)]) == 0
+    table, message = capsys.readouterr()
+    assert message.count("no --model given") == 1 and "224x224, 196 patches" in table
+    records = rows(out)
+    assert [record["dense_predicted"] for record in records] == [CLASSES[label] for label in labels] == ["bus"] * 8
+    agreement = np.mean([record["predicted"] == record["dense_predicted"] for record in records[1:]])
+    assert f"top-1 agreement   {agreement:.1%}" in table
+
+
+def test_agreement_and_caption_name_what_differs():
+    first, same, other = (
+        Record(number, 0, 0.5, 98, number == 0, 2.0, 9.0, 0.9, number == 0, predicted, "car")
+        for number, predicted in enumerate(("van", "car", "van"))
+    )
+    table = format_report([first, same, other], 0, "", "", torch.device("cpu"))
+    assert "top-1 agreement   50.0% of the frames" in table
+    assert caption(same).startswith("frame 1    car    50.0% skipped")
+    assert caption(other).startswith("frame 2    van (dense: car)    50.0% skipped")
 
 
 def test_help_shows_examples_and_every_option(capsys):

@@ -1,4 +1,4 @@
-"""The clip that the project draws, the writer of MP4s, and the overlay."""
+"""The writer of MP4s, and the overlay."""
 
 from fractions import Fraction
 
@@ -8,26 +8,7 @@ import pytest
 import torch
 from neuroflow.video.encode import VideoWriter
 from neuroflow.video.overlay import BRIGHTNESS, CAPTION_HEIGHT, PANEL_HEIGHT, OverlayWriter
-from neuroflow.video.scene import draw_street, write_street
 from neuroflow.video.source import Frame, Source
-
-
-def test_street_is_still_but_for_what_moves(tmp_path):
-    write_street(tmp_path / "street.mp4", frames=40)
-    frames = np.stack([frame.rgb(448, 448) for frame in Source(str(tmp_path / "street.mp4"))]).astype(np.float32)
-    assert frames.shape == (40, 448, 448, 3)
-    change = np.abs(np.diff(frames, axis=0)).mean(-1).reshape(39, 28, 16, 28, 16).mean((2, 4))
-    still = (change < 2).mean()
-    assert 0.9 < still < 0.99
-    # Things move in every frame, on the road and on the pavement above it.
-    assert (change[:, 17:25].max((1, 2)) > 10).all() and (change[:, 14:17].max((1, 2)) > 5).all()
-
-
-def test_street_repeats_with_its_seed_and_has_noise():
-    first, again, other = (np.stack(list(draw_street(2, 112, seed))) for seed in (3, 3, 4))
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
-    sky = first[:, :10].astype(int)
-    assert (sky[0] != sky[1]).mean() > 0.5
 
 
 def test_video_appears_whole_or_not_at_all(tmp_path):

@@ -1,5 +1,6 @@
 """Results survive a kill, appear whole or not at all, and read back the same in every format."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -48,6 +49,22 @@ def test_every_format_reads_back(tmp_path, suffix):
     frame, milliseconds, dense, vectors = read(path)
     assert frame.tolist() == [0, 1, 2] and milliseconds.tolist() == [1.5, 2.5, 3.5] and np.isnan(dense).all()
     assert np.array_equal(vectors.astype(np.float32), [embedding(number) for number in range(3)])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".npz", ".parquet"])
+def test_class_names_read_back(tmp_path, suffix):
+    path = tmp_path / f"result{suffix}"
+    results = Results(path, SETTINGS)
+    for number, name in enumerate(("car", "motorcycle")):
+        results.append(dataclasses.replace(record(number), predicted=name), embedding(number))
+    results.finish()
+    if suffix == ".jsonl":
+        names = [json.loads(line)["predicted"] for line in path.read_text().splitlines()]
+    elif suffix == ".npz":
+        names = np.load(path)["predicted"].tolist()
+    else:
+        names = pyarrow.parquet.read_table(path)["predicted"].to_pylist()
+    assert names == ["car", "motorcycle"]
 
 
 def test_settings_travel_with_the_binary_formats(tmp_path):

@@ -16,10 +16,13 @@ with --compare, what it cost.
 SOURCE is a video file, a directory of images (taken in name order), a webcam (0, /dev/video0) or an rtsp:// or http://
 address. Files give every frame; live sources give the newest, until --max-frames or Ctrl-C ends them.
 MODEL is a Hugging Face id or a local directory: SigLIP, SigLIP 2 of fixed resolution, or ViT; its vision tower is used.
+Without --model a small SigLIP that comes with the package is used: it downloads nothing and knows the drawn scenes of
+`neuroflow demo`.
 """
 
 RUN_EXAMPLES = """\
 examples:
+  neuroflow run clip.mp4 --compare
   neuroflow run clip.mp4 --model google/siglip2-base-patch16-224 --compare
   neuroflow run clip.mp4 --model ./my-vit --out result.parquet --overlay overlay.mp4
   neuroflow run rtsp://camera/stream --model ./my-vit --device cuda --dtype float16 --max-frames 1000
@@ -69,9 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     demo = commands.add_parser(
         "demo",
-        help="draw a street, run a model of random weights over it, show the table",
-        description="Draw a short street clip, encode it with a SigLIP of base size and random weights, dense and "
-        "patched side by side, print the table and write street.mp4, overlay.mp4 and result.jsonl.",
+        help="draw labelled scenes, classify them dense and patched, show the table",
+        description="Draw labelled scenes, encode them with the tower that comes with the package, dense and patched "
+        "side by side, and print how often each names the subject, what was skipped and the time; then the speed of a "
+        "SigLIP of base size and random weights. Written: the scenes, overlay.mp4 and result.jsonl of one of them.",
     )
     demo.add_argument("--out-dir", type=Path, default=Path("demo"), metavar="DIR", help="where to (default: demo)")
     return parser
@@ -86,7 +90,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("source", metavar="SOURCE", help="file, directory, webcam or address")
-    run.add_argument("--model", required=True, metavar="MODEL", help="Hugging Face id or local directory")
+    run.add_argument("--model", metavar="MODEL", help="Hugging Face id or local directory (default: the package's own)")
     run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     run.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
     run.add_argument(

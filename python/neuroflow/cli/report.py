@@ -53,7 +53,7 @@ def _statistics(scored: list[Record]) -> list[str]:
     dense = np.array([record.dense_ms for record in scored])
     cosine = np.array([record.cosine for record in scored])
     fidelity = f"mean {cosine.mean():.4f}   p5 {np.quantile(cosine, 0.05):.4f}   min {cosine.min():.4f}"
-    return [
+    lines = [
         heading,
         _times("dense", dense),
         _times("NeuroFlow", sparse),
@@ -61,6 +61,10 @@ def _statistics(scored: list[Record]) -> list[str]:
         skipped,
         f"fidelity          {fidelity}   (cosine to dense)",
     ]
+    if scored[0].dense_predicted is not None:
+        agreement = np.mean([record.predicted == record.dense_predicted for record in scored])
+        lines.append(f"top-1 agreement   {agreement:.1%} of the frames get the class that dense gives them")
+    return lines
 
 
 def _times(name: str, milliseconds: np.ndarray) -> str:

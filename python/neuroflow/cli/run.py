@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 import neuroflow
 
+from ..models import STREET, ClassHead, load_classes
 from ..video.overlay import OverlayWriter
 from ..video.preprocess import Preprocessor
 from ..video.results import Record, Results
@@ -31,6 +32,10 @@ from .report import format_report
 STREAM = "video"
 DIRECTORY_RATE = Fraction(25)
 INTERRUPTED = 130
+EMBEDDED = (
+    "no --model given: using the small SigLIP that comes with the package, which needs no download and knows the "
+    "drawn scenes of `neuroflow demo` only; give --model for your own"
+)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     if arguments.resume and arguments.out is None:
         raise CommandError("--resume: there is nothing to continue without --out; give that of the unfinished run")
+    name = str(STREET) if arguments.model is None else arguments.model
     overlay = arguments.overlay
     if overlay is not None and (overlay.suffix != ".mp4" or overlay.is_dir() or not overlay.parent.is_dir()):
         raise CommandError(f"--overlay {overlay}: cannot be written; give an .mp4 file in a directory that exists")
@@ -51,14 +57,17 @@ def run(arguments: argparse.Namespace) -> int:
             raise CommandError("--resume: a live source cannot be continued; run without it")
         results = None
         if arguments.out is not None:
-            results = Results(arguments.out, _pinned(arguments, config), resume=arguments.resume)
-        model = load_tower(arguments.model, device, getattr(torch, arguments.dtype))
+            results = Results(arguments.out, _pinned(arguments, name, config), resume=arguments.resume)
+        if arguments.model is None:
+            print(EMBEDDED, file=sys.stderr)
+        model = load_tower(name, device, getattr(torch, arguments.dtype))
         height, width = _input_size(model, arguments.size)
         code = encode_video(
             source,
             model,
-            Preprocessor.from_pretrained(arguments.model, height, width),
+            Preprocessor.from_pretrained(name, height, width),
             config,
+            classes=load_classes() if arguments.model is None else None,
             compare=arguments.compare,
             stride=arguments.stride,
             max_frames=arguments.max_frames,
@@ -76,6 +85,7 @@ def encode_video(
     preprocess: Preprocessor,
     config: neuroflow.NeuroFlowConfig,
     *,
+    classes: ClassHead | None = None,
     compare: bool = False,
     stride: int = 1,
     max_frames: int | None = None,
@@ -89,13 +99,14 @@ def encode_video(
         model: a vision tower; it is patched when this returns.
         preprocess: gives its input.
         config: how it is patched.
+        classes: what its embeddings are told apart as, if anything.
         compare: run every frame through the unpatched model as well.
         stride: encode every so many frames.
         max_frames: of the results, those of a run that is continued among them.
         results: where every frame's embedding and record go.
         overlay: an MP4 to write, of the frames beside their active patches.
     """
-    dense = _copy_sharing_weights(model) if compare else None
+    dense = copy_sharing_weights(model) if compare else None
     neuroflow.enable_cache(model, config)
     records = list(results.resumed) if results is not None else []
     start = 0
@@ -117,12 +128,12 @@ def encode_video(
             # Ctrl-C is how a live source ends, but it cuts a file short.
             stack.enter_context(contextlib.suppress(KeyboardInterrupt) if source.live else contextlib.nullcontext())
             skipped = 0.0
-            for frame, record, embedding, active in _encode(frames, model, dense, preprocess):
+            for frame, record, embedding, active in encode_frames(frames, model, dense, preprocess, classes):
                 records.append(record)
                 if results is not None:
                     results.append(record, embedding)
                 if writer is not None:
-                    writer.draw(frame, active, _caption(record))
+                    writer.draw(frame, active, caption(record))
                 skipped += record.skipped
                 bar.update()
                 bar.set_postfix_str(f"{skipped / (bar.n - bar.initial):.1%} skipped", refresh=False)
@@ -146,10 +157,20 @@ def encode_video(
     return 0
 
 
-def _encode(
-    frames: Iterable[Frame], model: PreTrainedModel, dense: PreTrainedModel | None, preprocess: Preprocessor
+def encode_frames(
+    frames: Iterable[Frame],
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None,
+    preprocess: Preprocessor,
+    classes: ClassHead | None,
 ) -> Iterator[tuple[Frame, Record, np.ndarray, torch.Tensor]]:
     """Each frame with its record, its embedding [D] float32 and its active patches [rows, columns] bool."""
+
+    def predicted(embedding: torch.Tensor | None) -> str | None:
+        if classes is None or embedding is None:
+            return None
+        return classes.names[classes.scores(embedding[None]).argmax()]
+
     embedding_of = neuroflow.adapters.describe(model).embedding
     key_frames = 0
     for number, frame in enumerate(frames):
@@ -162,7 +183,7 @@ def _encode(
         if dense is not None and number % 2 == 1:
             reference, dense_ms = _timed(dense, pixels)
         embedding = embedding_of(output)[0].float()
-        cosine = None if dense is None else F.cosine_similarity(embedding, embedding_of(reference)[0].float(), 0).item()
+        expected = None if dense is None else embedding_of(reference)[0].float()
         stream = neuroflow.summary(model).streams[STREAM]
         active = int(stream.active.sum())
         record = Record(
@@ -173,8 +194,10 @@ def _encode(
             key_frame=stream.key_frames > key_frames,
             neuroflow_ms=neuroflow_ms,
             dense_ms=dense_ms if dense is not None else None,
-            cosine=cosine,
+            cosine=None if expected is None else F.cosine_similarity(embedding, expected, 0).item(),
             first=number == 0,
+            predicted=predicted(embedding),
+            dense_predicted=predicted(expected),
         )
         key_frames = stream.key_frames
         yield frame, record, embedding.cpu().numpy(), stream.active
@@ -204,13 +227,20 @@ def _every(source: Source, stride: int, start: int) -> Iterator[Frame]:
             yield frame
 
 
-def _copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model a second time, at no cost in memory; one can be patched, the other not."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _caption(record: Record) -> str:
-    text = f"frame {record.frame}    {record.skipped:.1%} skipped    NeuroFlow {record.neuroflow_ms:.1f} ms"
+def caption(record: Record) -> str:
+    """What the overlay says of a frame."""
+    text = f"frame {record.frame}"
+    if record.predicted is not None:
+        text += f"    {record.predicted}"
+    if record.dense_predicted not in (None, record.predicted):
+        text += f" (dense: {record.dense_predicted})"
+    text += f"    {record.skipped:.1%} skipped    NeuroFlow {record.neuroflow_ms:.1f} ms"
     if record.dense_ms is not None:
         text += f"    dense {record.dense_ms:.1f} ms"
     return text + "    key frame" * record.key_frame
@@ -261,13 +291,13 @@ def _pair(size: int | Iterable[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _pinned(arguments: argparse.Namespace, config: neuroflow.NeuroFlowConfig) -> dict:
+def _pinned(arguments: argparse.Namespace, name: str, config: neuroflow.NeuroFlowConfig) -> dict:
     """What a continued run must have in common with the one that it continues."""
-    source, model = Path(arguments.source), Path(arguments.model)
+    source, model = Path(arguments.source), Path(name)
     return {
         "source": str(source.resolve()) if source.exists() else arguments.source,
         "source_bytes": source.stat().st_size if source.is_file() else None,
-        "model": str(model.resolve()) if model.exists() else arguments.model,
+        "model": str(model.resolve()) if model.exists() else name,
         "size": arguments.size,
         "stride": arguments.stride,
         "device": arguments.device,

@@ -31,6 +31,8 @@ class Record:
         dense_ms: time in the unpatched model, None without a comparison.
         cosine: between the two models' embeddings, None without a comparison.
         first: the frame began a run, or its continuation; it is dense for that alone, so no statistics count it.
+        predicted: the class that the embedding comes nearest to, None for a model without classes.
+        dense_predicted: that of the unpatched model, None without a comparison.
     """
 
     frame: int
@@ -42,6 +44,8 @@ class Record:
     dense_ms: float | None
     cosine: float | None
     first: bool
+    predicted: str | None = None
+    dense_predicted: str | None = None
 
 
 class Results:
