@@ -1,16 +1,21 @@
 """Vision transformers over video, at the cost of the patches that changed."""
 
 from . import adapters
+from .calibration import Calibration, CalibrationError, LogitShift, calibrate
 from .config import NeuroFlowConfig
 from .patch import cache_context, disable_cache, enable_cache, encode, reset_cache, summary
 from .state import StreamSummary, Summary
 
 __all__ = [
+    "Calibration",
+    "CalibrationError",
+    "LogitShift",
     "NeuroFlowConfig",
     "StreamSummary",
     "Summary",
     "adapters",
     "cache_context",
+    "calibrate",
     "disable_cache",
     "enable_cache",
     "encode",

@@ -1,0 +1,251 @@
+"""Settings from the user's own footage: the threshold that gives a wanted fidelity or skip rate, and a logit shift."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .adapters import describe
+from .cache import DEFAULT_STREAM
+from .config import NeuroFlowConfig
+from .patch import _ENGINE, disable_cache, enable_cache, summary
+
+THRESHOLDS = (1e-6, 2.0)  # below is float32's rounding
+RESOLUTION = 1.005
+SKIP_TOLERANCE = 0.005
+
+
+class CalibrationError(ValueError):
+    """No threshold gives what was asked for on these frames. The message says what was reached."""
+
+
+class Trial(NamedTuple):
+    """What one threshold gave, over all frames but the first.
+
+    Args:
+        threshold: of the trial.
+        skipped: mean share of patches that were not encoded, 0 to 1.
+        fidelity: mean cosine of the embeddings to the unpatched model's.
+        fidelity_p5: 5th percentile of that cosine.
+    """
+
+    threshold: float
+    skipped: float
+    fidelity: float
+    fidelity_p5: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The setting that was chosen, and what it gave.
+
+    Args:
+        config: the configuration asked for, with the threshold that was found.
+        skipped, fidelity, fidelity_p5: of the chosen trial, see `Trial`.
+        trials: every threshold tried, in that order.
+    """
+
+    config: NeuroFlowConfig
+    skipped: float
+    fidelity: float
+    fidelity_p5: float
+    trials: tuple[Trial, ...]
+
+
+def calibrate(
+    model: nn.Module,
+    frames: torch.Tensor | Iterable[torch.Tensor],
+    config: NeuroFlowConfig | None = None,
+    *,
+    fidelity: float | None = None,
+    skip: float | None = None,
+) -> Calibration:
+    """Find the threshold that gives a wanted fidelity, or a wanted skip rate, on one clip.
+
+    The threshold is bisected on a log scale, in at most 13 passes over the frames. The first frame is a key frame and
+    is not scored. Above some threshold only `floor` patches are active; of thresholds tried that skip as much the
+    lowest is chosen, as it lets more through when the footage to come changes more than this clip.
+
+    The dense embeddings [T, D] are computed once and kept; beyond them and one stream's state nothing is held, so that
+    an iterable that decodes its frames anew in every pass needs memory for one of them.
+
+    Args:
+        model: an unpatched model that takes pixels: SigLIP, SigLIP 2 of fixed resolution or ViT, in evaluation mode. It
+            is unpatched when this returns or raises.
+        frames: consecutive frames of one clip as the model takes `pixel_values`: [T, 3, H, W], or an iterable of
+            [1, 3, H, W] that can be gone through more than once. They are brought to the model's device and dtype.
+        config: the settings besides the threshold; `NeuroFlowConfig()` by default.
+        fidelity: the mean cosine to the unpatched model's embeddings, between 0 and 1, that the chosen threshold, the
+            largest to do so, reaches.
+        skip: instead of fidelity, the mean share of patches to skip, between 0 and 1; met within 0.005.
+
+    Raises:
+        CalibrationError: no threshold reaches the target, or the frames do not tell thresholds apart.
+        ValueError: not exactly one target, or one out of range; a budget in config; fewer than two frames, frames of
+            another shape, with NaN or Inf, or that can be read only once.
+        RuntimeError: the model is patched. TypeError: a model that no adapter knows.
+    """
+    config = NeuroFlowConfig() if config is None else config
+    if (fidelity is None) == (skip is None):
+        raise ValueError(f"fidelity is {fidelity!r} and skip is {skip!r}; accepted is one of them, the other None")
+    for name, target in (("fidelity", fidelity), ("skip", skip)):
+        if target is not None and not 0 < target < 1:
+            raise ValueError(f"{name} is {target!r}; accepted is a number between 0 and 1")
+    if config.budget is not None:
+        raise ValueError(f"config has a budget of {config.budget!r}; accepted is None, as a threshold is what is found")
+    if isinstance(frames, Iterator):
+        raise ValueError(
+            f"frames is a {type(frames).__name__}, which can be read once; accepted is a tensor [T, 3, H, W], or an "
+            "iterable that starts over, such as a list"
+        )
+    tower = describe(model).tower
+    if _ENGINE in vars(tower):
+        raise RuntimeError(f"{type(model).__name__} is patched; call neuroflow.disable_cache first")
+    if isinstance(frames, torch.Tensor):
+        frames = frames.split(1)
+    dense = _embeddings(model, frames)
+    if len(dense) < 2:
+        raise ValueError(f"frames holds {len(dense)} frame(s); accepted is two or more, as the first is not scored")
+    if not dense.isfinite().all():
+        number = int((~dense.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"frames: the embedding of frame {number} holds NaN or Inf; accepted is finite pixels")
+
+    def attempt(threshold: float) -> Trial:
+        trials.append(_try(model, frames, dense, dataclasses.replace(config, threshold=threshold)))
+        return trials[-1]
+
+    low, high = THRESHOLDS
+    trials: list[Trial] = []
+    most = attempt(high).skipped
+    possible = skip is None or most >= skip - SKIP_TOLERANCE
+    while possible and high / low > RESOLUTION:
+        trial = attempt(float(f"{math.sqrt(low * high):.4g}"))
+        if skip is not None and abs(trial.skipped - skip) <= SKIP_TOLERANCE:
+            break
+        if trial.skipped > skip if fidelity is None else trial.fidelity < fidelity or trial.skipped >= most:
+            high = trial.threshold
+        else:
+            low = trial.threshold
+    best = _best(trials, fidelity, skip)
+    return Calibration(dataclasses.replace(config, threshold=best.threshold), *best[1:], tuple(trials))
+
+
+def _best(trials: list[Trial], fidelity: float | None, skip: float | None) -> Trial:
+    if fidelity is not None:
+        nearest = max(trials, key=lambda trial: trial.fidelity)
+        reached = [trial for trial in trials if trial.fidelity >= fidelity]
+    else:
+        nearest = min(trials, key=lambda trial: abs(trial.skipped - skip))
+        reached = [trial for trial in trials if abs(trial.skipped - skip) <= SKIP_TOLERANCE]
+    outcome = f"{nearest.skipped:.1%} of the patches skipped at a mean cosine of {nearest.fidelity:.4f}"
+    if len(trials) > 1 and len({trial.skipped for trial in trials}) == 1:
+        tried = sorted(trial.threshold for trial in trials)
+        raise CalibrationError(
+            f"the frames do not tell thresholds apart: each from {tried[0]:g} to {tried[-1]:g} gives {outcome}"
+        )
+    if not reached:
+        asked = f"a skip rate of {skip:.1%}" if fidelity is None else f"a mean cosine of {fidelity:g}"
+        raise CalibrationError(f"{asked} is not reached: the nearest is threshold {nearest.threshold:g}, {outcome}")
+    if fidelity is None:
+        return min(reached)
+    largest = max(reached)
+    return min(trial for trial in reached if trial.skipped >= largest.skipped)
+
+
+def _try(model: nn.Module, frames: Iterable[torch.Tensor], dense: torch.Tensor, config: NeuroFlowConfig) -> Trial:
+    enable_cache(model, config)
+    try:
+        sparse = _embeddings(model, frames)
+        stream = summary(model).streams[DEFAULT_STREAM]
+    finally:
+        disable_cache(model)
+    cosine = F.cosine_similarity(sparse[1:], dense[1:])
+    skipped = stream.skipped * stream.frames / (stream.frames - 1)
+    return Trial(config.threshold, skipped, cosine.mean().item(), cosine.quantile(0.05).item())
+
+
+@torch.inference_mode()
+def _embeddings(model: nn.Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The frames' embeddings [T, D] float32."""
+    anatomy = describe(model)
+    weight = next(anatomy.tower.parameters())
+    embeddings = []
+    for pixels in frames:
+        if pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
+            raise ValueError(f"frames holds a tensor {list(pixels.shape)}; accepted are [1, 3, H, W]")
+        output = anatomy.tower(pixel_values=pixels.to(weight.device, weight.dtype), interpolate_pos_encoding=True)
+        embeddings.append(anatomy.embedding(output).float())
+    return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogitShift:
+    """What reuse takes from a classifier's logits on average, to be added back.
+
+    Args:
+        shift: [classes] float32.
+
+    Source: Schmitt 2026 proposes it for pooled embeddings that lose norm under reuse, without figures. It moves every
+    frame alike: measure on other clips than the fitted ones whether it helps.
+    """
+
+    shift: torch.Tensor
+
+    @classmethod
+    def fit(cls, dense_logits: torch.Tensor, sparse_logits: torch.Tensor) -> "LogitShift":
+        """The mean of dense less sparse logits over the same frames.
+
+        Args:
+            dense_logits: [T, classes], any float dtype, of the unpatched model.
+            sparse_logits: the same of the patched one.
+
+        Raises:
+            ValueError: other shapes, or NaN or Inf among them.
+        """
+        shapes = list(dense_logits.shape), list(sparse_logits.shape)
+        if dense_logits.ndim != 2 or shapes[0] != shapes[1] or 0 in shapes[0]:
+            raise ValueError(f"dense_logits is {shapes[0]} and sparse_logits {shapes[1]}; accepted are [T, classes]")
+        shift = (dense_logits.float() - sparse_logits.float()).mean(0)
+        if not shift.isfinite().all():
+            raise ValueError("dense_logits or sparse_logits holds NaN or Inf; accepted are finite logits")
+        return cls(shift)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits [..., classes] of a patched model -> the same, shifted; device and dtype stay.
+
+        Raises:
+            ValueError: another number of classes.
+        """
+        classes = len(self.shift)
+        if logits.ndim == 0 or logits.shape[-1] != classes:
+            raise ValueError(f"logits is {list(logits.shape)}; accepted is [..., {classes}], the classes of the fit")
+        return logits + self.shift.to(logits)
+
+    def save(self, path: str | Path) -> None:
+        """Write the shift to a safetensors file."""
+        save_file({"shift": self.shift.contiguous()}, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LogitShift":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file cannot be read, or holds something else.
+        """
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path}: cannot be read ({error}); accepted is a file that LogitShift.save wrote"
+            ) from None
+        if list(tensors) != ["shift"] or tensors["shift"].ndim != 1:
+            found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+            raise ValueError(f"{path}: holds {found}; accepted is a file that LogitShift.save wrote")
+        return cls(tensors["shift"])
