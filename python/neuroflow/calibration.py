@@ -20,6 +20,7 @@ from .patch import _ENGINE, disable_cache, enable_cache, summary
 THRESHOLDS = (1e-6, 2.0)  # below is float32's rounding
 RESOLUTION = 1.005
 SKIP_TOLERANCE = 0.005
+UNCHANGED = 1e-6  # one less the cosine of embeddings that differ by rounding alone
 
 
 class CalibrationError(ValueError):
@@ -116,6 +117,8 @@ def calibrate(
     if not dense.isfinite().all():
         number = int((~dense.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"frames: the embedding of frame {number} holds NaN or Inf; accepted is finite pixels")
+    if F.cosine_similarity(dense, dense[:1]).min() > 1 - UNCHANGED:
+        raise CalibrationError("nothing changes in the frames: every embedding is that of the first")
 
     def attempt(threshold: float) -> Trial:
         trials.append(_try(model, frames, dense, dataclasses.replace(config, threshold=threshold)))
