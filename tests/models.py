@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import neuroflow
 import torch
 from safetensors.torch import load_file
 from transformers import (
@@ -33,6 +34,12 @@ def tiny(family, size=48):
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model.eval()
+
+
+def exact(**settings):
+    """A configuration under which just those patches are active whose surprise lies above the threshold."""
+    plain = {"score": "surprise", "max_age": None, "cut_share": None, "cut_surprise": None}
+    return neuroflow.NeuroFlowConfig(**plain | settings)
 
 
 def inputs(family, pixels):

@@ -3,7 +3,7 @@
 import neuroflow
 import pytest
 import torch
-from models import clip, inputs, tiny
+from models import clip, exact, inputs, tiny
 
 FAMILIES = ("siglip", "siglip2", "vit")
 ARCHITECTURES = ("A", "B", "C", "D", "E")
@@ -97,7 +97,7 @@ def plain_vit(model, frames, active, arch, mid_layer):
 def test_vit_against_a_plain_one(arch):
     """The reference vectors are of a tower without CLS; this is one with."""
     model, frames = tiny("vit").double(), clip(changed=5).double()
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch=arch, threshold=1e-4, mid_layer=1))
+    neuroflow.enable_cache(model, exact(arch=arch, threshold=1e-4, mid_layer=1))
     sparse, active = [], []
     for frame in frames:
         sparse += outputs(model, "vit", frame[None])
@@ -137,13 +137,13 @@ def test_disabling_puts_back_a_forward_of_the_users_own():
 
 
 def test_enabling_twice():
-    model, config = tiny("siglip"), neuroflow.NeuroFlowConfig(threshold=0.1)
+    model, config = tiny("siglip"), exact(threshold=0.1)
     neuroflow.enable_cache(model, config)
     patched = neuroflow.adapters.describe(model).tower.forward
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0.1))
+    neuroflow.enable_cache(model, exact(threshold=0.1))
     assert neuroflow.adapters.describe(model).tower.forward is patched
     with pytest.raises(RuntimeError, match="disable_cache first"):
-        neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0.2))
+        neuroflow.enable_cache(model, exact(threshold=0.2))
 
 
 def test_failing_to_enable_leaves_nothing_behind():
@@ -169,7 +169,7 @@ def test_the_midlayer_architecture_stands_between_dense_and_dual():
     dense = outputs(model, "siglip", frames)[-1].pooler_output
     distance = {}
     for arch, mid_layer in (("C", None), ("D", 0), ("D", 2)):
-        config = neuroflow.NeuroFlowConfig(arch=arch, threshold=1e-4, mid_layer=mid_layer)
+        config = exact(arch=arch, threshold=1e-4, mid_layer=mid_layer)
         neuroflow.enable_cache(model, config)
         distance[mid_layer] = (outputs(model, "siglip", frames)[-1].pooler_output - dense).norm()
         neuroflow.disable_cache(model)
@@ -178,7 +178,7 @@ def test_the_midlayer_architecture_stands_between_dense_and_dual():
 
 def test_hidden_states_are_captured():
     model, frames = tiny("siglip"), clip(frames=2)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=1e-4, floor=0))
+    neuroflow.enable_cache(model, exact(threshold=1e-4, floor=0))
     first, second = (model(pixel_values=frame[None], output_hidden_states=True) for frame in frames)
     assert [tuple(state.shape) for state in first.hidden_states] == [(1, 36, 64)] * 5
     assert [tuple(state.shape) for state in second.hidden_states[1:]] == [(1, 4, 64)] * 4

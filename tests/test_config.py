@@ -7,7 +7,7 @@ import pytest
 def test_letters_are_aliases():
     named = [neuroflow.NeuroFlowConfig(arch=letter).arch for letter in "ABCDE"]
     assert named == ["mlp", "active", "dual", "midlayer", "context"]
-    assert neuroflow.NeuroFlowConfig() == neuroflow.NeuroFlowConfig(arch="E", threshold=0.02)
+    assert neuroflow.NeuroFlowConfig() == neuroflow.NeuroFlowConfig(arch="E", threshold=0.1)
 
 
 def test_a_budget_takes_the_place_of_the_threshold():
@@ -26,7 +26,7 @@ def test_a_budget_takes_the_place_of_the_threshold():
         ("floor", -1),
         ("floor", 2.0),
         ("signal", "pixels"),
-        ("reference", "previous"),
+        ("reference", "last"),
         ("max_age", 0),
         ("mid_layer", -1),
     ],

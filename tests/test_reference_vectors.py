@@ -6,6 +6,7 @@ import neuroflow
 import numpy as np
 import pytest
 import torch
+from models import exact
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 import neuroflow_kernels as kernels
@@ -55,7 +56,7 @@ def test_gate_ops(vectors, backend):
 )
 def test_architectures(vectors, arch, backend, dtype, tolerance):
     model = tower(vectors, dtype)
-    config = neuroflow.NeuroFlowConfig(
+    config = exact(
         arch=arch,
         threshold=float(vectors["tau"]),
         ema_decay=float(vectors["alpha"]),

@@ -5,7 +5,7 @@ import threading
 import neuroflow
 import pytest
 import torch
-from models import clip, inputs, tiny
+from models import clip, exact, inputs, tiny
 
 ARCHITECTURES = ("A", "B", "C", "D", "E")
 
@@ -21,7 +21,7 @@ def pooled(model, family, frames, streams):
 def test_batched_streams_equal_streams_alone(family, arch):
     """Three streams that change by different amounts; one joins late, so key and partial frames share a batch."""
     clips = {name: clip(frames=5, seed=i, changed=3 * i + 1) for i, name in enumerate("abc")}
-    config = neuroflow.NeuroFlowConfig(arch=arch, threshold=1e-4, floor=2)
+    config = exact(arch=arch, threshold=1e-4, floor=2)
     model = tiny(family).double()
     neuroflow.enable_cache(model, config)
     alone = {n: [pooled(model, family, f[None], [n]) for f in c[n == "c" :].double()] for n, c in clips.items()}
@@ -40,7 +40,7 @@ def test_batched_streams_equal_streams_alone(family, arch):
 
 def test_encode_is_a_batch_in_a_context():
     model, frames = tiny("siglip"), clip(frames=4)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=1e-4))
+    neuroflow.enable_cache(model, exact(threshold=1e-4))
     first = neuroflow.encode(model, frames[:2], stream_ids=["a", "b"]).pooler_output
     neuroflow.reset_cache(model)
     assert torch.equal(first, pooled(model, "siglip", frames[:2], ["a", "b"]))
@@ -60,7 +60,7 @@ def test_streams_and_frames_must_match():
 
 def test_reset():
     model, frames = tiny("siglip"), clip(frames=3)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=1e-4))
+    neuroflow.enable_cache(model, exact(threshold=1e-4))
     for frame in frames[:2]:
         pooled(model, "siglip", frame[None].repeat(2, 1, 1, 1), ["a", "b"])
     kept = neuroflow.summary(model).streams["b"]
@@ -80,7 +80,7 @@ def test_a_size_change_is_a_key_frame(family):
     """Also between sizes with the same number of patches."""
     model, square, wide, tall = tiny(family), clip(), clip(size=(32, 64)), clip(size=(64, 32))
     dense = [pooled_dense(model, family, frames[1:2]) for frames in (square, wide, tall)]
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0.5))
+    neuroflow.enable_cache(model, exact(threshold=0.5))
     pooled(model, family, square[:1], ["a"])
     with pytest.warns(RuntimeWarning, match="stream 'a' changed from 6x6 .* to 4x8 .* key frame"):
         pooled(model, family, wide[:1], ["a"])
@@ -102,7 +102,7 @@ def test_nan_pixels_are_gone_one_clean_frame_later(family, arch):
     model, frames = tiny(family), clip()
     broken = frames.clone()
     broken[2, :, 3:5, 3:5] = torch.nan
-    config = neuroflow.NeuroFlowConfig(arch=arch, threshold=1e-4)
+    config = exact(arch=arch, threshold=1e-4)
     neuroflow.enable_cache(model, config)
     expected = [pooled(model, family, frame[None], ["clean"]) for frame in frames]
     neuroflow.reset_cache(model)
@@ -126,7 +126,7 @@ def test_nan_in_the_first_frame():
 
 def test_a_frame_that_fails_half_way_makes_the_next_a_key_frame():
     model, frames = tiny("siglip"), clip(frames=4)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=1e-4))
+    neuroflow.enable_cache(model, exact(threshold=1e-4))
     pooled(model, "siglip", frames[:1], ["a"])
 
     def fail(*_):
@@ -144,7 +144,7 @@ def test_a_frame_that_fails_half_way_makes_the_next_a_key_frame():
 
 def test_bad_arguments_cost_nothing():
     model, frames = tiny("vit"), clip(frames=3)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=1e-4))
+    neuroflow.enable_cache(model, exact(threshold=1e-4))
     pooled(model, "vit", frames[:1], ["a"])
     model.embeddings.mask_token = torch.nn.Parameter(torch.zeros(1, 1, 64))
     with pytest.raises(ValueError, match="bool_masked_pos is given"), neuroflow.cache_context(model, "a"):
@@ -164,7 +164,7 @@ def test_padding_is_refused():
 
 def test_no_cached_token_is_older_than_max_age():
     model, still = tiny("siglip"), clip(frames=1)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(max_age=5, floor=0))
+    neuroflow.enable_cache(model, exact(threshold=0.02, max_age=5, floor=0))
     last_encoded = torch.zeros(36)
     for t in range(16):
         pooled(model, "siglip", still, ["a"])
@@ -177,7 +177,7 @@ def test_no_cached_token_is_older_than_max_age():
 @pytest.mark.parametrize(("budget", "count"), [(7, 7), (0.25, 9), (1, 1), (10_000, 36)])
 def test_budget(budget, count):
     model, frames = tiny("siglip"), clip(frames=2)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(budget=budget, floor=0))
+    neuroflow.enable_cache(model, exact(budget=budget, floor=0))
     for frame in frames:
         pooled(model, "siglip", frame[None], ["a"])
     assert neuroflow.summary(model).streams["a"].active.sum() == count
@@ -192,7 +192,7 @@ def test_the_gate_follows_its_definition(signal, reference):
         model.embeddings.position_embeddings.mul_(4)  # enough to hide some of the change
     start, end = clip(frames=2, changed=12).double()
     frames = [torch.lerp(start, end, share) for share in (0, 0.05, 0.1, 0.3, 0.35, *[1] * 8)]
-    config = neuroflow.NeuroFlowConfig(threshold=0.02, ema_decay=0.3, floor=0, signal=signal, reference=reference)
+    config = exact(threshold=0.02, ema_decay=0.3, floor=0, signal=signal, reference=reference)
     neuroflow.enable_cache(model, config)
     kept, counts = None, []
     for frame in frames:
@@ -210,7 +210,7 @@ def test_the_gate_follows_its_definition(signal, reference):
 
 def test_bfloat16_moving_average_keeps_small_steps():
     model, frames = tiny("siglip").bfloat16(), clip(frames=2).bfloat16()
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(reference="ema", ema_decay=0.001))
+    neuroflow.enable_cache(model, exact(reference="ema", ema_decay=0.001))
     pooled(model, "siglip", frames[:1], ["a"])
     state = neuroflow.adapters.describe(model).tower._neuroflow_engine.streams["a"]
     before = state.tensors["reference"].clone()
@@ -221,7 +221,7 @@ def test_bfloat16_moving_average_keeps_small_steps():
 
 def test_contexts_are_local_to_a_thread():
     model, frames = tiny("siglip"), clip(frames=12)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=1e-4))
+    neuroflow.enable_cache(model, exact(threshold=1e-4))
     expected = [pooled(model, "siglip", frame[None], ["alone"]) for frame in frames]
     results = {}
 
@@ -240,7 +240,7 @@ def test_contexts_are_local_to_a_thread():
 
 def test_what_is_returned_never_changes_afterwards():
     model, frames = tiny("siglip"), clip(frames=4)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch="C", threshold=1e-4))
+    neuroflow.enable_cache(model, exact(arch="C", threshold=1e-4))
     outputs = [model(pixel_values=frame[None]).last_hidden_state for frame in frames[:3]]
     kept = [output.clone() for output in outputs]
     model(pixel_values=frames[3:])
@@ -249,7 +249,7 @@ def test_what_is_returned_never_changes_afterwards():
 
 def test_inference_mode_and_no_grad_may_alternate():
     model, frames = tiny("siglip"), clip(frames=4)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=1e-4))
+    neuroflow.enable_cache(model, exact(threshold=1e-4))
     frames[0] = torch.nan  # so that the next frame, outside of inference mode, fills the same caches again
     for t, frame in enumerate(frames):
         with torch.inference_mode(t % 2 == 0):
@@ -259,7 +259,7 @@ def test_inference_mode_and_no_grad_may_alternate():
 
 def test_summary_counts_and_prints():
     model, frames = tiny("siglip"), clip(frames=5, changed=9)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=1e-4, floor=0))
+    neuroflow.enable_cache(model, exact(threshold=1e-4, floor=0))
     for frame in frames:
         pooled(model, "siglip", frame[None], ["cam-7"])
     summary = neuroflow.summary(model)

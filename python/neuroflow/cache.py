@@ -15,7 +15,6 @@ With every patch active nothing is packed and the tower runs as it would unpatch
 
 import inspect
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
@@ -29,9 +28,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from neuroflow_kernels import compact, ema_surprise_, gather_rows, scatter_rows_
 
+from . import policies
 from .adapters import Anatomy, Grid
 from .config import NeuroFlowConfig
-from .rewrites import attention_pool, is_patch_projection, project_patches
+from .rewrites import attention_pool, is_patch_projection, patch_windows, project_patches
 from .state import StreamState
 
 ATTENTION = "neuroflow"
@@ -46,6 +46,8 @@ class Frame:
         self.states = states
         self.arguments = arguments
         self.projected: torch.Tensor | None = None
+        self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
+        self.attention: list[torch.Tensor | None] = [None] * len(states)
         self.finite: list[bool] = []
         self.partial = False  # some patch of some stream is not encoded
         self.packed = False  # the residual stream holds active tokens only
@@ -68,7 +70,7 @@ class Frame:
         """[S, T, D] -> [1, M, D]"""
         return gather_rows(tokens, self.index, self.cu_seqlens, self.offsets[-1])[None]
 
-    def store(self, name: Hashable, tokens: torch.Tensor) -> None:
+    def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
         """Bring the cache `name` of every stream up to date with tokens [S, T, D], or [1, M, D] in a partial frame."""
         for stream, state in enumerate(self.states):
             if not self.partial:
@@ -78,7 +80,10 @@ class Frame:
             if self.active[stream] is None:
                 state.put(name, fresh)
             else:
-                scatter_rows_(state.tensors[name], fresh[0], self.active[stream], self.ends[stream])
+                cache, prefix = state.tensors[name], self.engine.anatomy.prefix
+                scatter_rows_(cache, fresh[0], self.active[stream], self.ends[stream], blend)
+                if blend < 1:
+                    cache[:, :prefix] = fresh[:, :prefix]  # CLS and registers follow every frame
 
     def cached(self, name: Hashable) -> torch.Tensor:
         """The cache `name` of all streams, [S, T, D]; for one stream the cache itself."""
@@ -107,7 +112,11 @@ class Engine:
         self.mid_layer = depth // 2 - 1 if config.mid_layer is None else config.mid_layer
         if config.arch == "midlayer" and self.mid_layer >= depth - 1:
             raise ValueError(f"mid_layer is {self.mid_layer}; accepted is less than {depth - 1}, the last block")
-        self.decay = config.ema_decay if config.reference == "ema" else 0.0
+        self.decay = {"refreshed": 0.0, "previous": 1.0}.get(config.reference, config.ema_decay)
+        # What the pooled output reads in the last blocks tells best what it reads of a patch altogether.
+        self.watched = (
+            range(depth - max(depth // 3, 1), depth) if anatomy.prefix and config.score == "staleness" else ()
+        )
         self.signature = inspect.signature(anatomy.tower.forward)
         self.layer_of = {module: layer for layer, module in enumerate(anatomy.attentions)}
         self.attention_name: str | None = None
@@ -162,8 +171,10 @@ class Engine:
                 output = forward(*args, **kwargs)
         finally:
             _frame.reset(token)
-        for state, finite in zip(states, frame.finite, strict=True):
+        for state, finite, attention in zip(states, frame.finite, frame.attention, strict=True):
             state.valid = finite
+            if attention is not None:
+                state.attention = attention / attention.mean()
             self.streams[state.name] = state
         return output
 
@@ -172,7 +183,10 @@ class Engine:
         if frame is None:
             return forward(pixels)
         projection = self.anatomy.projection
-        frame.projected = project_patches(projection, pixels) if is_patch_projection(projection) else forward(pixels)
+        windowed = is_patch_projection(projection)
+        frame.projected = project_patches(projection, pixels) if windowed else forward(pixels)
+        if self.config.signal == "pixel":
+            frame.pixels = patch_windows(projection, pixels) if windowed else pixels
         return frame.projected
 
     def on_positions(self, interpolate: Callable, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -215,7 +229,7 @@ class Engine:
             return outputs
         if self.config.arch == "active":
             return frame.pad(outputs) if frame.packed else outputs
-        frame.store("output", outputs)
+        frame.store("output", outputs, self.config.blend)
         if not frame.packed:
             return outputs
         # A copy, of one stream too: the caller may keep what it gets, and the caches go on changing.
@@ -225,8 +239,12 @@ class Engine:
         frame = _frame.get()
         if frame is None:
             return forward(tokens, *args)
-        ragged = self.config.arch == "active" and frame.packed
-        return attention_pool(self.anatomy.head, tokens, frame.lengths if ragged else None)
+        if self.config.arch == "active" and frame.packed:
+            return attention_pool(self.anatomy.head, tokens, frame.lengths)[0]
+        pooled, attention = attention_pool(self.anatomy.head, tokens)
+        if self.config.score == "staleness":
+            frame.attention = list(attention)
+        return pooled
 
     def attend(
         self,
@@ -248,14 +266,22 @@ class Engine:
             layer = self.layer_of[module]
             frame.store(("key", layer), key.transpose(1, 2).flatten(2))
             frame.store(("value", layer), value.transpose(1, 2).flatten(2))
+        watched = self.layer_of[module] in self.watched and (context or not frame.packed)
         if not frame.packed:
+            if watched:
+                for stream in range(len(frame.states)):
+                    self._watch(frame, stream, query[stream, :, 0], key[stream], module.scaling)
             return attention(module, query, key, value, mask, **kwargs)
         outputs = []
-        for state, start, stop in zip(frame.states, frame.offsets, frame.offsets[1:], strict=False):
+        for stream, (state, start, stop) in enumerate(
+            zip(frame.states, frame.offsets, frame.offsets[1:], strict=False)
+        ):
             keys, values = key[:, :, start:stop], value[:, :, start:stop]
             if context:
                 keys = state.tensors["key", layer].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
                 values = state.tensors["value", layer].unflatten(2, (value.shape[1], -1)).transpose(1, 2)
+            if watched:
+                self._watch(frame, stream, query[0, :, start], keys[0], module.scaling)
             # Packed tokens of one stream only see tokens of that stream, none of which is padding.
             outputs.append(attention(module, query[:, :, start:stop], keys, values, None, **kwargs)[0])
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None
@@ -266,59 +292,110 @@ class Engine:
         frame.packed = True
         return frame.pack(tokens)
 
+    def _watch(self, frame: Frame, stream: int, query: torch.Tensor, keys: torch.Tensor, scaling: float) -> None:
+        """Add up the attention that CLS, query [heads, head_dim], pays the patches among keys [heads, T, head_dim]."""
+        scores = (keys @ query[..., None])[..., 0].float() * scaling
+        attention = scores.softmax(1)[:, self.anatomy.prefix :].mean(0)
+        before = frame.attention[stream]
+        frame.attention[stream] = attention if before is None else before + attention
+
     def _gate(self, frame: Frame, tokens: torch.Tensor) -> None:
-        """Choose each stream's active patches, and account for them."""
+        """Choose each stream's active patches, move the references on, and account for it."""
         grid, prefix = self.anatomy.grid(frame.projected, frame.arguments), self.anatomy.prefix
-        if self.config.signal == "embedding":
+        if self.config.signal == "pixel":
+            signal = frame.pixels
+        elif self.config.signal == "embedding":
             signal = tokens[:, prefix:]
         elif frame.projected.ndim == 4:
             signal = frame.projected.flatten(2).transpose(1, 2)
         else:
             signal = frame.projected
+        surprises = [
+            self._surprise(state, h, grid) for state, h in zip(frame.states, signal.split(1), strict=True)
+        ]  # [N] each, None for a key frame
+        chosen = self._choose(frame.states, surprises, grid)
         leading = torch.arange(prefix, dtype=torch.int32, device=tokens.device)
         rows: list[torch.Tensor | None] = []
-        for state, h in zip(frame.states, signal.split(1), strict=True):
-            index, finite = self._active_patches(state, h, grid)
+        for state, h, surprise, index in zip(frame.states, signal.split(1), surprises, chosen, strict=True):
+            finite = bool((h.sum(dtype=torch.float32) if surprise is None else surprise.amax()).isfinite())
+            if not finite:
+                self.warn_once(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
+            key_frame = surprise is None or index is None
+            self._refresh(state, h, index)
+            state.account(index, key_frame, finite)
             frame.finite.append(finite)
-            rows.append(None if index is None else torch.cat((leading, index + prefix)))
+            rows.append(None if index is None or index.numel() == h.shape[1] else torch.cat((leading, index + prefix)))
         frame.select(rows, tokens.shape[1], tokens.device)
 
-    def _active_patches(self, state: StreamState, h: torch.Tensor, grid: Grid) -> tuple[torch.Tensor | None, bool]:
-        """One stream's active patches, int32 rows of h [1, N, D] or None for all; and whether every patch is finite."""
+    def _surprise(self, state: StreamState, h: torch.Tensor, grid: Grid) -> torch.Tensor | None:
+        """One stream's surprise [N] at its patches h [1, N, D]; None where there is nothing to compare them with.
+
+        Moves averages on.
+        """
         signature = (grid, h.shape[2], h.dtype, h.device)
         if state.signature not in (None, signature):
             before, now = (f"{s[0][0]}x{s[0][1]} patches, {s[2]} on {s[3]}" for s in (state.signature, signature))
             self.warn_once(f"stream {state.name!r} changed from {before} to {now}; it starts over with a key frame")
-        key_frame = not state.valid or state.signature != signature
+        comparable = state.valid and state.signature == signature
         state.valid = False
         if state.signature != signature:
             state.start_over(signature, grid, h.device)
-        if key_frame:
-            # 16 bits would lose the small steps of a moving average.
-            wide = torch.promote_types(h.dtype, torch.float32) if self.decay else h.dtype
-            state.put("reference", h.to(wide))
-            index, finite = None, bool(h.sum(dtype=wide).isfinite())
-        else:
-            index, finite = self._surprising_patches(state, h)
-        if not finite:
-            self.warn_once(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
-        state.account(index, key_frame, finite)
-        return index, finite
+        if not comparable:
+            return None
+        surprise = ema_surprise_(h, state.tensors["reference"], self.decay)
+        if self.config.reference == "dual":
+            surprise = torch.maximum(surprise, ema_surprise_(h, state.tensors["fast"], self.config.fast_decay))
+        # A cosine can round to just above 1.
+        return surprise[0].clamp_min(0)
 
-    def _surprising_patches(self, state: StreamState, h: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
-        """As `_active_patches`, by surprise; moves the reference on."""
-        config, patches = self.config, h.shape[1]
-        reference = state.tensors["reference"]
-        surprise = ema_surprise_(h, reference, self.decay)
-        finite = not bool(surprise.isinf().any())
+    def _choose(
+        self, states: list[StreamState], surprises: list[torch.Tensor | None], grid: Grid
+    ) -> list[torch.Tensor | None]:
+        """Each stream's active patches, ascending int32, or None for a key frame."""
+        config, patches = self.config, grid[0] * grid[1]
+        chosen: list[torch.Tensor | None] = [None] * len(states)
+        gated = [stream for stream, surprise in enumerate(surprises) if surprise is not None]
+        if not gated:
+            return chosen
+        scores = torch.stack([self._score(states[stream], surprises[stream], grid) for stream in gated])
+        budget = config.tokens_per_frame(patches)
+        if config.share_budget:
+            for row in scores:
+                row[row.topk(min(config.floor, patches)).indices] = torch.inf
+            scores, budget = scores.view(1, -1), budget * len(gated)
+        index, cu_seqlens = compact(scores, config.threshold, budget, config.floor)
+        index = index[: int(cu_seqlens[-1])]
+        starts = torch.arange(len(gated) + 1, dtype=torch.int32, device=index.device) * patches
+        bounds = torch.searchsorted(index, starts).tolist()
+        for number, stream in enumerate(gated):
+            active = index[bounds[number] : bounds[number + 1]] - number * patches
+            if config.dilation:
+                active = policies.dilated(active, grid, config.dilation)
+            if not policies.is_cut(surprises[stream], active.numel(), config.cut_share, config.cut_surprise):
+                chosen[stream] = active
+        return chosen
+
+    def _score(self, state: StreamState, surprise: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """What the rule reads, [N]: infinite where a patch's age or a NaN forces it."""
+        config = self.config
+        score = policies.without_common_motion(surprise) if config.normalise_motion else surprise
+        if config.score == "staleness":
+            score = policies.staleness(score, state.age, state.attention, grid)
         if config.max_age is not None:
-            oldest = state.age.argsort(descending=True, stable=True)[: math.ceil(patches / config.max_age)]
-            surprise[0, oldest] = torch.inf
-        index, cu_seqlens = compact(surprise, config.threshold, config.tokens_per_frame(patches), config.floor)
-        count = int(cu_seqlens[-1])
-        if config.reference == "refreshed":
-            scatter_rows_(reference, gather_rows(h, index, cu_seqlens, count), index, cu_seqlens)
-        return (None if count == patches else index[:count]), finite
+            score = score.masked_fill(policies.due(state.age, config.max_age), torch.inf)
+        return score
+
+    def _refresh(self, state: StreamState, h: torch.Tensor, index: torch.Tensor | None) -> None:
+        """Set the references of the patches that a frame encodes: all in a key frame, `index` if they follow it."""
+        if index is None:
+            # 16 bits would lose the small steps of a moving average.
+            wide = torch.promote_types(h.dtype, torch.float32) if 0 < self.decay < 1 else h.dtype
+            state.put("reference", h.to(wide))
+            if self.config.reference == "dual":
+                state.put("fast", h.to(wide))
+        elif self.config.reference == "refreshed":
+            ends = torch.tensor([0, index.numel()], dtype=torch.int32, device=index.device)
+            scatter_rows_(state.tensors["reference"], gather_rows(h, index, ends, index.numel()), index, ends)
 
 
 def _attention(

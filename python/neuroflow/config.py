@@ -1,8 +1,19 @@
 import dataclasses
-from typing import Literal
+import json
+import math
+from pathlib import Path
+from typing import Literal, get_args
 
 ARCHITECTURES = {"A": "mlp", "B": "active", "C": "dual", "D": "midlayer", "E": "context"}
-DEFAULT_THRESHOLD = 0.02
+DEFAULT_THRESHOLD = {"staleness": 0.1, "surprise": 0.02}
+
+Signal = Literal["patch", "embedding", "pixel"]
+Reference = Literal["refreshed", "ema", "previous", "dual"]
+Score = Literal["staleness", "surprise"]
+
+
+def _listed(kind: object) -> str:
+    return ", ".join(repr(value) for value in get_args(kind))
 
 
 def _require(condition: bool, name: str, value: object, accepted: str) -> None:
@@ -15,57 +26,86 @@ class NeuroFlowConfig:
     """What is measured per patch, which patches are encoded, and what the others contribute.
 
     The default is the training-free architecture E on the patch projection, against the content at each patch's last
-    encoding. The published system's gate is `signal="embedding", reference="ema"`.
+    encoding, scored by staleness. The published system's gate is `signal="embedding", reference="ema",
+    score="surprise", max_age=None, cut_share=None, cut_surprise=None`.
 
     Args:
         arch: what inactive patches contribute. "context" (E): their keys and values of every block and their last
             output. "dual" (C): their last output. "active" (B): nothing. "midlayer" (D): the first blocks run on all
             patches, then as C. "mlp" (A): attention runs on all patches, inactive ones repeat their last MLP increment.
-        threshold: a patch is active where its surprise, 1 - cosine, lies above it; 0 makes every patch active. 0.02
-            when neither threshold nor budget is given.
+        threshold: a patch is active where its score lies above it; 0 makes every patch active. When neither threshold
+            nor budget is given, 0.1 on staleness and 0.02 on surprise; `neuroflow.calibrate` finds it for a clip.
         budget: instead of a threshold, how many patches are active: a count, or a share of the patches below 1.
-        ema_decay: weight of the new frame in the reference, 0 to 1; read when `reference="ema"`.
+        share_budget: the streams of one pass share the sum of their budgets: the highest scores of all are active.
         floor: the least number of active patches.
-        signal: "patch", the patch projection before the positional embedding, or "embedding", after it.
-        reference: "refreshed", the signal at the patch's last encoding, or "ema", its moving average.
-        max_age: a patch that was not encoded in this many frames is encoded whatever its surprise; None sets no limit.
+        signal: "patch", the patch projection before the positional embedding; "embedding", after it; or "pixel".
+        reference: what the signal is compared with. "refreshed", the signal at the patch's last encoding; "previous",
+            at the last frame; "ema", its moving average; "dual", the larger surprise of a fast and a slow average, so
+            that what stops stays covered until the slow one has taken it in.
+        ema_decay: weight of the new frame in the average of "ema" and the slow one of "dual", 0 to 1.
+        fast_decay: the same for the fast average of "dual".
+        score: what the rule reads. "surprise" is 1 - cosine to the reference; "staleness" estimates from it how far
+            the caches have drifted, and weighs that by the attention that the pooled output pays the patch.
+        normalise_motion: subtract the frame's mean surprise first, for cameras that move.
+        dilation: patches up to this many away from an active one are active too.
+        max_age: a patch that was not encoded in this many frames is encoded whatever its score; None sets no limit.
+        cut_share: a frame with more than this share of its patches active becomes a key frame; None: never.
+        cut_surprise: so does one whose mean surprise lies above this; None: never.
+        blend: weight of a patch's new output in its cache, above 0 to 1. 1 replaces; less damps flicker.
         mid_layer: for "midlayer", the number of the last block that runs on all patches; None is half of them.
 
     Raises:
         ValueError: a value outside of what is said above.
 
-    Source: Schmitt 2026, architectures A-D; E, "refreshed" and `max_age` are ours.
+    Source: Schmitt 2026, architectures A-D, the gate, and as proposals "dual", `normalise_motion` and `blend`; E,
+    "refreshed", "staleness", ages and cuts are ours.
     """
 
     arch: str = "context"
     threshold: float | None = None
     budget: float | None = None
-    ema_decay: float = 0.01
+    share_budget: bool = False
     floor: int = 4
-    signal: Literal["patch", "embedding"] = "patch"
-    reference: Literal["refreshed", "ema"] = "refreshed"
-    max_age: int | None = None
+    signal: Signal = "patch"
+    reference: Reference = "refreshed"
+    ema_decay: float = 0.01
+    fast_decay: float = 0.2
+    score: Score = "staleness"
+    normalise_motion: bool = False
+    dilation: int = 0
+    max_age: int | None = 128
+    cut_share: float | None = 0.5
+    cut_surprise: float | None = 0.25
+    blend: float = 1.0
     mid_layer: int | None = None
 
     def __post_init__(self) -> None:
         names = [*ARCHITECTURES, *ARCHITECTURES.values()]
         _require(self.arch in names, "arch", self.arch, "one of " + ", ".join(names))
         object.__setattr__(self, "arch", ARCHITECTURES.get(self.arch, self.arch))
+        for name, kind in (("signal", Signal), ("reference", Reference), ("score", Score)):
+            _require(getattr(self, name) in get_args(kind), name, getattr(self, name), "one of " + _listed(kind))
         if self.budget is None and self.threshold is None:
-            object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
+            object.__setattr__(self, "threshold", DEFAULT_THRESHOLD[self.score])
         _require(self.budget is None or self.threshold is None, "budget", self.budget, "None beside a threshold")
-        _require(
-            self.threshold is None or 0 <= self.threshold <= 2, "threshold", self.threshold, "a number from 0 to 2"
-        )
+        ruled = self.threshold is None or 0 <= self.threshold < math.inf
+        _require(ruled, "threshold", self.threshold, "a finite number, 0 or more")
         whole = isinstance(self.budget, int) or (self.budget is not None and float(self.budget).is_integer())
         fits = self.budget is None or 0 < self.budget < 1 or (whole and self.budget >= 1)
         _require(fits, "budget", self.budget, "a count of 1 or more, or a share between 0 and 1")
-        _require(0 <= self.ema_decay <= 1, "ema_decay", self.ema_decay, "a number from 0 to 1")
-        _require(isinstance(self.floor, int) and self.floor >= 0, "floor", self.floor, "an integer, 0 or more")
-        _require(self.signal in ("patch", "embedding"), "signal", self.signal, "'patch' or 'embedding'")
-        _require(self.reference in ("refreshed", "ema"), "reference", self.reference, "'refreshed' or 'ema'")
+        shared = self.budget is not None or not self.share_budget
+        _require(shared, "share_budget", self.share_budget, "False without a budget")
+        for name in ("ema_decay", "fast_decay"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
+        for name in ("floor", "dilation"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 0, name, value, "an integer, 0 or more")
         aged = self.max_age is None or (isinstance(self.max_age, int) and self.max_age >= 1)
         _require(aged, "max_age", self.max_age, "None or a number of frames, 1 or more")
+        _require(self.cut_share is None or 0 < self.cut_share <= 1, "cut_share", self.cut_share, "None or 0 to 1")
+        cut = self.cut_surprise is None or 0 < self.cut_surprise <= 2
+        _require(cut, "cut_surprise", self.cut_surprise, "None or a number above 0, at most 2")
+        _require(0 < self.blend <= 1, "blend", self.blend, "a number above 0, at most 1")
         placed = self.mid_layer is None or (isinstance(self.mid_layer, int) and self.mid_layer >= 0)
         _require(placed, "mid_layer", self.mid_layer, "None or the number of a block, counted from 0")
 
@@ -74,3 +114,28 @@ class NeuroFlowConfig:
         if self.budget is None or self.budget >= 1:
             return None if self.budget is None else int(self.budget)
         return max(int(patches * self.budget), 1)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration as JSON, for `load`, `enable_cache` and `neuroflow run --config`."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "NeuroFlowConfig":
+        """Read what `save` wrote; fields that the file leaves out have their defaults.
+
+        Raises:
+            ValueError: the file cannot be read, is no JSON object, or holds an unknown field or a value out of range.
+        """
+        try:
+            fields = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"config {path}: cannot be read ({error}); give a file that save wrote") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"config {path}: holds a {type(fields).__name__}; accepted is a JSON object")
+        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"config {path}: has no field {unknown[0]!r}; accepted are those of NeuroFlowConfig")
+        try:
+            return cls(**fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config {path}: {error}") from None

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def _engine(model: nn.Module) -> Engine:
     return engine
 
 
-def enable_cache(model: nn.Module, config: NeuroFlowConfig | None = None) -> None:
+def enable_cache(model: nn.Module, config: NeuroFlowConfig | str | Path | None = None) -> None:
     """Patch `model`'s vision tower in place, so that only surprising patches are encoded.
 
     The model is called as before and returns its own output class. It runs without gradients, attention weights are not
@@ -32,15 +33,20 @@ def enable_cache(model: nn.Module, config: NeuroFlowConfig | None = None) -> Non
 
     Args:
         model: a transformers model with a SigLIP, SigLIP 2 or ViT vision tower, in evaluation mode.
-        config: `NeuroFlowConfig()` by default. Calling again with an equal one does nothing.
+        config: `NeuroFlowConfig()` by default, or the path of a saved one. Calling again with an equal one does
+            nothing.
 
     Raises:
         TypeError: a model that no adapter knows. RuntimeError: the model is patched with another configuration.
-        ValueError: a `mid_layer` that the model does not have.
+        ValueError: a `mid_layer` that the model does not have, or a file that holds no configuration.
     """
-    config = NeuroFlowConfig() if config is None else config
+    if config is None:
+        config = NeuroFlowConfig()
+    elif isinstance(config, str | Path):
+        config = NeuroFlowConfig.load(config)
     if not isinstance(config, NeuroFlowConfig):
-        raise TypeError(f"config is {config!r} ({type(config).__name__}); accepted is a neuroflow.NeuroFlowConfig")
+        accepted = "a neuroflow.NeuroFlowConfig, or the path of a saved one"
+        raise TypeError(f"config is {config!r} ({type(config).__name__}); accepted is {accepted}")
     anatomy = describe(model)
     patched = vars(anatomy.tower).get(_ENGINE)
     if patched is not None:

@@ -16,12 +16,8 @@ def is_patch_projection(module: nn.Module) -> bool:
     )
 
 
-def project_patches(convolution: nn.Conv2d, pixels: torch.Tensor) -> torch.Tensor:
-    """The convolution as one matrix product, [S, C, H, W] -> [S, D, rows, columns].
-
-    The result is a view of rows [S, rows * columns, D] that are contiguous, which is the order that the gate and the
-    blocks read; a convolution leaves the channels outermost.
-    """
+def patch_windows(convolution: nn.Conv2d, pixels: torch.Tensor) -> torch.Tensor:
+    """The windows that the convolution sees, one row a patch: [S, C, H, W] -> [S, N, C * height * width]."""
     if pixels.ndim != 4 or pixels.shape[1] != convolution.in_channels:
         accepted = f"{convolution.in_channels} channels, [S, {convolution.in_channels}, H, W]"
         raise ValueError(f"pixel_values has shape {list(pixels.shape)}; accepted is {accepted}")
@@ -31,12 +27,22 @@ def project_patches(convolution: nn.Conv2d, pixels: torch.Tensor) -> torch.Tenso
     windows = windows.unflatten(3, (columns, width)).unflatten(
         2, (rows, height)
     )  # [S, C, rows, height, columns, width]
-    windows = windows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [S, N, C * height * width]
-    projected = F.linear(windows, convolution.weight.flatten(1), convolution.bias)
-    return projected.transpose(1, 2).unflatten(2, (rows, columns))
+    return windows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def attention_pool(head: nn.Module, tokens: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
+def project_patches(convolution: nn.Conv2d, pixels: torch.Tensor) -> torch.Tensor:
+    """The convolution as one matrix product, [S, C, H, W] -> [S, D, rows, columns].
+
+    The result is a view of rows [S, N, D] that are contiguous, which is the order that the gate and the blocks read; a
+    convolution leaves the channels outermost.
+    """
+    projected = F.linear(patch_windows(convolution, pixels), convolution.weight.flatten(1), convolution.bias)
+    return projected.transpose(1, 2).unflatten(2, (pixels.shape[2] // convolution.kernel_size[0], -1))
+
+
+def attention_pool(
+    head: nn.Module, tokens: torch.Tensor, lengths: list[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """SigLIP's pooling head, [S, N, D] -> [S, D], without projecting every token to a key and a value.
 
     The one query is a constant q, so a score q (W x + b) is (q W) x plus a constant that the softmax drops; and the
@@ -45,6 +51,9 @@ def attention_pool(head: nn.Module, tokens: torch.Tensor, lengths: list[int] | N
 
     Args:
         lengths: how many tokens of each stream count, from the left; None means all.
+
+    Returns:
+        the pooled tokens, and the attention that each token got, the mean of all heads: [S, N].
     """
     attention = head.attention
     dim, heads = attention.embed_dim, attention.num_heads
@@ -59,7 +68,8 @@ def attention_pool(head: nn.Module, tokens: torch.Tensor, lengths: list[int] | N
         position = torch.arange(tokens.shape[1], device=tokens.device)
         past_end = position >= torch.tensor(lengths, device=tokens.device)[:, None]
         scores = scores.masked_fill(past_end[..., None], -torch.inf)
-    mixed = scores.softmax(1).transpose(1, 2) @ tokens  # [S, heads, D]
+    weights = scores.softmax(1)
+    mixed = weights.transpose(1, 2) @ tokens  # [S, heads, D]
     values = torch.einsum("shd,hkd->shk", mixed, value_weight.view(heads, -1, dim)).flatten(1) + value_bias
     pooled = attention.out_proj(values.to(attention.out_proj.weight.dtype))
-    return pooled + head.mlp(head.layernorm(pooled))
+    return pooled + head.mlp(head.layernorm(pooled)), weights.mean(2)

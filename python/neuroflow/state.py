@@ -20,6 +20,7 @@ class StreamState:
         self.grid: Grid = (0, 0)
         self.tensors: dict[Hashable, torch.Tensor] = {}
         self.age: torch.Tensor | None = None  # [N], frames since a patch was last encoded
+        self.attention: torch.Tensor | None = None  # [N] of mean 1, what the pooled output paid each patch
         self.active: torch.Tensor | None = None  # [N] bool, of the last frame
         self.frames = 0
         self.key_frames = 0
@@ -30,6 +31,7 @@ class StreamState:
         """Make room for a key frame of another size, dtype or device."""
         self.signature, self.grid = signature, grid
         self.tensors.clear()
+        self.attention = None
         self.age = torch.zeros(grid[0] * grid[1], dtype=torch.int32, device=device)
 
     def put(self, name: Hashable, value: torch.Tensor) -> None:
@@ -53,7 +55,7 @@ class StreamState:
 
     @property
     def state_bytes(self) -> int:
-        held = [*self.tensors.values(), *(t for t in (self.age, self.active) if t is not None)]
+        held = [*self.tensors.values(), *(t for t in (self.age, self.active, self.attention) if t is not None)]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 

@@ -1,0 +1,79 @@
+"""What a stream's surprise becomes before the rule reads it, and which patches are encoded regardless.
+
+Every function takes one stream's patches in row-major order of its grid (rows, columns).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .adapters.anatomy import Grid
+
+MOST_SURPRISE = 2.0  # of a patch without NaN or Inf
+AROUND_WEIGHT = 0.8
+FRAME_WEIGHT = 0.5
+
+
+def staleness(surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+    """How far what the caches hold of a patch has probably drifted, weighted by how much the pooled output reads it.
+
+    A patch's keys, values and output drift with its own content, with that of the patches around it and with the rest
+    of the frame: (sqrt(surprise) + 0.8 sqrt(mean surprise of the 3 x 3 patches around) + 0.5 sqrt(mean surprise of the
+    frame))^2. The square root of the frames since it was encoded weighs this, as what goes on changing is stale again
+    at once; and so does the square root of the attention that the pooled output pays the patch, so that tokens go where
+    they change the result. In a frame where nothing changed nothing is stale. Form and weights were found on real
+    footage, at equal tokens (bench/results/policies.md).
+
+    Args:
+        surprise: [N] float32, infinite at patches with NaN.
+        age: [N], whole frames between this one and the one that last encoded a patch.
+        attention: [N] of mean 1, or None where nothing is known of it.
+
+    Returns:
+        [N] float32.
+    """
+    bounded = surprise.clamp_max(MOST_SURPRISE)
+    around = F.avg_pool2d(bounded.view(1, 1, *grid), 3, stride=1, padding=1, count_include_pad=False).flatten()
+    drift = surprise.sqrt() + AROUND_WEIGHT * around.sqrt() + FRAME_WEIGHT * bounded.mean().sqrt()
+    score = drift.square() * (1 + age).sqrt()
+    return score if attention is None else score * attention.sqrt()
+
+
+def without_common_motion(surprise: torch.Tensor) -> torch.Tensor:
+    """Surprise [N] above the frame's mean, so that a moving camera, which surprises everywhere, is not all change.
+
+    Source: Schmitt 2026, motion normalisation. What a camera's motion changes is then served stale.
+    """
+    return (surprise - surprise.clamp_max(MOST_SURPRISE).mean()).clamp_min(0)
+
+
+def dilated(index: torch.Tensor, grid: Grid, rings: int) -> torch.Tensor:
+    """The patches `index` (ascending int32) and those up to `rings` patches from one of them, diagonally too."""
+    active = torch.zeros(grid, device=index.device)
+    active.view(-1)[index] = 1
+    grown = F.max_pool2d(active[None, None], 2 * rings + 1, stride=1, padding=rings)
+    return grown.flatten().nonzero()[:, 0].int()
+
+
+def due(age: torch.Tensor, max_age: int) -> torch.Tensor:
+    """The patches that are encoded so that none waits `max_age` frames, bool [N]: the oldest of those half-way there.
+
+    Never more than 2 N / max_age of them, where waiting for the limit itself would end in a burst of all that a key
+    frame encoded; and none for as long as the score reaches them earlier.
+    """
+    oldest = age.argsort(descending=True, stable=True)[: math.ceil(2 * age.numel() / max_age)]
+    return torch.zeros_like(age, dtype=torch.bool).index_fill(0, oldest, True) & (age >= max_age // 2)
+
+
+def is_cut(surprise: torch.Tensor, active: int, share: float | None, mean_surprise: float | None) -> bool:
+    """Whether a frame shows another scene, or so much change that caches hardly help.
+
+    Args:
+        surprise: [N]. active: how many of the N patches the rule chose.
+        share: a cut has more than this share of its patches active; None: whatever the share.
+        mean_surprise: a cut has a mean surprise above this; None: whatever the mean. It also works under a budget.
+    """
+    if share is not None and active > share * surprise.numel():
+        return True
+    return mean_surprise is not None and bool(surprise.clamp_max(MOST_SURPRISE).mean() > mean_surprise)
