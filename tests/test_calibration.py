@@ -11,6 +11,8 @@ from neuroflow import Calibration, CalibrationError, LogitShift, NeuroFlowConfig
 from neuroflow.adapters import describe
 from safetensors.torch import save_file
 
+PLAIN = NeuroFlowConfig(score="surprise", max_age=None, cut_share=None, cut_surprise=None)
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -50,7 +52,7 @@ def measured(model, frames, config):
 @pytest.mark.parametrize("family", ["siglip", "vit"])
 def test_fidelity_is_reached_by_the_largest_threshold(family):
     model, frames = tiny(family), drift()
-    base = NeuroFlowConfig(floor=2, max_age=9)
+    base = dataclasses.replace(PLAIN, floor=2, max_age=9)
     dense_like, sparse_like = (
         measured(model, frames, dataclasses.replace(base, threshold=threshold))[1] for threshold in (1e-4, 0.5)
     )
@@ -72,7 +74,7 @@ def test_fidelity_is_reached_by_the_largest_threshold(family):
 @pytest.mark.parametrize("skip", [0.3, 0.6, 0.84])
 def test_skip_is_reached_within_half_a_point(skip):
     model, frames = tiny("siglip", 96), drift(side=96)
-    result = calibrate(model, frames, NeuroFlowConfig(signal="embedding"), skip=skip)
+    result = calibrate(model, frames, dataclasses.replace(PLAIN, signal="embedding"), skip=skip)
     found = measured(model, frames, result.config)
     assert found[0] == pytest.approx(skip, abs=0.005)
     assert (result.skipped, result.fidelity, result.fidelity_p5) == pytest.approx(found, abs=1e-5)
@@ -81,31 +83,34 @@ def test_skip_is_reached_within_half_a_point(skip):
 
 def test_where_the_floor_reaches_the_target_the_lowest_such_threshold_is_chosen():
     model, frames = tiny("siglip"), drift()
-    assert calibrate(model, frames, skip=1 - 4 / 36).config.threshold < 1
-    result = calibrate(model, frames, fidelity=0.01)
+    assert calibrate(model, frames, PLAIN, skip=1 - 4 / 36).config.threshold < 1
+    result = calibrate(model, frames, PLAIN, fidelity=0.01)
     assert result.skipped == pytest.approx(1 - 4 / 36)
     for factor, floor_alone in ((0.98, False), (1.0, True)):
         config = dataclasses.replace(result.config, threshold=factor * result.config.threshold)
         assert (measured(model, frames, config)[0] == pytest.approx(1 - 4 / 36)) == floor_alone
 
 
+class Frames:
+    """Frames that count how often they are gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(drift()[:, None])
+
+
 def test_frames_may_be_any_iterable_that_starts_over():
-    class Frames:
-        passes = 0
-
-        def __iter__(self):
-            self.passes += 1
-            return iter(drift()[:, None])
-
     model, frames = tiny("vit"), Frames()
-    result = calibrate(model, frames, skip=0.5)
-    assert result == calibrate(model, drift(), skip=0.5)
+    result = calibrate(model, frames, skip=0.7)
+    assert result == calibrate(model, drift(), skip=0.7)
     assert frames.passes == 1 + len(result.trials)
 
 
 def test_a_bfloat16_model_takes_float32_frames():
-    result = calibrate(tiny("siglip", 96).to(torch.bfloat16), drift(side=96), skip=0.5)
-    assert result.skipped == pytest.approx(0.5, abs=0.005) and result.fidelity > 0.9
+    result = calibrate(tiny("siglip", 96).to(torch.bfloat16), drift(side=96), skip=0.7)
+    assert result.skipped == pytest.approx(0.7, abs=0.005) and result.fidelity > 0.9
 
 
 class Damaged:
@@ -163,21 +168,33 @@ def test_bad_arguments_are_named(frames, targets, config, message):
 @pytest.mark.parametrize(
     ("frames", "target", "config", "message"),
     [
-        (drift(), {"skip": 0.95}, None, r"a skip rate of 95.0% is not reached: the nearest is threshold 2, 88.9% of"),
-        (drift(2), {"skip": 0.85}, None, r"a skip rate of 85.0% is not reached: the nearest is threshold 0\.\d+, 8"),
+        (drift(), {"skip": 0.95}, PLAIN, r"a skip rate of 95.0% is not reached: the nearest is threshold 2, 88.9% of"),
+        (drift(2), {"skip": 0.85}, PLAIN, r"a skip rate of 85.0% is not reached: the nearest is threshold 0\.\d+, 8"),
         (
             clip(changed=8),
             {"fidelity": 0.9999},
-            {"arch": "B"},
+            dataclasses.replace(PLAIN, arch="B"),
             r"cosine of 0.9999 is not reached: the nearest is threshold .*, 77.8% of",
         ),
-        (clip(), {"fidelity": 0.5}, None, r"do not tell thresholds apart: each from 1.\d+e-06 to 2 gives 88.9% of the"),
+        (
+            clip(),
+            {"fidelity": 0.5},
+            PLAIN,
+            r"do not tell thresholds apart: each from 1.\d+e-06 to 2 gives 88.9% of the",
+        ),
         (drift(1).repeat(4, 1, 1, 1), {"fidelity": 0.9}, None, "nothing changes in the frames"),
     ],
 )
 def test_a_target_out_of_reach_says_what_was_reached(frames, target, config, message):
     with pytest.raises(CalibrationError, match=message):
-        calibrate(tiny("siglip"), frames, NeuroFlowConfig(**config or {}), **target)
+        calibrate(tiny("siglip"), frames, config, **target)
+
+
+def test_a_skip_rate_over_the_floors_is_given_up_at_once():
+    frames = Frames()
+    with pytest.raises(CalibrationError):
+        calibrate(tiny("siglip"), frames, skip=0.95)
+    assert frames.passes == 2
 
 
 def test_logit_shift_brings_the_mean_back(tmp_path, generator):

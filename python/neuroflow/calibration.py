@@ -17,7 +17,8 @@ from .cache import DEFAULT_STREAM
 from .config import NeuroFlowConfig
 from .patch import _ENGINE, disable_cache, enable_cache, summary
 
-THRESHOLDS = (1e-6, 2.0)  # below is float32's rounding
+# By score: from float32's rounding, or a hundredth of what one frame of age adds, to more than any patch reaches.
+THRESHOLDS = {"surprise": (1e-6, 2.0), "staleness": (1e-5, 1000.0)}
 RESOLUTION = 1.005
 SKIP_TOLERANCE = 0.005
 UNCHANGED = 1e-6  # one less the cosine of embeddings that differ by rounding alone
@@ -124,7 +125,7 @@ def calibrate(
         trials.append(_try(model, frames, dense, dataclasses.replace(config, threshold=threshold)))
         return trials[-1]
 
-    low, high = THRESHOLDS
+    low, high = THRESHOLDS[config.score]
     trials: list[Trial] = []
     most = attempt(high).skipped
     possible = skip is None or most >= skip - SKIP_TOLERANCE
