@@ -44,11 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         CommandError, SourceError, ResultError: bad input.
     """
-    config = _gate_config(arguments)
-    device = _device(arguments.device)
+    config = gate_config(arguments)
     if arguments.resume and arguments.out is None:
         raise CommandError("--resume: there is nothing to continue without --out; give that of the unfinished run")
-    name = str(STREET) if arguments.model is None else arguments.model
     overlay = arguments.overlay
     if overlay is not None and (overlay.suffix != ".mp4" or overlay.is_dir() or not overlay.parent.is_dir()):
         raise CommandError(f"--overlay {overlay}: cannot be written; give an .mp4 file in a directory that exists")
@@ -57,15 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise CommandError("--resume: a live source cannot be continued; run without it")
         results = None
         if arguments.out is not None:
-            results = Results(arguments.out, _pinned(arguments, name, config), resume=arguments.resume)
-        if arguments.model is None:
-            print(EMBEDDED, file=sys.stderr)
-        model = load_tower(name, device, getattr(torch, arguments.dtype))
-        height, width = _input_size(model, arguments.size)
+            results = Results(arguments.out, _pinned(arguments, config), resume=arguments.resume)
+        model, preprocess = load_model(arguments)
         code = encode_video(
             source,
             model,
-            Preprocessor.from_pretrained(name, height, width),
+            preprocess,
             config,
             classes=load_classes() if arguments.model is None else None,
             compare=arguments.compare,
@@ -77,6 +72,20 @@ def run(arguments: argparse.Namespace) -> int:
     if code == INTERRUPTED and results is not None:
         print("what is done is kept: the same command with --resume continues it", file=sys.stderr)
     return code
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Preprocessor]:
+    """The model that the options ask for, and what gives its input.
+
+    Raises:
+        CommandError: it cannot be loaded, the device cannot be used, or the size does not fit.
+    """
+    name = str(STREET) if arguments.model is None else arguments.model
+    model = load_tower(name, _device(arguments.device), getattr(torch, arguments.dtype))
+    height, width = _input_size(model, arguments.size)
+    if arguments.model is None:
+        print(EMBEDDED, file=sys.stderr)
+    return model, Preprocessor.from_pretrained(name, height, width)
 
 
 def encode_video(
@@ -114,7 +123,7 @@ def encode_video(
         start = records[-1].frame + stride
         note = ", and the overlay begins there" if overlay is not None else ""
         print(f"resuming at frame {start}: it is a key frame{note}", file=sys.stderr)
-    frames = _every(source, stride, start)
+    frames = every(source, stride, start)
     total = None if source.frame_count is None else -(-source.frame_count // stride)
     if max_frames is not None:
         frames = itertools.islice(frames, max(max_frames - len(records), 0))
@@ -153,7 +162,7 @@ def encode_video(
     rows, columns = (size // patch for size, patch in zip((height, width), _pair(model.config.patch_size), strict=True))
     dtype = str(model.dtype).removeprefix("torch.")
     name = f"{type(model).__name__}, {width}x{height}, {rows * columns} patches, {dtype}"
-    print(format_report(records, neuroflow.summary(model).state_bytes, name, _gate(config), model.device))
+    print(format_report(records, neuroflow.summary(model).state_bytes, name, format_gate(config), model.device))
     return 0
 
 
@@ -219,7 +228,7 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _every(source: Source, stride: int, start: int) -> Iterator[Frame]:
+def every(source: Source, stride: int, start: int = 0) -> Iterator[Frame]:
     """The source's frames from `start`, at least `stride` apart: a live source has gaps of its own."""
     for frame in source:
         if frame.index >= start:
@@ -246,21 +255,38 @@ def caption(record: Record) -> str:
     return text + "    key frame" * record.key_frame
 
 
-def _gate(config: neuroflow.NeuroFlowConfig) -> str:
-    """The settings that are in force, one line."""
+def format_gate(config: neuroflow.NeuroFlowConfig) -> str:
+    """The settings that are in force, one line: the main ones, and of the others those that are not the defaults."""
     rule = f"threshold {config.threshold}" if config.budget is None else f"budget {config.budget:g}"
     reference = f"ema {config.ema_decay}" if config.reference == "ema" else config.reference
     age = f", at most {config.max_age} frames old" if config.max_age else ""
-    return f"{config.arch}, {rule}, floor {config.floor}, signal {config.signal}, reference {reference}{age}"
+    main = f"{config.arch}, {rule}, floor {config.floor}, signal {config.signal}, reference {reference}{age}"
+    shown = ("arch", "threshold", "budget", "floor", "signal", "reference", "ema_decay", "max_age")
+    default = dataclasses.asdict(neuroflow.NeuroFlowConfig())
+    values = dataclasses.asdict(config).items()
+    others = [f"{name} {value}" for name, value in values if name not in shown and value != default[name]]
+    return ", ".join([main, *others])
 
 
-def _gate_config(arguments: argparse.Namespace) -> neuroflow.NeuroFlowConfig:
+def gate_config(arguments: argparse.Namespace) -> neuroflow.NeuroFlowConfig:
+    """The settings of --config, or the defaults, under those that were given as options.
+
+    Raises:
+        CommandError: a file or a value that NeuroFlowConfig does not accept.
+    """
     names = ("arch", "threshold", "budget", "ema_decay", "signal", "reference", "floor", "max_age")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if "ema_decay" in given:
-        given.setdefault("reference", "ema")
+    given = {name: value for name in names if (value := vars(arguments).get(name)) is not None}
+    # One of the two given takes the place of the other in the file.
+    if "threshold" in given:
+        given.setdefault("budget", None)
+    elif "budget" in given:
+        given["threshold"] = None
     try:
-        return neuroflow.NeuroFlowConfig(**given)
+        load = neuroflow.NeuroFlowConfig.load
+        config = neuroflow.NeuroFlowConfig() if arguments.config is None else load(arguments.config)
+        if "ema_decay" in given and config.reference != "dual":
+            given.setdefault("reference", "ema")
+        return dataclasses.replace(config, **given)
     except ValueError as error:
         raise CommandError(str(error)) from None
 
@@ -291,13 +317,13 @@ def _pair(size: int | Iterable[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _pinned(arguments: argparse.Namespace, name: str, config: neuroflow.NeuroFlowConfig) -> dict:
+def _pinned(arguments: argparse.Namespace, config: neuroflow.NeuroFlowConfig) -> dict:
     """What a continued run must have in common with the one that it continues."""
-    source, model = Path(arguments.source), Path(name)
+    source, model = Path(arguments.source), STREET if arguments.model is None else Path(arguments.model)
     return {
         "source": str(source.resolve()) if source.exists() else arguments.source,
         "source_bytes": source.stat().st_size if source.is_file() else None,
-        "model": str(model.resolve()) if model.exists() else name,
+        "model": str(model.resolve()) if model.exists() else arguments.model,
         "size": arguments.size,
         "stride": arguments.stride,
         "device": arguments.device,
