@@ -169,8 +169,8 @@ def test_a_changed_file_is_not_continued(neuroflow, tmp_path, clip, model, monke
             ["--target-skip", 0.99],
             "of 99.0% is not reached: the nearest is threshold 1000, 97.2% of the patches skipped",
         ),
-        (["--target-skip", 0.99], "; give a --target-skip nearer to it, or a clip"),
-        (["--target-fidelity", 0.9999999, "--dtype", "bfloat16"], "; give a lower --target-fidelity, or a clip"),
+        (["--target-skip", 0.99], "; give a --target-skip nearer to that, a smaller --floor, or other footage"),
+        (["--target-fidelity", 0.9999999, "--dtype", "bfloat16"], "; give a lower --target-fidelity, or other footage"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(neuroflow, clip, model, tmp_path, monkeypatch, options, words):

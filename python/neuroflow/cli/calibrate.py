@@ -54,8 +54,12 @@ def calibrate(arguments: argparse.Namespace) -> int:
             model, _Passes(frames), config, fidelity=arguments.target_fidelity, skip=arguments.target_skip
         )
     except neuroflow.CalibrationError as error:
-        nearer = "a lower --target-fidelity" if arguments.target_skip is None else "a --target-skip nearer to it"
-        raise CommandError(f"{error}; give {nearer}, or a clip in which more changes") from None
+        nearer = (
+            "a lower --target-fidelity"
+            if arguments.target_skip is None
+            else "a --target-skip nearer to that, a smaller --floor"
+        )
+        raise CommandError(f"{error}; give {nearer}, or other footage") from None
     except ValueError as error:
         raise CommandError(str(error)) from None
     print(format_calibration(found, len(frames)))
