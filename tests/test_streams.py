@@ -162,14 +162,18 @@ def test_padding_is_refused():
         model(**arguments)
 
 
-def test_no_cached_token_is_older_than_max_age():
+@pytest.mark.parametrize("refresh", ["key", "rolling"])
+def test_no_cached_token_is_older_than_max_age(refresh):
     model, still = tiny("siglip"), clip(frames=1)
-    neuroflow.enable_cache(model, exact(threshold=0.02, max_age=5, floor=0))
+    neuroflow.enable_cache(model, exact(threshold=0.02, max_age=5, refresh=refresh, floor=0))
     last_encoded = torch.zeros(36)
     for t in range(16):
         pooled(model, "siglip", still, ["a"])
         active = neuroflow.summary(model).streams["a"].active.flatten()
-        assert t == 0 or active.sum() == 8  # 36 patches, one in five a frame
+        if refresh == "key":
+            assert active.sum() == (36 if t % 5 == 0 else 1)
+        else:
+            assert t == 0 or active.sum() <= 15  # 36 patches, two in five a frame at most
         last_encoded[active] = t
         assert t - last_encoded.min() < 5
 

@@ -109,6 +109,8 @@ class Engine:
         depth = len(anatomy.layers)
         self.anatomy = anatomy
         self.config = config
+        # A frame without any token has no output; where there is a CLS token it needs no patch.
+        self.floor = max(config.floor, 0 if anatomy.prefix else 1)
         self.mid_layer = depth // 2 - 1 if config.mid_layer is None else config.mid_layer
         if config.arch == "midlayer" and self.mid_layer >= depth - 1:
             raise ValueError(f"mid_layer is {self.mid_layer}; accepted is less than {depth - 1}, the last block")
@@ -328,7 +330,7 @@ class Engine:
         frame.select(rows, tokens.shape[1], tokens.device)
 
     def _surprise(self, state: StreamState, h: torch.Tensor, grid: Grid) -> torch.Tensor | None:
-        """One stream's surprise [N] at its patches h [1, N, D]; None where there is nothing to compare them with.
+        """One stream's surprise [N] at its patches h [1, N, D]; None where it needs a key frame.
 
         Moves averages on.
         """
@@ -336,7 +338,8 @@ class Engine:
         if state.signature not in (None, signature):
             before, now = (f"{s[0][0]}x{s[0][1]} patches, {s[2]} on {s[3]}" for s in (state.signature, signature))
             self.warn_once(f"stream {state.name!r} changed from {before} to {now}; it starts over with a key frame")
-        comparable = state.valid and state.signature == signature
+        expired = self.config.refresh == "key" and state.since_key_frame + 1 == self.config.max_age
+        comparable = state.valid and state.signature == signature and not expired
         state.valid = False
         if state.signature != signature:
             state.start_over(signature, grid, h.device)
@@ -361,9 +364,9 @@ class Engine:
         budget = config.tokens_per_frame(patches)
         if config.share_budget:
             for row in scores:
-                row[row.topk(min(config.floor, patches)).indices] = torch.inf
+                row[row.topk(min(self.floor, patches)).indices] = torch.inf
             scores, budget = scores.view(1, -1), budget * len(gated)
-        index, cu_seqlens = compact(scores, config.threshold, budget, config.floor)
+        index, cu_seqlens = compact(scores, config.threshold, budget, self.floor)
         index = index[: int(cu_seqlens[-1])]
         starts = torch.arange(len(gated) + 1, dtype=torch.int32, device=index.device) * patches
         bounds = torch.searchsorted(index, starts).tolist()
@@ -381,7 +384,7 @@ class Engine:
         score = policies.without_common_motion(surprise) if config.normalise_motion else surprise
         if config.score == "staleness":
             score = policies.staleness(score, state.age, state.attention, grid)
-        if config.max_age is not None:
+        if config.refresh == "rolling" and config.max_age is not None:
             score = score.masked_fill(policies.due(state.age, config.max_age), torch.inf)
         return score
 

@@ -10,6 +10,7 @@ DEFAULT_THRESHOLD = {"staleness": 0.1, "surprise": 0.02}
 Signal = Literal["patch", "embedding", "pixel"]
 Reference = Literal["refreshed", "ema", "previous", "dual"]
 Score = Literal["staleness", "surprise"]
+Refresh = Literal["key", "rolling"]
 
 
 def _listed(kind: object) -> str:
@@ -49,6 +50,9 @@ class NeuroFlowConfig:
         normalise_motion: subtract the frame's mean surprise first, for cameras that move.
         dilation: patches up to this many away from an active one are active too.
         max_age: a patch that was not encoded in this many frames is encoded whatever its score; None sets no limit.
+        refresh: how `max_age` is kept. "key", by a key frame that many frames after the last one, which clears every
+            error that the caches hold; "rolling", by the oldest few patches of every frame, which never costs much at
+            once, but encodes them beside what is stale itself, so that errors fade and do not end.
         cut_share: a frame with more than this share of its patches active becomes a key frame; None: never.
         cut_surprise: so does one whose mean surprise lies above this; None: never.
         blend: weight of a patch's new output in its cache, above 0 to 1. 1 replaces; less damps flicker.
@@ -74,6 +78,7 @@ class NeuroFlowConfig:
     normalise_motion: bool = False
     dilation: int = 0
     max_age: int | None = 128
+    refresh: Refresh = "key"
     cut_share: float | None = 0.5
     cut_surprise: float | None = 0.25
     blend: float = 1.0
@@ -83,7 +88,7 @@ class NeuroFlowConfig:
         names = [*ARCHITECTURES, *ARCHITECTURES.values()]
         _require(self.arch in names, "arch", self.arch, "one of " + ", ".join(names))
         object.__setattr__(self, "arch", ARCHITECTURES.get(self.arch, self.arch))
-        for name, kind in (("signal", Signal), ("reference", Reference), ("score", Score)):
+        for name, kind in (("signal", Signal), ("reference", Reference), ("score", Score), ("refresh", Refresh)):
             _require(getattr(self, name) in get_args(kind), name, getattr(self, name), "one of " + _listed(kind))
         if self.budget is None and self.threshold is None:
             object.__setattr__(self, "threshold", DEFAULT_THRESHOLD[self.score])

@@ -24,6 +24,7 @@ class StreamState:
         self.active: torch.Tensor | None = None  # [N] bool, of the last frame
         self.frames = 0
         self.key_frames = 0
+        self.since_key_frame = 0
         self.nonfinite = 0
         self.skipped = 0.0
 
@@ -51,6 +52,7 @@ class StreamState:
         self.age = (self.age + 1).masked_fill(self.active, 0)
         self.frames += 1
         self.key_frames += key_frame
+        self.since_key_frame = 0 if key_frame else self.since_key_frame + 1
         self.nonfinite += not finite
 
     @property
