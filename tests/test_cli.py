@@ -226,7 +226,7 @@ def test_bad_source_is_one_line_and_leaves_no_file(tmp_path, neuroflow_run, kind
         (["--max-pixels", 1000], "144x96 is over the ceiling of 1,000 pixels, see --max-pixels"),
         (["--max-pixels", 0], "0 is not 1 or more"),
         (["--arch", "F"], "arch is 'F'; accepted is one of"),
-        (["--threshold", 3], "threshold is 3.0; accepted is"),
+        (["--threshold", -1], "threshold is -1.0; accepted is"),
         (["--threshold", 0.1, "--budget", 4], "budget is 4.0"),
         (["--threshold", "low"], "invalid float value: 'low'"),
         (["--stride", 0], "0 is not 1 or more"),
@@ -305,7 +305,7 @@ def interrupt(monkeypatch):
 
 def test_interrupted_run_is_continued(tmp_path, neuroflow_run, clip, interrupt):
     out, overlay = tmp_path / "result.npz", tmp_path / "overlay.mp4"
-    options = (clip, "--compare", "--out", out, "--overlay", overlay)
+    options = (clip, "--compare", "--threshold", 2, "--out", out, "--overlay", overlay)
     interrupt(3)
     code, table, message = neuroflow_run(*options)
     assert code == 130 and table == "" and "interrupted after 3 frames" in message and "--resume" in message

@@ -45,7 +45,7 @@ def test_the_idle_clip_keeps_its_features(classifier, data, tmp_path, capsys):
     assert main([*command, "--max-frames", "120", "--out", str(out)]) == 0
     print(capsys.readouterr().out)
     result = np.load(out)
-    assert result["skipped"].mean() >= 0.97
+    assert result["skipped"][1:].mean() >= 0.97
     assert result["cosine"][1:].mean() >= 0.99
 
 

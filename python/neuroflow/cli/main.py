@@ -164,10 +164,21 @@ def _add_gate(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     gate.add_argument("--arch", help="context (E), dual (C), active (B), mlp (A) or midlayer (D) (default: context)")
     gate.add_argument("--floor", type=int, metavar="N", help="encode at least N patches (default: 4)")
     gate.add_argument("--max-age", type=int, metavar="N", help="encode every patch once in N frames (default: 128)")
+    gate.add_argument("--refresh", help="by a key frame, or rolling, a few patches a frame (default: key)")
+    gate.add_argument("--score", help="staleness, or surprise alone (default: staleness)")
     gate.add_argument("--signal", help="patch, before the positional embedding, embedding or pixel (default: patch)")
     gate.add_argument("--reference", help="compare with refreshed, previous, ema or dual (default: refreshed)")
     gate.add_argument(
         "--ema-decay", type=float, metavar="A", help="weight of a new frame in the ema; implies --reference ema"
+    )
+    gate.add_argument(
+        "--dilation", type=int, metavar="N", help="encode patches up to N from an active one (default: 0)"
+    )
+    gate.add_argument(
+        "--normalise-motion",
+        action="store_const",
+        const=True,
+        help="take the frame's mean surprise off: moving cameras",
     )
     return gate
 

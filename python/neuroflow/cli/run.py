@@ -274,12 +274,13 @@ def gate_config(arguments: argparse.Namespace) -> neuroflow.NeuroFlowConfig:
     Raises:
         CommandError: a file or a value that NeuroFlowConfig does not accept.
     """
-    names = ("arch", "threshold", "budget", "ema_decay", "signal", "reference", "floor", "max_age")
+    names = ("arch", "threshold", "budget", "floor", "max_age", "refresh", "score", "signal", "reference", "ema_decay")
+    names += ("dilation", "normalise_motion")
     given = {name: value for name in names if (value := vars(arguments).get(name)) is not None}
     # One of the two given takes the place of the other in the file.
     if "threshold" in given:
         given.setdefault("budget", None)
-    elif "budget" in given:
+    elif "budget" in given or "score" in given:
         given["threshold"] = None
     try:
         load = neuroflow.NeuroFlowConfig.load
