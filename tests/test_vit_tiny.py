@@ -62,3 +62,35 @@ def test_a_classifier_is_patched_inside(classifier, data):
     assert type(sparse[1]) is type(dense)
     assert skipped == pytest.approx((1 - 4 / 196) / 2)
     assert F.cosine_similarity(sparse[1].logits, dense.logits).item() > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("name", "skipped"),
+    [
+        ("intel_one-by-one-person-detection", 0.8),
+        ("sam2_05_default_juggle", 0.75),
+        ("degirum_Traffic", 0.7),
+        ("degirum_aerial_crossing_pedestrians_bikes_cropped", 0),
+    ],
+)
+def test_the_default_stays_close_on_footage(classifier, data, tmp_path, name, skipped):
+    """A still camera saves most patches; a drone's saves none, and costs no fidelity."""
+    out = tmp_path / "result.npz"
+    video = data(f"videos/{name}.mp4")
+    command = ["run", str(video), "--model", str(classifier[1]), "--compare", "--max-frames", "50"]
+    assert main([*command, "--out", str(out)]) == 0
+    result = np.load(out)
+    assert result["cosine"][1:].mean() >= 0.99
+    assert result["skipped"][1:].mean() >= skipped
+
+
+def test_every_cut_of_a_slideshow_is_a_key_frame(classifier, data, tmp_path):
+    """A slide stands for 31 frames: its first is encoded whole, its duplicates cost the floor."""
+    out = tmp_path / "result.npz"
+    video = data("videos/degirum_example_video.mp4")
+    command = ["run", str(video), "--model", str(classifier[1]), "--compare", "--max-frames", "100"]
+    assert main([*command, "--out", str(out)]) == 0
+    result = np.load(out)
+    assert result["key_frame"].nonzero()[0].tolist() == [0, 31, 62, 93]
+    assert result["cosine"][[31, 62, 93]].min() >= 0.999 and result["cosine"][[32, 63, 94]].min() >= 0.999
+    assert (result["active"][~result["key_frame"]] == 4).all()
