@@ -73,8 +73,8 @@ def load_classifier():
 def measure_clip(model, dense, name, clip, variants, skips, starts):
     """The rows of one clip: the default at its threshold, then each of `variants` at each skip of `skips(variant)`.
 
-    starts: where the search for a threshold starts; kept up to date, as from one variant to the next the same score,
-    signal and reference ask for about the same.
+    starts: from a gate and a skip to its threshold over the default's, which differs little between clips and tells
+    where a search starts; kept up to date.
     """
     gate, default = gate_of(model), neuroflow.NeuroFlowConfig()
 
@@ -86,6 +86,7 @@ def measure_clip(model, dense, name, clip, variants, skips, starts):
 
     (expected,), (first,) = run(model, [clip], default, dense=dense)
     rows = [row("E (default)", None, default, first)]
+    found = {}  # the default's threshold at each skip
     moving = first.key_frames >= MOVING * (len(clip) - 1)
     for variant, settings in variants.items():
         config = neuroflow.NeuroFlowConfig(**settings)
@@ -97,10 +98,12 @@ def measure_clip(model, dense, name, clip, variants, skips, starts):
                 config = neuroflow.NeuroFlowConfig(budget=1 - skip)
                 (one,) = run(model, [clip], config)
             else:
-                key = (skip, config.signal, config.reference, config.score)
-                start = starts.get(key, config.threshold)
-                config, (one,) = run_at_skip(model, gate, [clip], config, skip, start)
-                starts[key] = config.threshold
+                gate_settings = config.signal, config.reference, config.score, config.normalise_motion, config.dilation
+                key = (skip, *gate_settings)
+                unit = found.get(skip, default.threshold)
+                config, (one,) = run_at_skip(model, gate, [clip], config, skip, unit * starts.get(key, 1))
+                found.setdefault(skip, config.threshold if variant == "E (default)" else unit)
+                starts[key] = config.threshold / found[skip]
             rows.append(row(variant, skip, config, one))
     return rows
 
