@@ -241,8 +241,8 @@ def held_out_top1(directory, count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2700, help="batches in all")
-    parser.add_argument("--windowed", type=int, default=2520, help="of these, the first so many on windows")
+    parser.add_argument("--steps", type=int, default=4600, help="batches in all")
+    parser.add_argument("--windowed", type=int, default=4200, help="of these, the first so many on windows")
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--checkpoint", type=Path, default=Path("train_street.safetensors"))
     parser.add_argument("--out", type=Path, default=STREET, help="the directory to write")
