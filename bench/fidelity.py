@@ -102,9 +102,11 @@ def measure_clip(model, dense, name, clip, variants, skips, starts):
                 key = (skip, *gate_settings)
                 unit = found.get(skip, default.threshold)
                 config, (one,) = run_at_skip(model, gate, [clip], config, skip, unit * starts.get(key, 1))
-                found.setdefault(skip, config.threshold if variant == "E (default)" else unit)
-                starts[key] = config.threshold / found[skip]
             rows.append(row(variant, skip, config, one))
+            if config.threshold is not None and rows[-1]["reached"]:
+                if variant == "E (default)":
+                    unit = found[skip] = config.threshold
+                starts[key] = config.threshold / unit
     return rows
 
 

@@ -121,14 +121,14 @@ def mean_skip(runs):
     return torch.cat([one.skipped[1:] for one in runs]).mean().item()
 
 
-def find_threshold(skipped_at, skip, start):
+def find_threshold(skipped_at, skip, start, trials=TRIALS):
     """The threshold of those tried at which `skipped_at(threshold)` is nearest to `skip`.
 
     Steps of a factor until two thresholds have `skip` between them, then to where a line between the two meets it.
     """
     tried = {}
     threshold = start
-    for _ in range(TRIALS):
+    for _ in range(trials):
         tried[threshold] = skipped_at(threshold)
         if abs(tried[threshold] - skip) <= TOLERANCE:
             break
@@ -166,7 +166,8 @@ def run_at_skip(model, gate, clips, config, skip, start):
         runs[threshold] = run(model, clips, tried)
         return mean_skip(runs[threshold])
 
-    threshold = find_threshold(skipped_at, skip, start)
+    # A gate alone is cheap to ask.
+    threshold = find_threshold(skipped_at, skip, start, 3 * TRIALS if shallow else TRIALS)
     chosen = dataclasses.replace(config, threshold=threshold)
     return chosen, run(model, clips, chosen) if shallow else runs[threshold]
 
@@ -242,7 +243,7 @@ def plot_points(stem, title, panels, series):
             axis.plot(*zip(*points, strict=True), marker=marker, linewidth=1, label=name)
         axis.set(xlabel="patches skipped, %", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     figure.suptitle(title, fontsize=10)
     figure.savefig(RESULTS / f"{stem}.png", dpi=110)
     plt.close(figure)
@@ -264,7 +265,7 @@ def plot_bars(stem, title, label, groups, series):
     lowest = min(min(values) for values in series.values())
     axis.set(ylabel=label, ylim=(max(lowest - 0.1, 0), 1.02))
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=7, loc="lower left")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=len(series))
     axis.set_title(title, fontsize=10)
     figure.savefig(RESULTS / f"{stem}.png", dpi=110)
     plt.close(figure)
