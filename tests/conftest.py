@@ -29,6 +29,15 @@ def backend(request, poison):
 
 
 @pytest.fixture
+def one_thread():
+    """Tiny models gain nothing from more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
 

@@ -6,21 +6,13 @@ import neuroflow
 import pytest
 import torch
 import torch.nn.functional as F
-from models import PATCH, clip, tiny
+from models import PATCH, clip, exact, tiny
 from neuroflow import Calibration, CalibrationError, LogitShift, NeuroFlowConfig, calibrate
 from neuroflow.adapters import describe
 from safetensors.torch import save_file
 
-PLAIN = NeuroFlowConfig(score="surprise", max_age=None, cut_share=None, cut_surprise=None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
+PLAIN = exact()
 
 
 def drift(frames=12, side=48):

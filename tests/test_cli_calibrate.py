@@ -5,7 +5,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
 from models import PATCH, tiny, vit_tiny
 from neuroflow import NeuroFlowConfig
 from neuroflow.cli import calibrate
@@ -13,16 +12,8 @@ from neuroflow.cli.main import main
 from neuroflow.video.encode import VideoWriter
 from neuroflow.video.source import Source
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE, FRAMES = 96, 12
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
