@@ -126,7 +126,11 @@ def clips(arguments):
         rows += measure_clip(model, dense, path.stem, clip, variants, skips, starts)
         write(stem, settings, rows, clips_text(rows, arguments))
     series = {name: means for name, *means in mean_rows(rows)}
-    panels = [("cosine_mean", "cosine to dense, mean"), ("cosine_p5", "cosine, p5"), ("top1", "top-1 agreement")]
+    panels = [
+        ("cosine_mean", "1 - mean cosine to dense"),
+        ("cosine_p5", "1 - p5 of the cosine"),
+        ("top1", "top-1 agreement"),
+    ]
     count = len(matched_clips(rows, SKIP))
     plot_points(stem, f"ViT-Ti, {arguments.size} px: means of {count} clips", panels, series)
 

@@ -229,7 +229,10 @@ def write(stem, settings, rows, text):
 
 
 def plot_points(stem, title, panels, series):
-    """bench/results/STEM.png: for every panel (key, label) the rows of `series` {name: rows} over their skip."""
+    """bench/results/STEM.png: for every panel (key, label) the rows of `series` {name: rows} over their skip.
+
+    Cosines are shown as distances from 1, on a log scale, as most lie close to it.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -237,11 +240,12 @@ def plot_points(stem, title, panels, series):
 
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), layout="constrained")
     for axis, (key, label) in zip(axes, panels, strict=True):
+        distance = key.startswith("cosine")
         for number, (name, rows) in enumerate(series.items()):
-            points = sorted((100 * row["skipped"], row[key]) for row in rows)
+            points = sorted((100 * row["skipped"], 1 - row[key] if distance else row[key]) for row in rows)
             marker = "os^vD*<>PXph8"[number % 13]
             axis.plot(*zip(*points, strict=True), marker=marker, linewidth=1, label=name)
-        axis.set(xlabel="patches skipped, %", ylabel=label)
+        axis.set(xlabel="patches skipped, %", ylabel=label, yscale="log" if distance else "linear")
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     figure.suptitle(title, fontsize=10)
