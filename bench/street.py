@@ -22,7 +22,7 @@ SKIP = 0.84
 RETAINED = 0.99  # of what dense names; a class that retains less is a failure
 FRAMES, SCORED = 120, range(10, 120, 10)  # every frame is encoded
 TOGETHER = 10  # scenes in one pass
-CALIBRATED_ON = 10  # scenes of the training split
+CALIBRATED_ON = 30  # scenes of the training split
 
 
 def draw(scene, size, scratch):
@@ -94,13 +94,14 @@ def text_of(rows, settings, count, seed):
         "training scenes.",
     ]
     names = [f"{variant}, {knob}" for variant, knob in settings]
-    head = ["", "frames", "dense top-1", *(f"{name}: retained, skipped, cosine" for name in names)]
+    head = ["", "frames", "dense top-1", *(f"{name}: top-1, retained, skipped, cosine" for name in names)]
     for field in (*FIELDS, "all"):
         own = [row for row in rows if row["field"] == field]
         lines = []
         for name in dict.fromkeys(row["name"] for row in own):
             group = [row for row in own if row["name"] == name]
-            cells = [f"{share(r['retained'])}, {share(r['skipped'])}, {cosine(r['cosine_mean'])}" for r in group]
+            figures = ("top1", "retained", "skipped")
+            cells = [", ".join([*(share(row[key]) for key in figures), cosine(row["cosine_mean"])]) for row in group]
             lines.append([name, str(group[0]["frames"]), share(group[0]["dense_top1"]), *cells])
         parts.append(table([field if field != "all" else "", *head[1:]], lines))
     parts.append(f"Failures, where less than {RETAINED:.0%} is retained:")

@@ -121,7 +121,7 @@ def mean_skip(runs):
     return torch.cat([one.skipped[1:] for one in runs]).mean().item()
 
 
-def find_threshold(skipped_at, skip, start, trials=TRIALS):
+def find_threshold(skipped_at, skip, start, trials=TRIALS, tolerance=TOLERANCE):
     """The threshold of those tried at which `skipped_at(threshold)` is nearest to `skip`.
 
     Steps of a factor until two thresholds have `skip` between them, then to where a line between the two meets it.
@@ -130,7 +130,7 @@ def find_threshold(skipped_at, skip, start, trials=TRIALS):
     threshold = start
     for _ in range(trials):
         tried[threshold] = skipped_at(threshold)
-        if abs(tried[threshold] - skip) <= TOLERANCE:
+        if abs(tried[threshold] - skip) <= tolerance:
             break
         below = max((at for at, skipped in tried.items() if skipped < skip), default=None)
         above = min((at for at, skipped in tried.items() if skipped > skip), default=None)
@@ -154,7 +154,7 @@ def gate_of(model):
     return gate
 
 
-def run_at_skip(model, gate, clips, config, skip, start):
+def run_at_skip(model, gate, clips, config, skip, start, tolerance=TOLERANCE):
     """The configuration whose threshold skips `skip` of the patches of `clips`, and its runs."""
     runs = {}
     shallow = config.score == "surprise"
@@ -167,7 +167,7 @@ def run_at_skip(model, gate, clips, config, skip, start):
         return mean_skip(runs[threshold])
 
     # A gate alone is cheap to ask.
-    threshold = find_threshold(skipped_at, skip, start, 3 * TRIALS if shallow else TRIALS)
+    threshold = find_threshold(skipped_at, skip, start, 3 * TRIALS if shallow else TRIALS, tolerance)
     chosen = dataclasses.replace(config, threshold=threshold)
     return chosen, run(model, clips, chosen) if shallow else runs[threshold]
 
