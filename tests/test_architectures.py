@@ -119,6 +119,7 @@ def test_disabling_leaves_no_trace(family, arch):
     neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch=arch))
     outputs(model, family, frames)
     neuroflow.disable_cache(model)
+    assert not neuroflow.is_patched(model)
     assert all(ours is theirs for ours, theirs in zip(model.modules(), modules, strict=True))
     assert [vars(module).keys() for module in model.modules()] == [kept.keys() for kept in attributes]
     assert model.config._attn_implementation == implementation
@@ -142,6 +143,7 @@ def test_enabling_twice():
     patched = neuroflow.adapters.describe(model).tower.forward
     neuroflow.enable_cache(model, exact(threshold=0.1))
     assert neuroflow.adapters.describe(model).tower.forward is patched
+    assert neuroflow.is_patched(model)
     with pytest.raises(RuntimeError, match="disable_cache first"):
         neuroflow.enable_cache(model, exact(threshold=0.2))
 

@@ -3,7 +3,7 @@
 from . import adapters
 from .calibration import Calibration, CalibrationError, LogitShift, calibrate
 from .config import NeuroFlowConfig
-from .patch import cache_context, disable_cache, enable_cache, encode, reset_cache, summary
+from .patch import cache_context, disable_cache, enable_cache, encode, is_patched, reset_cache, summary
 from .state import StreamSummary, Summary
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "disable_cache",
     "enable_cache",
     "encode",
+    "is_patched",
     "reset_cache",
     "summary",
 ]

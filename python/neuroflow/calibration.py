@@ -15,7 +15,7 @@ from torch import nn
 from .adapters import describe
 from .cache import DEFAULT_STREAM
 from .config import NeuroFlowConfig
-from .patch import _ENGINE, disable_cache, enable_cache, summary
+from .patch import disable_cache, enable_cache, is_patched, summary
 
 # By score: from float32's rounding, or a hundredth of what one frame of age adds, to more than any patch reaches.
 THRESHOLDS = {"surprise": (1e-6, 2.0), "staleness": (1e-5, 1000.0)}
@@ -107,8 +107,7 @@ def calibrate(
             f"frames is a {type(frames).__name__}, which can be read once; accepted is a tensor [T, 3, H, W], or an "
             "iterable that starts over, such as a list"
         )
-    tower = describe(model).tower
-    if _ENGINE in vars(tower):
+    if is_patched(model):
         raise RuntimeError(f"{type(model).__name__} is patched; call neuroflow.disable_cache first")
     if isinstance(frames, torch.Tensor):
         frames = frames.split(1)

@@ -24,6 +24,15 @@ def _engine(model: nn.Module) -> Engine:
     return engine
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Whether `enable_cache` is in force.
+
+    Raises:
+        TypeError: a model that no adapter knows.
+    """
+    return _ENGINE in vars(describe(model).tower)
+
+
 def enable_cache(model: nn.Module, config: NeuroFlowConfig | str | Path | None = None) -> None:
     """Patch `model`'s vision tower in place, so that only surprising patches are encoded.
 
