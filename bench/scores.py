@@ -16,7 +16,8 @@ from tables import cosine, embeddings, find, gate_of, read_clip, run_at_skip, sc
 from tqdm import tqdm
 
 SIZE, FRAMES = 224, 120
-SKIPS = (0.84, 0.95)
+SKIPS = (0.84,)
+STALENESS = policies.staleness
 EXACT = 0.002  # of the skip rate, as candidates differ by little
 
 
@@ -59,7 +60,7 @@ def no_age(surprise, age, attention, grid):
 
 
 def saturating(surprise, age, attention, grid):
-    return policies.staleness(0.2 * surprise / (0.2 + surprise), age, attention, grid)
+    return STALENESS(0.2 * surprise / (0.2 + surprise), age, attention, grid)
 
 
 class WastedArea:
@@ -85,7 +86,6 @@ class AboveNoise:
         return STALENESS((surprise - 0.5 * self.level).clamp_min(0), age, attention, grid)
 
 
-STALENESS = policies.staleness
 CANDIDATES = {
     "surprise": lambda: lambda surprise, age, attention, grid: surprise,
     "+ that of 3 x 3 patches around": lambda: neighbours,
