@@ -263,12 +263,11 @@ class Engine:
         query, key, value: [S, heads, T, head_dim], or [1, heads, M, head_dim] when packed.
         """
         attention = ALL_ATTENTION_FUNCTIONS.get(self.attention_name, ALL_ATTENTION_FUNCTIONS["sdpa"])
-        context = self.config.arch == "context"
+        context, layer = self.config.arch == "context", self.layer_of[module]
         if context:
-            layer = self.layer_of[module]
             frame.store(("key", layer), key.transpose(1, 2).flatten(2))
             frame.store(("value", layer), value.transpose(1, 2).flatten(2))
-        watched = self.layer_of[module] in self.watched and (context or not frame.packed)
+        watched = layer in self.watched and (context or not frame.packed)
         if not frame.packed:
             if watched:
                 for stream in range(len(frame.states)):
@@ -322,9 +321,8 @@ class Engine:
             finite = bool((h.sum(dtype=torch.float32) if surprise is None else surprise.amax()).isfinite())
             if not finite:
                 self.warn_once(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
-            key_frame = surprise is None or index is None
             self._refresh(state, h, index)
-            state.account(index, key_frame, finite)
+            state.account(index, finite)
             frame.finite.append(finite)
             rows.append(None if index is None or index.numel() == h.shape[1] else torch.cat((leading, index + prefix)))
         frame.select(rows, tokens.shape[1], tokens.device)

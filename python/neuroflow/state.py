@@ -43,10 +43,11 @@ class StreamState:
                 self.tensors[name] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         self.tensors[name].copy_(value)
 
-    def account(self, active: torch.Tensor | None, key_frame: bool, finite: bool) -> None:
-        """Note that a frame encodes the patches `active` (int32 rows; None for all)."""
-        self.active = torch.full(self.age.shape, active is None, device=self.age.device)
-        if active is not None:
+    def account(self, active: torch.Tensor | None, finite: bool) -> None:
+        """Note that a frame encodes the patches `active`, int32 rows; None for all, as a key frame."""
+        key_frame = active is None
+        self.active = torch.full(self.age.shape, key_frame, device=self.age.device)
+        if not key_frame:
             self.active[active] = True
             self.skipped += 1 - active.numel() / self.age.numel()
         self.age = (self.age + 1).masked_fill(self.active, 0)
