@@ -1,4 +1,4 @@
-"""A SigLIP tower of base size, dense against NeuroFlow, in one run: `python bench/end_to_end.py --size 896 --arch C`.
+"""A SigLIP tower of base size, dense against NeuroFlow, in one run: `python -m bench.end_to_end --size 896 --arch C`.
 
 Frames differ from each other in a fixed share of random patches. Weights are random, so this is about time alone; that
 the sparse frame is the right one is checked here all the same, by encoding every patch and comparing with dense.

@@ -1,4 +1,4 @@
-"""What skipping costs in fidelity: `python bench/fidelity.py clips` on footage, `photographs` against true labels.
+"""What skipping costs in fidelity: `python -m bench.fidelity clips` on footage, `photographs` against true labels.
 
 An ImageNet ViT-Ti, unpatched against NeuroFlow in many settings at equal skip; see tables.py for the protocol and for
 where the clips, weights and photographs come from. Results go to bench/results/.
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from neuroflow.cli.run import copy_sharing_weights
 from PIL import Image
-from tables import (
+from tqdm import tqdm
+
+from bench.tables import (
     LEAD,
     PUBLISHED,
     TOLERANCE,
@@ -31,8 +33,7 @@ from tables import (
     table,
     write,
 )
-from tqdm import tqdm
-from vit_tiny import vit_tiny
+from bench.vit_tiny import vit_tiny
 
 VARIANTS = {
     "E (default)": {},
@@ -193,7 +194,7 @@ def clips_text(rows, arguments):
     return "\n\n".join(
         [
             f"# Fidelity on clips, {arguments.size} px, the first {arguments.frames} frames of each",
-            f"`python bench/fidelity.py clips --size {arguments.size} --frames {arguments.frames}`. An "
+            f"`python -m bench.fidelity clips --size {arguments.size} --frames {arguments.frames}`. An "
             "ImageNet ViT-Ti, nothing trained; everything against the unpatched model on the same frames. Dense leads "
             f"where its answer is {LEAD} more probable than its next.",
             f"Means over the clips on which every variant reaches {SKIP:.0%} (and {MORE:.0%}, where that is asked):",
@@ -285,7 +286,7 @@ def photographs_text(rows, settings):
     return "\n\n".join(
         [
             f"# Photographs as clips of {settings['frames']} frames",
-            f"`python bench/fidelity.py photographs --count {settings['photographs']}`. {settings['photographs']} "
+            f"`python -m bench.fidelity photographs --count {settings['photographs']}`. {settings['photographs']} "
             "ImageNet photographs, each panned, made noisy or crossed by an occluder, a third of them each; the first "
             f"frame is dense and not scored. One threshold for all of a variant's clips, which skips {SKIP:.0%} of the "
             f"first {settings['calibrated_on']}. The photographs are probably among the ViT-Ti's training images: only "

@@ -1,6 +1,6 @@
 """What became of the ways to score a patch that were tried: fidelity at equal tokens, everything else being equal.
 
-`python bench/scores.py`: an ImageNet ViT-Ti at 224 px over the first 120 frames of four clips, architecture E, the
+`python -m bench.scores`: an ImageNet ViT-Ti at 224 px over the first 120 frames of four clips, architecture E, the
 threshold found per clip. Every candidate takes the place of `neuroflow.policies.staleness`. Results go to
 bench/results/.
 """
@@ -10,10 +10,11 @@ import argparse
 import neuroflow
 import torch
 import torch.nn.functional as F
-from fidelity import LARGE_CLIPS, load_classifier
 from neuroflow import policies
-from tables import cosine, embeddings, find, gate_of, read_clip, run_at_skip, score, share, table, write
 from tqdm import tqdm
+
+from bench.fidelity import LARGE_CLIPS, load_classifier
+from bench.tables import cosine, embeddings, find, gate_of, read_clip, run_at_skip, score, share, table, write
 
 SIZE, FRAMES = 224, 120
 SKIPS = (0.84,)
@@ -142,7 +143,7 @@ def main():
     policies.staleness = STALENESS
     parts = [
         "# Ways to score a patch, at equal tokens",
-        f"`python bench/scores.py`. An ImageNet ViT-Ti at {SIZE} px, architecture E, the first {FRAMES} frames of each "
+        f"`python -m bench.scores`. An ImageNet ViT-Ti at {SIZE} px, architecture E, the first {FRAMES} frames of each "
         "clip, no cuts and no age limit; cosine of the CLS feature to dense, mean and 5th percentile, the threshold "
         "found per clip.",
     ]

@@ -1,6 +1,6 @@
 """The drawn benchmark: how often the package's tower names the subject of held-out scenes, dense and patched.
 
-`python bench/street.py`: the default beside the published C, each at its default threshold and where it skips 84 %, by
+`python -m bench.street`: the default beside the published C, each at its default threshold and where it skips 84 %, by
 trajectory, by camera and by class. Results go to bench/results/.
 """
 
@@ -13,8 +13,21 @@ import torch
 import torch.nn.functional as F
 from neuroflow.models import load_street
 from neuroflow.video.scene import CAMERAS, CLASSES, TRAJECTORIES, scenes, write_scene
-from tables import PUBLISHED, cosine, embeddings, gate_of, plot_bars, read_clip, run, run_at_skip, share, table, write
 from tqdm import tqdm
+
+from bench.tables import (
+    PUBLISHED,
+    cosine,
+    embeddings,
+    gate_of,
+    plot_bars,
+    read_clip,
+    run,
+    run_at_skip,
+    share,
+    table,
+    write,
+)
 
 VARIANTS = {"E (default)": {}, "C, published": {"arch": "C"} | PUBLISHED}
 FIELDS = {"trajectory": TRAJECTORIES, "camera": CAMERAS, "subject": CLASSES}
@@ -88,7 +101,7 @@ def rows_of(scored, settings):
 def text_of(rows, settings, count, seed):
     parts = [
         "# The drawn street, by trajectory, camera and class",
-        f"`python bench/street.py --scenes {count} --seed {seed}`: {count} held-out scenes of {FRAMES} frames, all "
+        f"`python -m bench.street --scenes {count} --seed {seed}`: {count} held-out scenes of {FRAMES} frames, all "
         f"encoded, {len(SCORED)} of each scored where the subject is in the picture. Retained: of the subjects that "
         f"dense names, the share that is still named. The threshold for {SKIP:.0%} is found on {CALIBRATED_ON} "
         "training scenes.",

@@ -1,4 +1,4 @@
-"""Train the tower of `neuroflow.models.STREET` on drawn scenes: `OMP_NUM_THREADS=1 python bench/train_street.py`.
+"""Train the tower of `neuroflow.models.STREET` on drawn scenes: `OMP_NUM_THREADS=1 python -m bench.train_street`.
 
 A SigLIP tower with a table of class embeddings, scored by cosine. First on 112-pixel windows about the subject, which
 keep the scale and the places of the whole picture's patches at a quarter of the cost, then on whole pictures. A run

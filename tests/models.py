@@ -10,7 +10,8 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
-from vit_tiny import vit_tiny as vit_tiny
+
+from bench.vit_tiny import vit_tiny as vit_tiny
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 PATCH = 8

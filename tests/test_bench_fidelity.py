@@ -3,12 +3,9 @@
 import json
 import math
 
-import fidelity
 import neuroflow
 import numpy as np
 import pytest
-import street
-import tables
 import torch
 import torch.nn.functional as F
 from models import PATCH, SIZES, clip
@@ -16,6 +13,8 @@ from neuroflow.cli.run import copy_sharing_weights
 from neuroflow.video.scene import Scene
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
+
+from bench import fidelity, street, tables
 
 
 @pytest.fixture
