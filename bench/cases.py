@@ -1,0 +1,352 @@
+"""The registry: what the benchmarks measure, how each case is built, and how it is checked before it is timed.
+
+Ops are called in every backend that serves the device, and beside them the plain torch lines that they replace. Models
+are a SigLIP tower of base size with random weights: unpatched, compiled, the published system, and NeuroFlow's
+architectures, which all encode the same frames.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import neuroflow
+import torch
+import torch.nn.functional as F
+from neuroflow.cli.run import copy_sharing_weights
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from bench.baselines import Published
+from neuroflow_kernels import (
+    attend_rows,
+    compact,
+    ema_gate_,
+    ema_surprise_,
+    gather_rows,
+    linear_rows,
+    scatter_rows_,
+)
+
+PATCH = 16
+DTYPES = (torch.float32, torch.bfloat16)
+SIZES, SKIPS = (224, 448, 896), (0.97, 0.84, 0.0)
+SYSTEMS = ("compiled", "published-C", "C", "E")
+SHARP = 0.5  # the published system's threshold: noise of a new kind is far from its average, what stood still is at 0
+ACTIVE, THRESHOLD, DECAY = 0.03, 0.1, 1e-3  # so slow that a thousand calls on one frame find the same patches active
+
+
+class Op(NamedTuple):
+    """A way to call an op.
+
+    inputs: (shape, dtype, generator) -> what `call` takes, on the CPU.
+    call: *inputs -> a tensor or a tuple of them, tensors that it updates among them.
+    cost: *inputs -> the bytes that it has to read and write, and its FLOPs.
+    baselines: by name, other ways to do the same; they return as many of `call`'s first results as they have.
+    rounding: what rounding on the way to a result may add to it, in units of the dtype's epsilon.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    inputs: Callable
+    call: Callable
+    cost: Callable
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    baselines: dict[str, Callable] = {}  # noqa: RUF012
+    rounding: float = 0
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+class OpCase(NamedTuple):
+    op: Op
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self):
+        return f"{self.op.name} {'x'.join(map(str, self.shape))} {name_of(self.dtype)}"
+
+    def build(self, device="cpu"):
+        """The case's inputs, always the same."""
+        made = self.op.inputs(self.shape, self.dtype, torch.Generator().manual_seed(0))
+        return [value.to(device) if isinstance(value, torch.Tensor) else value for value in made]
+
+
+def copied(inputs):
+    return [value.clone() if isinstance(value, torch.Tensor) else value for value in inputs]
+
+
+def results(returned):
+    return returned if isinstance(returned, tuple) else (returned,)
+
+
+def check(op, found, expected):
+    """Raises AssertionError where a result differs from the reference's; whole numbers must be the same."""
+    for one, other in zip(results(found), results(expected), strict=False):
+        if other.dtype.is_floating_point:
+            epsilon = torch.finfo(other.dtype).eps
+            torch.testing.assert_close(one, other, rtol=2 * epsilon, atol=1e-5 + op.rounding * epsilon)
+        else:
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def size_of(*tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def frame(shape, dtype, generator):
+    """Tokens and their references [S, N, D]: a little noise everywhere, and a few that show something new. How many."""
+    ema = torch.randn(shape, generator=generator)
+    h = ema + 0.05 * torch.randn(shape, generator=generator)
+    new = active_rows(shape, generator)
+    h.view(-1, shape[2])[new] = torch.randn(len(new), shape[2], generator=generator)
+    return h.to(dtype), ema.to(dtype), len(new)
+
+
+def active_rows(shape, generator):
+    """The same number of random rows in each stream, ascending, of the flattened [S * N]."""
+    streams, tokens = shape[:2]
+    chosen = torch.rand(streams, tokens, generator=generator).topk(max(round(ACTIVE * tokens), 4)).indices
+    return (chosen.sort().values + tokens * torch.arange(streams)[:, None]).flatten()
+
+
+def surprises(shape, dtype, generator):
+    return (torch.rand(shape[:2], generator=generator) * THRESHOLD / (1 - ACTIVE),)
+
+
+def selection(shape, dtype, generator):
+    """x [S, N, D], packed [rows, D] of its active rows, index and cu_seqlens."""
+    rows = active_rows(shape, generator)
+    index = torch.full((shape[0] * shape[1],), -1, dtype=torch.int32)
+    index[: len(rows)] = rows
+    cu_seqlens = torch.arange(shape[0] + 1, dtype=torch.int32) * (len(rows) // shape[0])
+    x = torch.randn(shape, generator=generator).to(dtype)
+    return x, torch.randn(len(rows), shape[2], generator=generator).to(dtype), index, cu_seqlens
+
+
+def normed_selection(shape, dtype, generator):
+    return *selection(shape, dtype, generator), torch.randn(2, shape[2], generator=generator).to(dtype)
+
+
+def linear_inputs(shape, dtype, generator):
+    """x [M, K], weight [N, K], bias [N] of shape (M, K, N)."""
+    rows, taken, given = shape
+    weight = torch.randn(given, taken, generator=generator) / taken**0.5
+    made = torch.randn(rows, taken, generator=generator), weight, torch.randn(given, generator=generator)
+    return [value.to(dtype) for value in made]
+
+
+def attention_inputs(shape, dtype, generator):
+    """Queries [M, heads, head_dim], keys and values [T, heads, head_dim] of shape (M, T, heads, head_dim)."""
+    queries, tokens, *heads = shape
+    return [torch.randn(rows, *heads, generator=generator).to(dtype) for rows in (queries, tokens, tokens)]
+
+
+def eager_gate(h, ema, rows):
+    surprise = 1 - F.cosine_similarity(h, ema, dim=-1)
+    active = (surprise > THRESHOLD).flatten().nonzero()[:, 0]
+    ema.mul_(1 - DECAY).add_(h, alpha=DECAY)
+    return h.flatten(0, 1).index_select(0, active), ema
+
+
+def streaming(h, ema, rows):
+    """Reads h and ema and writes ema, as the gate must, and does nothing else."""
+    ema.add_(h, alpha=DECAY)
+    return ()
+
+
+def fused_gate(h, ema, rows):
+    surprise, index, cu_seqlens, packed = ema_gate_(h, ema, decay=DECAY, threshold=THRESHOLD, rows=rows)
+    return packed, ema, surprise, index, cu_seqlens
+
+
+FRAMES = ((1, 196, 768), (8, 784, 768), (1, 12544, 768))  # a ViT-B at 224 px, 8 streams at 448 px, 1792 px
+
+OPS = [
+    Op(
+        "ema_surprise_",
+        FRAMES,
+        frame,
+        lambda h, ema, rows: (ema_surprise_(h, ema, DECAY), ema),
+        cost=lambda h, ema, rows: (size_of(h, ema, ema) + 4 * h[..., 0].numel(), 6 * h.numel()),
+    ),
+    Op(
+        "compact",
+        FRAMES,
+        surprises,
+        lambda surprise: compact(surprise, THRESHOLD),
+        cost=lambda surprise: (2 * size_of(surprise), 0),
+        dtypes=(torch.float32,),
+    ),
+    Op(
+        "compact, budget",
+        FRAMES,
+        surprises,
+        lambda surprise: compact(surprise, budget=round(ACTIVE * surprise.shape[1])),
+        cost=lambda surprise: (2 * size_of(surprise), 0),
+        dtypes=(torch.float32,),
+    ),
+    Op(
+        "gather_rows",
+        FRAMES,
+        selection,
+        lambda x, packed, index, cu_seqlens: gather_rows(x, index, cu_seqlens, len(packed)),
+        cost=lambda x, packed, *_: (size_of(packed, packed), 0),
+    ),
+    Op(
+        "gather_rows, norm",
+        FRAMES,
+        normed_selection,
+        lambda x, packed, index, cu_seqlens, norm: gather_rows(
+            x, index, cu_seqlens, len(packed), norm_weight=norm[0], norm_bias=norm[1]
+        ),
+        cost=lambda x, packed, index, cu_seqlens, norm: (size_of(packed, packed, norm), 8 * packed.numel()),
+    ),
+    Op(
+        "scatter_rows_",
+        FRAMES,
+        selection,
+        lambda x, packed, index, cu_seqlens: scatter_rows_(x, packed, index, cu_seqlens),
+        cost=lambda x, packed, *_: (size_of(packed, packed), 0),
+    ),
+    Op(
+        "scatter_rows_, blend",
+        FRAMES,
+        selection,
+        lambda x, packed, index, cu_seqlens: scatter_rows_(x, packed, index, cu_seqlens, 0.5),
+        cost=lambda x, packed, *_: (size_of(packed, packed, packed), 2 * packed.numel()),
+    ),
+    Op(
+        "ema_gate_",
+        FRAMES,
+        frame,
+        fused_gate,
+        cost=lambda h, ema, rows: (
+            size_of(h, ema, ema) + 8 * h[..., 0].numel() + rows * h[0, 0].nbytes,
+            6 * h.numel(),
+        ),
+        baselines={"eager": eager_gate, "streaming": streaming},
+    ),
+    Op(
+        "linear_rows",
+        ((6, 768, 768), (24, 768, 3072), (94, 3072, 768)),
+        linear_inputs,
+        linear_rows,
+        cost=lambda x, weight, bias: (
+            size_of(x, weight, bias) + len(x) * bias.nbytes,
+            2 * len(x) * weight.numel(),
+        ),
+    ),
+    Op(
+        "attend_rows",
+        ((6, 196, 12, 64), (24, 784, 12, 64), (94, 3136, 12, 64)),
+        attention_inputs,
+        attend_rows,
+        cost=lambda query, key, value: (size_of(query, query, key, value), 4 * query.numel() * len(key)),
+        rounding=1 / 8,  # a kernel may round the weights of the values
+    ),
+]
+OP_CASES = [OpCase(op, shape, dtype) for op in OPS for shape in op.shapes for dtype in op.dtypes]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of an embedding, by its relative distance
+
+
+def tower(size, dtype, device="cpu"):
+    """The tower of SigLIP base for size x size pixels, with random weights, always the same."""
+    torch.manual_seed(0)
+    model = SiglipVisionModel(SiglipVisionConfig(image_size=size, patch_size=PATCH)).eval()
+    return model.to(device, dtype)
+
+
+def patches_of(model):
+    return (model.config.image_size // model.config.patch_size) ** 2
+
+
+def active_of(model, skip):
+    """How many patches change from frame to frame; the published system encodes 4 in any case."""
+    return max(round(patches_of(model) * (1 - skip)), 4)
+
+
+def frames(model, active):
+    """Endless frames [1, 3, size, size]: noise, of which the same `active` patches are new in each.
+
+    They are the same ones because an average over past frames would find others active for long after they changed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    patch = model.config.patch_size
+    side = model.config.image_size // patch
+    windows = torch.rand(side * side, 3, patch, patch, generator=generator) * 2 - 1
+    chosen = torch.randperm(side * side, generator=generator)[:active]
+    while True:
+        pixels = windows.unflatten(0, (side, side)).permute(2, 0, 3, 1, 4).reshape(1, 3, side * patch, side * patch)
+        yield pixels.to(model.device, model.dtype)
+        windows[chosen] = torch.rand(active, 3, patch, patch, generator=generator) * 2 - 1
+
+
+def dense(model):
+    """The model as a system: it takes pixels [1, 3, size, size] and returns the tower's embedding [1, D]."""
+    return lambda pixels: model(pixel_values=pixels).pooler_output
+
+
+def compiled(model):
+    return dense(torch.compile(copy_sharing_weights(model)))
+
+
+def patched(model, arch, **rule):
+    """A copy of the model, on the same weights, under NeuroFlow."""
+    model = copy_sharing_weights(model)
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch=arch, **rule))
+    return model
+
+
+def flops(model, name, active):
+    """FLOPs of the patch projection and the blocks in a frame of which `active` patches are encoded.
+
+    What the system does, not what dense would: A attends from all patches, D runs half of its blocks on all.
+    """
+    config, patches = model.config, patches_of(model)
+    width, inner = config.hidden_size, config.intermediate_size
+
+    def block(queries, keys, rows):
+        return 8 * queries * width**2 + 4 * queries * keys * width + 4 * rows * width * inner
+
+    everything, few = block(patches, patches, patches), block(active, active, active)
+    block_of = {
+        "A": block(patches, patches, active),
+        "B": few,
+        "C": few,
+        "D": (everything + few) / 2,
+        "E": block(active, patches, active),
+    }
+    blocks = config.num_hidden_layers * block_of.get(name[-1], everything)
+    return 6 * patches * config.patch_size**2 * width + blocks
+
+
+def distance(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def error_of(model, name):
+    """The largest relative distance of what a sparse system gives from what it must give, where that is known.
+
+    With nothing skipped all give dense's embedding. E gives it on a frame that stands still too, whatever part of it is
+    encoded. B and C give what the published ones do.
+    """
+    first, second = itertools.islice(frames(model, patches_of(model)), 2)
+    expected, arch = dense(model)(second), name[-1]
+    publication = name != arch
+    everything = Published(model, 0, arch) if publication else dense(patched(model, arch, threshold=0))
+    everything(first)
+    errors = [distance(everything(second), expected)]
+    if publication or arch not in "BCE":
+        return errors[0]
+    active = active_of(model, SKIPS[0])
+    part = dense(patched(model, arch, budget=active, floor=0))
+    if arch == "E":
+        part(second)
+        errors.append(distance(part(second), expected))
+    else:
+        published = Published(model, SHARP, arch)
+        for pixels in itertools.islice(frames(model, active), 2):
+            found, expected = part(pixels), published(pixels)
+        errors.append(distance(found, expected))
+    return max(errors)

@@ -1,0 +1,316 @@
+"""Measure the registry: `python -m bench.run`, and `bench.compare`, `bench.plot` for what it writes.
+
+Every round of a case calls all of its systems in turns, so that a machine that changes its pace changes all of them;
+ratios are of medians within one run. A row is there only if its check passed in the same run. On a GPU the time is that
+between two events, on a CPU the wall clock's.
+
+Ops: each call begins with its inputs outside of the processor's cache. Models: a frame is one between key frames.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import neuroflow
+import torch
+
+from bench import cases
+from bench.baselines import Published
+from neuroflow_kernels import unavailable, use_backend
+from neuroflow_kernels.dispatch import BACKENDS
+from neuroflow_kernels.env import describe
+
+RESULTS = Path(".benchmarks", "run.json")
+FACTS = ("processor", "threads", "cuda:0", "platform", "python", "torch", "triton", "transformers", "numpy")
+SYSTEMS = ("compiled", "published-B", "published-C", "A", "B", "C", "D", "E")
+GROUP = 6  # frames of a system for each of dense, at most
+DTYPES = {cases.name_of(dtype): dtype for dtype in cases.DTYPES}
+OUTSIDE_CACHE = 2**27  # bytes, more than any last-level cache that this meets
+
+
+def mark(device):
+    """A point in time, on the device's clock."""
+    if torch.device(device).type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds(start, stop):
+    if isinstance(start, float):
+        return 1e3 * (stop - start)
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def timed(function, device):
+    """What `function` returns, and the milliseconds that it took."""
+    start = mark(device)
+    result = function()
+    return result, milliseconds(start, mark(device))
+
+
+def figures(times):
+    p20, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.8])).tolist()
+    return {"median_ms": statistics.median(times), "p20_ms": p20, "p80_ms": p80, "rounds": len(times)}
+
+
+def measure_ceilings(device):
+    """The machine's own best, of bytes read and written in a second and of each dtype's FLOPs in a matrix product.
+
+    "memory" is the better of a copy and an addition in place: a CPU reads what a copy is about to overwrite.
+    """
+    source = torch.ones(OUTSIDE_CACHE // 4, device=device)
+    target = torch.zeros_like(source)
+    copies = [timed(lambda: target.copy_(source), device)[1] / 2 for _ in range(10)]
+    additions = [timed(lambda: target.add_(source), device)[1] / 3 for _ in range(10)]
+    ceilings = {"memory": 1e3 * source.nbytes / min(copies + additions)}
+    side = 2048 if torch.device(device).type == "cpu" else 8192
+    for name, dtype in DTYPES.items():
+        matrix = torch.ones(side, side, dtype=dtype, device=device)
+        products = [timed(lambda matrix=matrix: matrix @ matrix, device)[1] for _ in range(5)]
+        ceilings[name] = 1e3 * 2 * side**3 / min(products)
+    return ceilings
+
+
+def share_of(ceilings, row):
+    """The least time that the ceilings allow over the time that it took."""
+    seconds = max(row.get("bytes", 0) / ceilings["memory"], row["flops"] / ceilings[row["dtype"]])
+    return 1e3 * seconds / row["median_ms"]
+
+
+@functools.cache
+def _evicting(device):
+    return torch.zeros(OUTSIDE_CACHE // 4, device=device)
+
+
+def measure_op(case, ceilings, device="cpu", rounds=20):
+    """The rows of an op: each backend that serves the device, and the baselines."""
+    pristine = case.build(device)
+    with use_backend("reference"):
+        expected = case.op.call(*cases.copied(pristine))
+    backends = [backend for backend in BACKENDS if unavailable(backend, device) is None]
+    ways = [(name, name, case.op.call) for name in backends]
+    ways += [(name, "auto", call) for name, call in case.op.baselines.items()]
+    calls = {}
+    for name, backend, call in ways:
+        inputs = cases.copied(pristine)
+        try:
+            with use_backend(backend):
+                cases.check(case.op, call(*inputs), expected)
+        except AssertionError as error:
+            print(f"{case} {name}: not measured, it differs from the reference: {str(error).splitlines()[0]}")
+            continue
+        calls[name] = backend, functools.partial(call, *inputs), []
+    for _ in range(rounds):
+        for backend, call, times in calls.values():
+            _evicting(device).add_(1)
+            with use_backend(backend):
+                times.append(timed(call, device)[1])
+    size, work = case.op.cost(*pristine)
+    named = {"kind": "op", "case": case.op.name, "shape": list(case.shape), "dtype": cases.name_of(case.dtype)}
+    rows = []
+    for name, (_, _, times) in calls.items():
+        row = named | {"skip": None, "system": name, **figures(times), "bytes": size, "flops": work}
+        rows.append(row | {"speedup": statistics.median(calls["reference"][2]) / row["median_ms"]})
+    return [row | {"share_of_ceiling": share_of(ceilings, row)} for row in rows]
+
+
+class BlockTimer:
+    """Milliseconds from the first block's first norm, after the gate and the packing, to the end of the last block."""
+
+    def __init__(self, model):
+        self.device = model.device
+        self.began = self.ended = None
+        layers = neuroflow.adapters.describe(model).layers
+        layers[0].layer_norm1.register_forward_pre_hook(self.start)
+        layers[-1].register_forward_hook(self.stop)
+
+    def start(self, *_):
+        self.began = mark(self.device)
+
+    def stop(self, *_):
+        self.ended = mark(self.device)
+
+    def read(self):
+        return milliseconds(self.began, self.ended)
+
+
+class System:
+    """A sparse system on a clip of its own, of which `active` patches change from frame to frame."""
+
+    def __init__(self, model, name, skip):
+        self.name, self.skip = name, skip
+        self.active = cases.active_of(model, skip)
+        self.flops = cases.flops(model, name, self.active)
+        self.clip = cases.frames(model, self.active)
+        self.times, self.blocks, self.model = [], [], None
+        if name.startswith("published"):
+            self.encode = Published(model, cases.SHARP, name[-1])
+        else:
+            self.model = cases.patched(model, name, budget=self.active, floor=0)
+            self.encode, self.timer = cases.dense(self.model), BlockTimer(self.model)
+        self.encode(next(self.clip))
+
+    def measure(self, frames):
+        for pixels in itertools.islice(self.clip, frames):
+            self.times.append(timed(lambda pixels=pixels: self.encode(pixels), pixels.device)[1])
+            if self.model is not None:
+                self.blocks.append(self.timer.read())
+
+    def encodes_what_changed(self):
+        if self.model is None:
+            before = self.encode.flops
+            self.encode(next(self.clip))
+            return self.encode.flops - before == self.flops
+        return neuroflow.summary(self.model).streams["default"].active.sum() == self.active
+
+    def row(self, dense):
+        """dense: the median milliseconds of a frame of the unpatched model."""
+        row = {"skip": self.skip, "system": self.name, **figures(self.times), "flops": self.flops}
+        row |= {"active": self.active, "speedup": dense / row["median_ms"]}
+        if self.model is not None:
+            outside = 1 - statistics.median(b / t for b, t in zip(self.blocks, self.times, strict=True))
+            age = neuroflow.NeuroFlowConfig().max_age
+            sustained = age * dense / (dense + (age - 1) * row["median_ms"])
+            row |= {"outside_blocks": outside, "speedup_with_key_frames": sustained}
+            row |= {"state_bytes": neuroflow.summary(self.model).state_bytes}
+        return row
+
+
+def compile_dense(model, pixels, tolerance):
+    """The unpatched model compiled, or None where that fails; says why, or how long it took."""
+    system, name = cases.compiled(model), f"compiled {model.config.image_size} px"
+    start = time.perf_counter()
+    try:
+        found = system(pixels)
+    except Exception as error:  # whatever a compiler may raise
+        print(f"{name}: not measured, {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        return None
+    print(f"{name}: compiled in {time.perf_counter() - start:.0f} s")
+    error = cases.distance(found, cases.dense(model)(pixels))
+    if error > tolerance:
+        print(f"{name}: not measured, it differs from dense by {error:.1e}")
+        return None
+    return system
+
+
+@torch.inference_mode()
+def measure_model(model, systems, skips, ceilings, seconds=20, groups=3):
+    """The rows of dense, of dense compiled and of `systems` at every skip, measured in turns.
+
+    seconds, groups: of measuring, at least; a group is a frame of dense and some of each system at each skip.
+    """
+    device, tolerance = model.device.type, cases.TOLERANCE[model.dtype]
+    size, dtype = model.config.image_size, cases.name_of(model.dtype)
+    pixels = next(cases.frames(model, cases.patches_of(model)))
+    everywhere = {"dense": cases.dense(model)}
+    if "compiled" in systems:
+        system = compile_dense(model, pixels, tolerance)
+        everywhere |= {"compiled": system} if system else {}
+    sparse = []
+    for name in systems:
+        if name == "compiled":
+            continue
+        error = cases.error_of(model, name)
+        if error > tolerance:
+            print(f"{name} {size} px {dtype}: not measured, it is wrong by {error:.1e} where the right output is known")
+        else:
+            sparse += [System(model, name, skip) for skip in skips]
+    times = {name: [] for name in everywhere}
+    start = time.perf_counter()
+    while len(times["dense"]) < groups or time.perf_counter() - start < seconds:
+        for name, system in everywhere.items():
+            times[name].append(timed(lambda system=system: system(pixels), device)[1])
+        for system in sparse:
+            system.measure(max(round(GROUP * system.skip), 1))
+    dense, rows = statistics.median(times["dense"]), []
+    for name, taken in times.items():
+        row = {
+            "skip": None,
+            "system": name,
+            **figures(taken),
+            "flops": cases.flops(model, name, cases.patches_of(model)),
+        }
+        rows.append(row | {"speedup": dense / row["median_ms"]})
+    for system in sparse:
+        if system.encodes_what_changed():
+            rows.append(system.row(dense))
+        else:
+            print(f"{system.name} {size} px {dtype}: not measured, it encodes others than the {system.active} patches")
+    named = {"kind": "model", "case": "SigLIP base", "shape": [size, size], "dtype": dtype}
+    return [named | row | {"share_of_ceiling": share_of(ceilings, named | row)} for row in rows]
+
+
+def label(row):
+    """What a row is of, but for its system."""
+    shape = "x".join(map(str, row["shape"]))
+    skip = "" if row["skip"] is None else f" {row['skip']:.0%} skipped"
+    return f"{row['case']} {shape} {row['dtype']}{skip}"
+
+
+def line(row):
+    text = f"{label(row):44} {row['system']:12} {row['median_ms']:9.3f} ms (p20 {row['p20_ms']:.3f}, p80 "
+    text += f"{row['p80_ms']:.3f})  {row['speedup']:5.1f}x  {row['share_of_ceiling']:4.0%} of the ceiling"
+    if "outside_blocks" in row:
+        text += f"  outside the blocks {row['outside_blocks']:.0%}  state {row['state_bytes'] / 2**20:.1f} MiB"
+    return text
+
+
+def show(rows):
+    for row in rows:
+        print(line(row), flush=True)
+    return rows
+
+
+def machine():
+    facts = describe()
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    found = {name: facts[name] for name in FACTS if name in facts}
+    return found | {"commit": described.stdout.strip() or "unknown"}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=["ops", "models"], help="both where neither is named")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--size", type=int, nargs="+", default=cases.SIZES)
+    parser.add_argument("--skip", type=float, nargs="+", default=cases.SKIPS)
+    parser.add_argument("--system", nargs="+", choices=SYSTEMS, default=cases.SYSTEMS)
+    parser.add_argument("--seconds", type=float, default=20, help="to measure a size and dtype of a model, at least")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    facts, ceilings = machine(), measure_ceilings(arguments.device)
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    units = {"memory": "GB/s"}
+    print(", ".join(f"{name} {value / 1e9:.1f} {units.get(name, 'GFLOP/s')}" for name, value in ceilings.items()))
+    for backend in BACKENDS:
+        reason = unavailable(backend, arguments.device)
+        if reason is not None:
+            print(f"{backend}: not measured, {reason}")
+    rows = []
+    if arguments.what != "models":
+        for case in cases.OP_CASES:
+            if cases.name_of(case.dtype) in arguments.dtype:
+                rows += show(measure_op(case, ceilings, arguments.device))
+    if arguments.what != "ops":
+        for size, dtype in itertools.product(arguments.size, arguments.dtype):
+            model = cases.tower(size, DTYPES[dtype], arguments.device)
+            rows += show(measure_model(model, arguments.system, arguments.skip, ceilings, arguments.seconds))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": facts, "device": arguments.device, "ceilings": ceilings, "rows": rows}
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
