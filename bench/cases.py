@@ -325,28 +325,29 @@ def distance(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def error_of(model, name):
+def error_of(model, name, pixels, expected):
     """The largest relative distance of what a sparse system gives from what it must give, where that is known.
 
     With nothing skipped all give dense's embedding. E gives it on a frame that stands still too, whatever part of it is
     encoded. B and C give what the published ones do.
+
+    pixels: two frames [1, 3, size, size]. expected: dense's embedding of the second.
     """
-    first, second = itertools.islice(frames(model, patches_of(model)), 2)
-    expected, arch = dense(model)(second), name[-1]
-    publication = name != arch
-    everything = Published(model, 0, arch) if publication else dense(patched(model, arch, threshold=0))
+    first, second = pixels
+    arch = name[-1]
+    if name != arch:
+        return distance(Published(model, 0, arch)(second), expected)
+    everything = dense(patched(model, arch, threshold=0))
     everything(first)
     errors = [distance(everything(second), expected)]
-    if publication or arch not in "BCE":
-        return errors[0]
-    active = active_of(model, SKIPS[0])
+    active = active_of(model, max(SKIPS))
     part = dense(patched(model, arch, budget=active, floor=0))
     if arch == "E":
         part(second)
         errors.append(distance(part(second), expected))
-    else:
+    elif arch in "BC":
         published = Published(model, SHARP, arch)
-        for pixels in itertools.islice(frames(model, active), 2):
-            found, expected = part(pixels), published(pixels)
-        errors.append(distance(found, expected))
+        for shown in itertools.islice(frames(model, active), 2):
+            found, other = part(shown), published(shown)
+        errors.append(distance(found, other))
     return max(errors)

@@ -1,0 +1,63 @@
+"""Two runs side by side: `python -m bench.compare A.json B.json`.
+
+Medians are compared row by row, which says something where the machine is the same; `*` marks those whose p20 to p80
+do not overlap. Speed-ups are taken within a run, so they can be compared between machines too.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from bench.run import label
+
+SPREAD = 0.2  # of a speed-up, within which a run repeats another
+
+
+def load(path):
+    """A run, with its rows by what they are of: (label, system)."""
+    run = json.loads(Path(path).read_text())
+    return run | {"rows": {(label(row), row["system"]): row for row in run["rows"]}}
+
+
+def apart(one, other):
+    return one["p80_ms"] < other["p20_ms"] or other["p80_ms"] < one["p20_ms"]
+
+
+def compare(first, second):
+    """The lines of the comparison."""
+    yield from (f"{name}: {describe(run)}" for name, run in (("A", first), ("B", second)))
+    repeated = compared = 0
+    yield f"{'':57}{'A ms':>12}{'B ms':>12}{'B / A':>8} {'A speed-up':>12}{'B speed-up':>12}{'B / A':>8}"
+    for key, one in first["rows"].items():
+        other = second["rows"].get(key)
+        if other is None:
+            continue
+        ratio = other["speedup"] / one["speedup"]
+        text = f"{key[0]:44} {key[1]:12}{one['median_ms']:12.3f}{other['median_ms']:12.3f}"
+        text += f"{other['median_ms'] / one['median_ms']:8.2f}{'*' if apart(one, other) else ' '}"
+        yield f"{text}{one['speedup']:11.2f}x{other['speedup']:11.2f}x{ratio:8.2f}"
+        if one["system"] not in ("dense", "reference"):  # what the others are measured against
+            compared += 1
+            repeated += 1 / (1 + SPREAD) <= ratio <= 1 + SPREAD
+    for name, run, others in (("A", first, second), ("B", second, first)):
+        only = [" ".join(key) for key in run["rows"] if key not in others["rows"]]
+        if only:
+            yield f"only in {name}: {', '.join(only)}"
+    yield f"speed-ups within {SPREAD:.0%} of each other: {repeated} of {compared}"
+
+
+def describe(run):
+    return ", ".join(f"{name} {value}" for name, value in ({"device": run["device"]} | run["machine"]).items())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    arguments = parser.parse_args()
+    for line in compare(load(arguments.first), load(arguments.second)):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

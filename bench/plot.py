@@ -1,0 +1,208 @@
+"""The figure and the tables of runs: `python -m bench.plot`, of what `python -m bench.run --out RUN.json` has measured.
+
+RUN.png shows the speed-up by resolution, what skipping costs in fidelity (measured by `python -m bench.fidelity clips`)
+and the roofline of the ops; RUN.md has every row. The tables for the README are printed, and `--readme` puts those of
+the runs in bench/results between the two comments of README.md that name this program.
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import matplotlib
+from matplotlib.lines import Line2D
+
+from bench.fidelity import MAIN, mean_rows
+from bench.run import label, sustained
+from bench.tables import RESULTS, table
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- by python -m bench.plot --readme -->", "<!-- end -->"
+FIDELITY = RESULTS / "clips-224.json"
+FACTS = ("cuda:0", "processor", "threads", "torch", "transformers", "commit")
+STYLES = {"float32": "-", "bfloat16": "--"}
+MARKERS = "os^vD*<>PX"
+
+
+def of(rows, **wanted):
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def values(rows, name):
+    """What a column holds, each once, in the order of the rows."""
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def machine_line(run):
+    facts = {name: run["machine"][name] for name in FACTS if name in run["machine"]}
+    facts.pop("cuda:0" if run["device"] == "cpu" else "processor", None)
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def milliseconds(value):
+    return f"{value:.0f} ms" if value >= 20 else f"{value:.3g} ms"
+
+
+def times(value):
+    return f"{value:.2f}x" if value < 2 else f"{value:.1f}x"
+
+
+def models_table(rows):
+    """A row for every size, dtype and skip; a column for every system, dense first."""
+    names = values(rows, "system")
+    body = []
+    for size, dtype in itertools.product(sorted({row["shape"][0] for row in rows}), values(rows, "dtype")):
+        here = [row for row in of(rows, dtype=dtype) if row["shape"][0] == size]
+        for skip in values([row for row in here if row["skip"] is not None], "skip"):
+            found = {row["system"]: row for row in here if row["skip"] in (None, skip)}
+            cells = [milliseconds(found[name]["median_ms"]) if name in found else "-" for name in names]
+            cells = [
+                cell if name == "dense" or name not in found else f"{cell}, {times(found[name]['speedup'])}"
+                for name, cell in zip(names, cells, strict=True)
+            ]
+            last = times(sustained(found["E"])) if "E" in found else "-"
+            body.append([f"{size} px", dtype, f"{skip:.0%}", *cells, last])
+    return table(["input", "dtype", "skipped", *names, "E with its key frames"], body)
+
+
+def ops_table(rows):
+    """The largest shape of every op; each backend and baseline but the reference, against it."""
+    body = []
+    for case, dtype in itertools.product(values(rows, "case"), values(rows, "dtype")):
+        here = of(rows, case=case, dtype=dtype)
+        for row in here:
+            if row["system"] != "reference" and row["shape"] == here[-1]["shape"]:
+                shape, share = "x".join(map(str, row["shape"])), f"{row['share_of_ceiling']:.0%}"
+                figures = [milliseconds(row["median_ms"]), times(row["speedup"]), share]
+                body.append([f"`{case}`", shape, dtype, row["system"], *figures])
+    return table(["op", "shape", "dtype", "backend", "median", "over the reference", "of the ceiling"], body)
+
+
+def tables_of(run):
+    """The Markdown of a run for the README."""
+    parts = [f"{machine_line(run)}:"]
+    for kind, write in (("model", models_table), ("op", ops_table)):
+        rows = of(run["rows"], kind=kind)
+        if rows:
+            parts.append(write(rows))
+    return "\n\n".join(parts)
+
+
+def all_rows(run):
+    names = ["what", "system", "median", "p20", "p80", "rounds", "speed-up", "of the ceiling"]
+    body = []
+    for row in run["rows"]:
+        taken = [milliseconds(row[name]) for name in ("median_ms", "p20_ms", "p80_ms")]
+        ratios = [times(row["speedup"]), f"{row['share_of_ceiling']:.0%}"]
+        body.append([label(row), row["system"], *taken, str(row["rounds"]), *ratios])
+    units = {"memory": "GB/s"}
+    ceilings = [f"{name} {value / 1e9:.1f} {units.get(name, 'GFLOP/s')}" for name, value in run["ceilings"].items()]
+    return "\n\n".join([f"{machine_line(run)}. Ceilings: {', '.join(ceilings)}.", table(names, body)]) + "\n"
+
+
+def plot_speedup(axis, rows, skip):
+    """The paper's figure: how many times faster than dense, by resolution."""
+    chosen = [row for row in rows if row["skip"] in (None, skip) and row["system"] != "dense"]
+    for number, name in enumerate(values(chosen, "system")):
+        for dtype in values(chosen, "dtype"):
+            points = sorted((row["shape"][0], row["speedup"]) for row in of(chosen, system=name, dtype=dtype))
+            style = {"color": f"C{number}", "marker": MARKERS[number], "linestyle": STYLES[dtype]}
+            axis.plot(*zip(*points, strict=True), **style, label=f"{name}, {dtype}")
+    sizes = sorted({row["shape"][0] for row in rows})
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="input, px", ylabel="times faster than dense")
+    axis.set_title(f"{skip:.0%} skipped")
+    axis.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    axis.set_xticks(sizes, map(str, sizes))
+    axis.minorticks_off()
+    axis.legend(fontsize=7, handlelength=4)
+
+
+def plot_fidelity(axis, rows):
+    for number, (name, *means) in enumerate(mean_rows(rows)):
+        if name in MAIN:
+            points = sorted((100 * mean["skipped"], 1 - mean["cosine_mean"]) for mean in means)
+            axis.plot(*zip(*points, strict=True), marker=MARKERS[number], label=name)
+    axis.set(yscale="log", xlabel="patches skipped, %", ylabel="1 - mean cosine to dense", title="ViT-Ti on real clips")
+    axis.legend(fontsize=7)
+
+
+def plot_roofline(axis, rows, ceilings):
+    """Bytes a second by FLOPs for each byte: an op that does no arithmetic has its place at 0."""
+    names = values(rows, "case")
+    for row in rows:
+        if row["system"] in ("cpp", "cuda", "triton"):
+            intensity, rate = row["flops"] / row["bytes"], 1e3 * row["bytes"] / row["median_ms"]
+            number = names.index(row["case"])
+            face = f"C{number}" if row["dtype"] == "float32" else "none"
+            axis.plot(intensity, rate, MARKERS[number % len(MARKERS)], color=f"C{number}", markerfacecolor=face)
+    reach = [0.0, *(0.1 * 1.1**step for step in range(100))]
+    for dtype in values(rows, "dtype"):
+        roof = [min(ceilings["memory"], ceilings[dtype] / flops if flops else ceilings["memory"]) for flops in reach]
+        axis.plot(reach, roof, STYLES[dtype], color="grey", label=f"ceiling, {dtype}")
+    axis.set_xscale("symlog", linthresh=0.1)
+    axis.set(yscale="log", xlabel="FLOPs for each byte", ylabel="bytes a second", title="ops")
+    handles = [
+        Line2D([], [], marker=MARKERS[n % len(MARKERS)], color=f"C{n}", linestyle="", label=name)
+        for n, name in enumerate(names)
+    ]
+    handles.append(Line2D([], [], marker="o", color="k", markerfacecolor="none", linestyle="", label="bfloat16"))
+    axis.legend(handles=handles + axis.get_legend_handles_labels()[0], fontsize=6)
+
+
+def plot(run, fidelity, path):
+    models, ops = of(run["rows"], kind="model"), of(run["rows"], kind="op")
+    skips = [skip for skip in values(models, "skip") if skip]
+    panels = [lambda axis, skip=skip: plot_speedup(axis, models, skip) for skip in skips]
+    panels.append(lambda axis: plot_fidelity(axis, fidelity["rows"]))
+    if ops:
+        panels.append(lambda axis: plot_roofline(axis, ops, run["ceilings"]))
+    figure, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(6 * -(-len(panels) // 2), 9), layout="constrained")
+    for axis, draw in itertools.zip_longest(axes.flat, panels):
+        axis.grid(alpha=0.3)
+        if draw is None:
+            axis.remove()
+        else:
+            draw(axis)
+    figure.suptitle(machine_line(run), fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def with_tables(readme, text):
+    """The README's text with `text` between the two comments.
+
+    Raises:
+        ValueError: they are not there, once each.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md has to have the line {BEGIN!r} once, and after it {END!r}")
+    before, _, rest = readme.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
+
+
+def readme_tables():
+    return "\n\n".join(tables_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("run-*.json")))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="*", help="bench/results/run-*.json where none is named")
+    parser.add_argument("--readme", action="store_true", help="put the tables into README.md")
+    arguments = parser.parse_args()
+    fidelity = json.loads(FIDELITY.read_text())
+    for path in arguments.runs or sorted(RESULTS.glob("run-*.json")):
+        run = json.loads(path.read_text())
+        plot(run, fidelity, path.with_suffix(".png"))
+        path.with_suffix(".md").write_text(all_rows(run))
+        print(tables_of(run), end="\n\n")
+    if arguments.readme:
+        README.write_text(with_tables(README.read_text(), readme_tables()))
+
+
+if __name__ == "__main__":
+    main()
