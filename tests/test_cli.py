@@ -389,7 +389,7 @@ def test_agreement_and_caption_name_what_differs():
         Record(number, 0, 0.5, 98, number == 0, 2.0, 9.0, 0.9, number == 0, predicted, "car")
         for number, predicted in enumerate(("van", "car", "van"))
     )
-    table = format_report([first, same, other], 0, "", "", torch.device("cpu"))
+    table = format_report([first, same, other], [], 0, "", "", torch.device("cpu"))
     assert "top-1 agreement   50.0% of the frames" in table
     assert caption(same).startswith("frame 1    car    50.0% skipped")
     assert caption(other).startswith("frame 2    van (dense: car)    50.0% skipped")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
 import neuroflow
 
 from ..models import STREET, ClassHead, load_classes
+from ..video.ahead import prepare
 from ..video.overlay import OverlayWriter
 from ..video.preprocess import Preprocessor
 from ..video.results import Record, Results
@@ -98,11 +99,13 @@ def score_scene(
             writer = stack.enter_context(OverlayWriter(clip.with_name("overlay.mp4"), RATE))
             results = Results(clip.with_name("result.jsonl"), {"source": str(clip), "model": "street"})
             stack.callback(results.close)
-        for frame, record, embedding, active in encode_frames(source, model, dense, Preprocessor(side, side), classes):
-            scored.append(Scored(scene, labels[frame.index], record))
+        inputs = prepare(source, Preprocessor(side, side))
+        for encoded in encode_frames(inputs, model, dense, classes):
+            record = encoded.record
+            scored.append(Scored(scene, labels[record.frame], record))
             if writer is not None:
-                writer.draw(frame, active, caption(record))
-                results.append(record, embedding)
+                writer.draw(encoded.prepared.frame, encoded.active, caption(record))
+                results.append(record, encoded.embedding)
         if results is not None:
             results.finish()
     return scored

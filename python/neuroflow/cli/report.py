@@ -1,5 +1,8 @@
 """The table at the end of a run."""
 
+from dataclasses import dataclass
+from statistics import fmean
+
 import numpy as np
 import torch
 
@@ -8,11 +11,37 @@ from neuroflow_kernels.env import describe
 from ..video.results import Record
 
 
-def format_report(records: list[Record], state_bytes: int, model: str, gate: str, device: torch.device) -> str:
+@dataclass(frozen=True)
+class Stages:
+    """Where a frame's time went, in milliseconds.
+
+    Attributes:
+        decode: until the source gave the frame; a live one is waited for.
+        preprocess: from the frame to the model's input.
+        wait: of the loop, for that input: both of the former where they were not done ahead.
+        encode: in the patched model.
+        dense: in the unpatched model, None without a comparison.
+        write: results and overlay.
+        total: of the loop, from the last frame's end to this one's.
+    """
+
+    decode: float
+    preprocess: float
+    wait: float
+    encode: float
+    dense: float | None
+    write: float
+    total: float
+
+
+def format_report(
+    records: list[Record], stages: list[Stages], state_bytes: int, model: str, gate: str, device: torch.device
+) -> str:
     """The table of a run: times, skipped patches, fidelity, state and machine.
 
     Args:
         records: of every frame, at least one.
+        stages: of the frames that this run encoded.
         state_bytes: what the stream holds.
         model: the model and its input, one line.
         gate: NeuroFlow's settings, one line.
@@ -26,6 +55,8 @@ def format_report(records: list[Record], state_bytes: int, model: str, gate: str
     ]
     if scored:
         lines += _statistics(scored)
+    if len(stages) > 1:
+        lines.append(_pipeline(stages[1:]))
     lines += [
         f"key frames        {sum(record.key_frame for record in records)}",
         f"state             {state_bytes:,} bytes",
@@ -65,6 +96,18 @@ def _statistics(scored: list[Record]) -> list[str]:
         agreement = np.mean([record.predicted == record.dense_predicted for record in scored])
         lines.append(f"top-1 agreement   {agreement:.1%} of the frames get the class that dense gives them")
     return lines
+
+
+def _pipeline(stages: list[Stages]) -> str:
+    """Means, as they add up; medians do not."""
+    mean = {name: fmean(values) for name in vars(stages[0]) if None not in (values := [vars(s)[name] for s in stages])}
+    shown = {"encode": "encode", "dense": "dense", "wait": "wait for input", "write": "write"}
+    parts = [f"{label} {mean[name]:.1f}" for name, label in shown.items() if name in mean]
+    other = mean["total"] - sum(mean[name] for name in shown if name in mean)
+    return (
+        f"pipeline          {mean['total']:.1f} ms/frame (mean): {', '.join(parts)}, other {other:.1f}; "
+        f"the input took decode {mean['decode']:.1f}, preprocess {mean['preprocess']:.1f}"
+    )
 
 
 def _times(name: str, milliseconds: np.ndarray) -> str:

@@ -8,6 +8,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from transformers.utils import ModelOutput
 import neuroflow
 
 from ..models import STREET, ClassHead, load_classes
+from ..video.ahead import Prepared, ReadAhead, prepare
 from ..video.overlay import OverlayWriter
 from ..video.preprocess import Preprocessor
 from ..video.results import Record, Results
 from ..video.source import Frame, Source, SourceError
 from . import CommandError
 from .model import load_tower
-from .report import format_report
+from .report import Stages, format_report
 
 STREAM = "video"
 DIRECTORY_RATE = Fraction(25)
@@ -36,6 +38,25 @@ EMBEDDED = (
     "no --model given: using the small SigLIP that comes with the package, which needs no download and knows the "
     "drawn scenes of `neuroflow demo` only; give --model for your own"
 )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What came of one frame.
+
+    Attributes:
+        prepared: the frame and the model's input.
+        record: what is known of it besides its embedding.
+        embedding: [D] float32.
+        active: [rows, columns] bool, the patches that were encoded.
+        wait_ms: until the input was there.
+    """
+
+    prepared: Prepared
+    record: Record
+    embedding: np.ndarray
+    active: torch.Tensor
+    wait_ms: float
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -117,7 +138,7 @@ def encode_video(
     """
     dense = copy_sharing_weights(model) if compare else None
     neuroflow.enable_cache(model, config)
-    records = list(results.resumed) if results is not None else []
+    records, stages = list(results.resumed) if results is not None else [], []
     start = 0
     if records:
         start = records[-1].frame + stride
@@ -136,16 +157,36 @@ def encode_video(
                 writer = stack.enter_context(OverlayWriter(overlay, (source.rate or DIRECTORY_RATE) / stride))
             # Ctrl-C is how a live source ends, but it cuts a file short.
             stack.enter_context(contextlib.suppress(KeyboardInterrupt) if source.live else contextlib.nullcontext())
+            inputs = prepare(frames, preprocess)
+            # A live source decodes in a thread of its own, and what waits here would no longer be the newest.
+            if not source.live:
+                inputs = stack.enter_context(ReadAhead(inputs))
             skipped = 0.0
-            for frame, record, embedding, active in encode_frames(frames, model, dense, preprocess, classes):
+            start = time.perf_counter()
+            for encoded in encode_frames(inputs, model, dense, classes):
+                record = encoded.record
+                encoded_at = time.perf_counter()
                 records.append(record)
                 if results is not None:
-                    results.append(record, embedding)
+                    results.append(record, encoded.embedding)
                 if writer is not None:
-                    writer.draw(frame, active, caption(record))
+                    writer.draw(encoded.prepared.frame, encoded.active, caption(record))
                 skipped += record.skipped
                 bar.update()
                 bar.set_postfix_str(f"{skipped / (bar.n - bar.initial):.1%} skipped", refresh=False)
+                end = time.perf_counter()
+                stages.append(
+                    Stages(
+                        decode=encoded.prepared.decode_ms,
+                        preprocess=encoded.prepared.preprocess_ms,
+                        wait=encoded.wait_ms,
+                        encode=record.neuroflow_ms,
+                        dense=record.dense_ms,
+                        write=(end - encoded_at) * 1e3,
+                        total=(end - start) * 1e3,
+                    )
+                )
+                start = end
     except KeyboardInterrupt:
         print(f"interrupted after {len(records)} frames", file=sys.stderr)
         return INTERRUPTED
@@ -162,18 +203,18 @@ def encode_video(
     rows, columns = (size // patch for size, patch in zip((height, width), _pair(model.config.patch_size), strict=True))
     dtype = str(model.dtype).removeprefix("torch.")
     name = f"{type(model).__name__}, {width}x{height}, {rows * columns} patches, {dtype}"
-    print(format_report(records, neuroflow.summary(model).state_bytes, name, format_gate(config), model.device))
+    state_bytes = neuroflow.summary(model).state_bytes
+    print(format_report(records, stages, state_bytes, name, format_gate(config), model.device))
     return 0
 
 
 def encode_frames(
-    frames: Iterable[Frame],
+    inputs: Iterable[Prepared],
     model: PreTrainedModel,
     dense: PreTrainedModel | None,
-    preprocess: Preprocessor,
     classes: ClassHead | None,
-) -> Iterator[tuple[Frame, Record, np.ndarray, torch.Tensor]]:
-    """Each frame with its record, its embedding [D] float32 and its active patches [rows, columns] bool."""
+) -> Iterator[Encoded]:
+    """What comes of each frame."""
 
     def predicted(embedding: torch.Tensor | None) -> str | None:
         if classes is None or embedding is None:
@@ -182,8 +223,10 @@ def encode_frames(
 
     embedding_of = neuroflow.adapters.describe(model).embedding
     key_frames = 0
-    for number, frame in enumerate(frames):
-        pixels = preprocess(frame).to(model.device, model.dtype)
+    asked = time.perf_counter()
+    for number, prepared in enumerate(inputs):
+        wait_ms = (time.perf_counter() - asked) * 1e3
+        pixels = prepared.pixels.to(model.device, model.dtype)
         # Taking turns, so that neither always finds the processor's cache as the other left it.
         if dense is not None and number % 2 == 0:
             reference, dense_ms = _timed(dense, pixels)
@@ -196,8 +239,8 @@ def encode_frames(
         stream = neuroflow.summary(model).streams[STREAM]
         active = int(stream.active.sum())
         record = Record(
-            frame=frame.index,
-            time_s=round(frame.time, 6),
+            frame=prepared.frame.index,
+            time_s=round(prepared.frame.time, 6),
             skipped=1 - active / stream.active.numel(),
             active=active,
             key_frame=stream.key_frames > key_frames,
@@ -209,7 +252,8 @@ def encode_frames(
             dense_predicted=predicted(expected),
         )
         key_frames = stream.key_frames
-        yield frame, record, embedding.cpu().numpy(), stream.active
+        yield Encoded(prepared, record, embedding.cpu().numpy(), stream.active, wait_ms)
+        asked = time.perf_counter()
 
 
 @torch.inference_mode()

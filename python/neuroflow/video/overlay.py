@@ -31,8 +31,8 @@ class OverlayWriter(VideoWriter):
         rows, columns = active.shape
         row = np.arange(PANEL_HEIGHT) * rows // PANEL_HEIGHT
         column = np.arange(self._panel_width) * columns // self._panel_width
-        lit = active.cpu().numpy()[row][:, column, None]
-        darkened = np.where(lit, panel, (panel * BRIGHTNESS).astype(np.uint8))
+        brightness = np.where(active.cpu().numpy(), 256, round(256 * BRIGHTNESS)).astype(np.uint16)
+        darkened = (panel * brightness[row][:, column, None] >> 8).astype(np.uint8)
         text = Image.new("RGB", (2 * self._panel_width, CAPTION_HEIGHT), (16, 18, 22))
         font = ImageFont.load_default(size=15)
         ImageDraw.Draw(text).text((12, CAPTION_HEIGHT / 2), caption, (236, 238, 240), font, anchor="lm")

@@ -1,6 +1,7 @@
 """Frames from a video file, a directory of images, a webcam or a network address, through PyAV."""
 
 import collections
+import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ class Source:
 
     def close(self) -> None:
         """Gives the file or device back; the source cannot be read any further."""
-        self._frames.close()
+        # A thread that hangs in a read has the generator; it gives the file back when it returns.
+        with contextlib.suppress(ValueError):
+            self._frames.close()
 
     def _open(self) -> Iterator[Frame]:
         path = Path(self.address)
