@@ -9,8 +9,8 @@ class AttentionDropping(Tower):
     """After a quarter, half and three quarters of the blocks, the share of tokens that CLS attends to most is kept.
 
     In each of these blocks (3, 6 and 9 of 12), between attention and MLP, the tokens with the highest attention from
-    CLS, mean over heads, stay: `share` of those that are left. The others become one token, their sum weighted by that
-    attention.
+    CLS, mean over heads, stay: `share` of those that are left. The others become one token, their mean weighted by that
+    attention (the paper's is the sum, to which it then fine-tunes).
 
     Training-free: the selection is EViT's, by attention, and not DynamicViT's, which learns a predictor; neither's
     fine-tuning of the model is reproduced. ViT alone, as it reads CLS.
@@ -52,5 +52,5 @@ def drop(tokens, attention, share):
     order = attention.argsort(descending=True)
     kept, rest = order[:count].sort().values, order[count:]
     patches = tokens[0, 1:]
-    fused = (attention[rest, None] * patches[rest]).sum(0)
+    fused = (attention[rest, None] * patches[rest]).sum(0) / attention[rest].sum()
     return torch.cat((tokens[0, :1], patches[kept], fused[None]))[None]

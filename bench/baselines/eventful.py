@@ -4,6 +4,8 @@ import torch
 
 from .tower import Tower
 
+FIRST = 1e6
+
 
 class Eventful(Tower):
     """Before each linear stage of a block, the tokens that moved most are recomputed; a buffer holds what others gave.
@@ -11,7 +13,7 @@ class Eventful(Tower):
     A gate stands before the projections to queries, keys and values, before the projection after attention, and before
     the MLP. Each keeps the input that every token last gave its stage; the `count` tokens whose input is farthest from
     that, by L2 norm, go through the stage, of those that moved at all. Attention is computed for all tokens from the
-    buffered queries, keys and values.
+    buffered queries, keys and values. CLS, which is what is read, goes before all others if it moved.
 
     Not reproduced: the incremental products inside attention, which keep N x N scores for each block and head, and the
     gates' threshold policy.
@@ -26,7 +28,7 @@ class Eventful(Tower):
 
     def reset(self):
         self.stages = [
-            [Gated(stage, self.count) for stage in (partial(self.qkv, block), block.project, block.mlp)]
+            [Gated(stage, self.count, self.prefix) for stage in (partial(self.qkv, block), block.project, block.mlp)]
             for block in self.blocks
         ]
 
@@ -44,10 +46,10 @@ class Eventful(Tower):
 
 
 class Gated:
-    """A function of tokens [1, n, D], each on its own, behind a gate that passes `count` of the T tokens of a frame."""
+    """A function of tokens [1, n, D], each on its own, behind a gate that lets `count` of a frame's T through."""
 
-    def __init__(self, function, count):
-        self.function, self.count = function, count
+    def __init__(self, function, count, prefix):
+        self.function, self.count, self.prefix = function, count, prefix
         self.reference = None  # [1, T, D], what each token last was when the function saw it
         self.buffer = None  # [1, T, ...], what the function gave then
 
@@ -56,6 +58,7 @@ class Gated:
             self.reference, self.buffer = tokens.clone(), self.function(tokens)
             return self.buffer
         moved = (tokens - self.reference)[0].norm(dim=-1)
+        moved[: self.prefix] *= FIRST
         index = moved.topk(min(self.count, len(moved))).indices
         index = index[moved[index] > 0]
         if len(index):

@@ -21,6 +21,9 @@ class Tower:
         parts = zip(self.anatomy.layers, self.anatomy.attentions, self.anatomy.mlps, strict=True)
         self.blocks = [Block(self, *each) for each in parts]
 
+    def reset(self):
+        """Forget the stream, of which a method within one frame knows nothing: the next frame is its first."""
+
     def embed(self, pixels):
         """Pixels [1, 3, H, W] -> tokens [1, T, D] with positions, CLS first where there is one."""
         tokens = self.anatomy.tower.embeddings(pixels, interpolate_pos_encoding=True)
