@@ -289,6 +289,7 @@ def test_eventful_recomputes_the_tokens_that_moved_most():
     eventful(first)
     spent = flops_of(eventful, second)
     gate = eventful.stages[0][0]
+    assert gate.prefix == 1
     block = eventful.blocks[0]
     with torch.inference_mode():
         before, now = (block.norm1(eventful.embed(pixels)) for pixels in (first, second))
@@ -338,6 +339,32 @@ def test_flops_of_neuroflow_are_those_of_its_active_tokens():
         expected += PROJECTION + SIZES["num_hidden_layers"] * (linear_flops(tokens) + attention_flops(tokens, 49))
     assert dense.flops == counted.flops
     assert ours.flops == pytest.approx(expected) and expected < dense.flops
+
+
+class Recorder:
+    """A contestant whose embeddings and FLOPs are the frame's number and its square."""
+
+    def __init__(self, name, log):
+        self.name, self.log, self.flops = name, log, 0
+
+    def reset(self):
+        self.log.append((self.name, "reset"))
+
+    def __call__(self, pixels):
+        self.log.append((self.name, int(pixels)))
+        self.flops += int(pixels) ** 2
+        return pixels
+
+
+def test_contestants_take_turns(monkeypatch):
+    monkeypatch.setattr(peers, "TURN", 2)
+    log, pixels = [], torch.tensor([[5.0], [1.0], [2.0]])
+    measured = peers.measure({name: Recorder(name, log) for name in "ab"}, pixels, passes=2)
+    turns = [("a", 5), ("a", 1), ("b", 5), ("b", 1), ("b", 2), ("a", 2)]
+    assert log == 2 * [("a", "reset"), ("b", "reset"), *turns]
+    for found, seconds, each in measured.values():
+        assert torch.equal(found, pixels) and seconds.shape == (2, 3) and (seconds > 0).all()
+        assert each == (1 + 4) / 2
 
 
 @pytest.fixture
