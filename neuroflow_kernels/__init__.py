@@ -6,20 +6,24 @@ the packed rows in one pass. All are batched over S independent streams and neve
 """
 
 from .dispatch import BackendUnavailable, load_extensions, unavailable, use_backend
+from .ops.attend_rows import attend_rows
 from .ops.compact import compact
 from .ops.ema_gate import ema_gate_
 from .ops.ema_surprise import ema_surprise_
 from .ops.gather_rows import gather_rows
+from .ops.linear_rows import linear_rows
 from .ops.scatter_rows import scatter_rows_
 
 load_extensions()
 
 __all__ = [
     "BackendUnavailable",
+    "attend_rows",
     "compact",
     "ema_gate_",
     "ema_surprise_",
     "gather_rows",
+    "linear_rows",
     "scatter_rows_",
     "unavailable",
     "use_backend",

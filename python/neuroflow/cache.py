@@ -26,12 +26,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from neuroflow_kernels import compact, ema_surprise_, gather_rows, scatter_rows_
+from neuroflow_kernels import attend_rows, compact, ema_surprise_, gather_rows, scatter_rows_
 
 from . import policies
 from .adapters import Anatomy, Grid
 from .config import NeuroFlowConfig
-from .rewrites import attention_pool, is_patch_projection, patch_windows, project_patches
+from .rewrites import attention_pool, few_rows, is_patch_projection, linear, patch_windows, project_patches
 from .state import StreamState
 
 ATTENTION = "neuroflow"
@@ -139,6 +139,10 @@ class Engine:
             points.append((anatomy.tower.embeddings, "interpolate_pos_encoding", self.on_positions))
         if anatomy.head is not None:
             points.append((anatomy.head, "forward", self.on_head))
+        for layer in anatomy.layers:
+            for module in layer.modules():
+                if type(module) is nn.Linear:
+                    points.append((module, "forward", lambda *args, module=module: self.on_linear(module, *args)))
         if arch == "mlp":
             for layer, (first, last) in enumerate(anatomy.mlps):
                 points.append((first, "forward", self.on_mlp_input))
@@ -214,6 +218,12 @@ class Engine:
         frame = _frame.get()
         return forward(tokens if frame is None else self._pack(frame, tokens), *args, **kwargs)
 
+    def on_linear(self, module: nn.Linear, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
+        frame = _frame.get()
+        if frame is not None and frame.partial and few_rows(tokens):
+            return linear(tokens, module)
+        return forward(tokens)
+
     def on_mlp_input(self, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
         frame = _frame.get()
         return forward(frame.pack(tokens) if frame is not None and frame.partial else tokens)
@@ -277,14 +287,18 @@ class Engine:
         for stream, (state, start, stop) in enumerate(
             zip(frame.states, frame.offsets, frame.offsets[1:], strict=False)
         ):
-            keys, values = key[:, :, start:stop], value[:, :, start:stop]
+            queries, keys, values = query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
             if context:
                 keys = state.tensors["key", layer].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
                 values = state.tensors["value", layer].unflatten(2, (value.shape[1], -1)).transpose(1, 2)
             if watched:
                 self._watch(frame, stream, query[0, :, start], keys[0], module.scaling)
             # Packed tokens of one stream only see tokens of that stream, none of which is padding.
-            outputs.append(attention(module, query[:, :, start:stop], keys, values, None, **kwargs)[0])
+            if few_rows(queries[0, 0]):
+                rows = (tensor[0].transpose(0, 1) for tensor in (queries, keys, values))  # [*, heads, head_dim]
+                outputs.append(attend_rows(*rows, kwargs.get("scaling"))[None])
+            else:
+                outputs.append(attention(module, queries, keys, values, None, **kwargs)[0])
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None
 
     def _pack(self, frame: Frame, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,36 @@
 """Two modules of a vision tower, computed in a cheaper way that is equal up to rounding."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from neuroflow_kernels import linear_rows, unavailable
+
+# Up to here reading the weights takes a good part of the time; from here on torch's own products are as fast.
+FEW_ROWS = 256
+
+
+@functools.cache
+def _has_row_kernels() -> bool:
+    return unavailable("cpp") is None and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def few_rows(tokens: torch.Tensor) -> bool:
+    """Whether the kernels for few rows beat torch's on tokens [..., D]: a CPU with AVX-512, a dtype it multiplies."""
+    return (
+        tokens.device.type == "cpu"
+        and tokens.dtype in (torch.float32, torch.bfloat16)
+        and tokens.numel() <= FEW_ROWS * tokens.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+        and _has_row_kernels()
+    )
+
+
+def linear(tokens: torch.Tensor, module: nn.Linear) -> torch.Tensor:
+    """`module` on tokens [..., K], few of them."""
+    return linear_rows(tokens.flatten(0, -2), module.weight, module.bias).view(*tokens.shape[:-1], -1)
 
 
 def is_patch_projection(module: nn.Module) -> bool:
