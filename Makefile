@@ -33,7 +33,9 @@ format: .venv/installed
 	$(BIN)/clang-format -i $(SOURCES)
 
 bench: .venv/installed
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m bench.run --out .benchmarks/run.json
+	$(BIN)/python -m bench.plot .benchmarks/run.json
+	$(BIN)/python -m bench.compare bench/results/run-cpu.json .benchmarks/run.json
 
 clean:
 	rm -rf .venv build dist demo *.egg-info neuroflow_kernels/*.so

@@ -22,11 +22,11 @@ import torch
 
 from bench import cases
 from bench.baselines import Published
-from neuroflow_kernels import unavailable, use_backend
+from neuroflow_kernels import BackendUnavailable, unavailable, use_backend
 from neuroflow_kernels.dispatch import BACKENDS
 from neuroflow_kernels.env import describe
 
-RESULTS = Path(".benchmarks", "run.json")
+OUT = Path(".benchmarks", "run.json")
 FACTS = ("processor", "threads", "cuda:0", "platform", "python", "torch", "triton", "transformers", "numpy")
 SYSTEMS = ("compiled", "published-B", "published-C", "A", "B", "C", "D", "E")
 GROUP = 4  # frames of a system for each of dense, at most
@@ -104,6 +104,9 @@ def measure_op(case, ceilings, device="cpu", rounds=20):
                 cases.check(case.op, call(*cases.copied(pristine)), expected)
         except AssertionError as error:
             print(f"{case} {name}: not measured, it differs from the reference: {str(error).splitlines()[0]}")
+            continue
+        except BackendUnavailable as error:
+            print(f"{case} {name}: not measured, {error}")
             continue
         calls[name] = backend, [functools.partial(call, *cases.copied(pristine)) for _ in range(copies)], []
     ahead = torch.zeros(OUTSIDE_CACHE // 4, device=device) if device != "cpu" else None
@@ -285,7 +288,7 @@ def main():
     parser.add_argument("--skip", type=float, nargs="+", default=cases.SKIPS)
     parser.add_argument("--system", nargs="+", choices=SYSTEMS, default=cases.SYSTEMS)
     parser.add_argument("--seconds", type=float, default=15, help="to measure a size and dtype of a model, at least")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     start = time.perf_counter()
     facts, ceilings = machine(), measure_ceilings(arguments.device)

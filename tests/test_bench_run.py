@@ -11,7 +11,7 @@ from neuroflow.config import NeuroFlowConfig
 
 from bench import cases, compare, plot, run
 from bench.baselines import Published
-from neuroflow_kernels import linear_rows, unavailable
+from neuroflow_kernels import BackendUnavailable, linear_rows, unavailable
 
 CEILINGS = {"memory": 1e9, "float32": 2e9, "bfloat16": 4e9}
 SHAPES = {3: (2, 40, 16), 4: (2, 9, 2, 8)}
@@ -98,6 +98,15 @@ def test_a_wrong_op_is_not_measured(wrong, capsys):
     systems = [row["system"] for row in run.measure_op(named(op), CEILINGS, rounds=1)]
     assert "right" in systems and "wrong" not in systems
     assert "linear_rows 2x40x16 float32 wrong: not measured, it differs from the reference" in capsys.readouterr().out
+
+
+def test_a_backend_that_declines_says_why(capsys):
+    def declining(*_):
+        raise BackendUnavailable("it has no kernel")
+
+    op = op_named("linear_rows")._replace(baselines={"declining": declining})
+    assert "declining" not in [row["system"] for row in run.measure_op(named(op), CEILINGS, rounds=1)]
+    assert "linear_rows 2x40x16 float32 declining: not measured, it has no kernel" in capsys.readouterr().out
 
 
 def test_whole_numbers_are_compared_exactly():
