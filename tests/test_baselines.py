@@ -331,13 +331,14 @@ def test_a_target_out_of_reach_is_given_up():
 def test_flops_of_neuroflow_are_those_of_its_active_tokens():
     model, shots = tiny("vit"), frames(4)
     ours, dense, counted = peers.NeuroFlow(model, 0.5), peers.Dense(model), FrameSkipping(model, every=1)
+    everything = peers.NeuroFlow(model, 0)
     expected = 0
     for pixels in shots:
-        for contestant in (ours, dense, counted):
+        for contestant in (ours, everything, dense, counted):
             contestant(pixels)
         tokens = 1 + int(neuroflow.summary(ours.model).streams["default"].active.sum())
         expected += PROJECTION + SIZES["num_hidden_layers"] * (linear_flops(tokens) + attention_flops(tokens, 49))
-    assert dense.flops == counted.flops
+    assert dense.flops == counted.flops == everything.flops
     assert ours.flops == pytest.approx(expected) and expected < dense.flops
 
 
