@@ -101,7 +101,7 @@ def ladders(patches):
     """For every method what makes it, and lists of its settings for frames of so many patches, from cheap to dear."""
     rising = falling(0.95, 0.02, 1.2)[::-1]  # shares of the tokens
     return {
-        OURS: (NeuroFlow, [[{"threshold": value} for value in falling(2, 0.01, 1.2)]]),
+        OURS: (NeuroFlow, [[{"threshold": value} for value in falling(10, 0.01, 1.2)]]),
         "frame skipping": (
             FrameSkipping,
             [[{"every": value} for value in (60, 40, 30, 20, 15, 12, 10, *range(8, 1, -1))]],
@@ -285,7 +285,13 @@ def plot(stem, title, rows):
         for target in TARGETS:
             axis.axvline(1 - target, color="grey", linewidth=0.7, linestyle=":")
         axis.axhline(1, color="grey", linewidth=0.7)
-        axis.set(title=clip, xlabel="1 - mean cosine to dense", ylabel="speed, times dense", xscale="log")
+        axis.set(title=clip, xlabel="1 - mean cosine to dense", ylabel="speed, times dense", xscale="log", yscale="log")
+        axis.minorticks_off()
+        for ticks, places in (
+            (axis.set_xticks, (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)),
+            (axis.set_yticks, (1, 2, 3, 5, 10)),
+        ):
+            ticks(places, [f"{place:g}" for place in places])
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.suptitle(title, fontsize=10)
