@@ -1,8 +1,8 @@
 """Measure the registry: `python -m bench.run`, and `bench.compare`, `bench.plot` for what it writes.
 
-Every round of a case calls all of its systems in turns, so that a machine that changes its pace changes all of them;
-ratios are of medians within one run. A row is there only if its check passed in the same run. On a GPU the time is that
-between two events, on a CPU the wall clock's.
+All systems of a case take turns, and a speed-up is the median of ratios within a turn, so that a machine that changes
+its pace changes both sides. A row is there only if its check passed in the same run. On a GPU the time is that between
+two events, on a CPU the wall clock's.
 
 Ops take inputs from so many copies that they come from memory, not from a cache. Models: a frame is one between key
 frames.
@@ -28,8 +28,8 @@ from neuroflow_kernels.env import describe
 
 OUT = Path(".benchmarks", "run.json")
 FACTS = ("processor", "threads", "cuda:0", "platform", "python", "torch", "triton", "transformers", "numpy")
-SYSTEMS = ("compiled", "published-B", "published-C", "A", "B", "C", "D", "E")
-GROUP = 4  # frames of a system for each of dense, at most
+SYSTEMS = ("published-B", "published-C", "A", "B", "C", "D", "E")
+GROUP = 4  # frames of a system in a turn, at most
 DTYPES = {cases.name_of(dtype): dtype for dtype in cases.DTYPES}
 OUTSIDE_CACHE = 2**27  # bytes, more than a last-level cache holds
 COPIES = 256  # at most: inputs of a few kilobytes are never far
@@ -58,9 +58,17 @@ def timed(function, device):
     return result, milliseconds(start, mark(device))
 
 
-def figures(times):
+def figures(times, baseline):
+    """Of times in milliseconds and, for each of them, the baseline's in the same turn."""
     p20, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.8])).tolist()
-    return {"median_ms": statistics.median(times), "p20_ms": p20, "p80_ms": p80, "rounds": len(times)}
+    speedup = statistics.median(one / other for one, other in zip(baseline, times, strict=True))
+    return {
+        "median_ms": statistics.median(times),
+        "p20_ms": p20,
+        "p80_ms": p80,
+        "rounds": len(times),
+        "speedup": speedup,
+    }
 
 
 def measure_ceilings(device):
@@ -118,10 +126,9 @@ def measure_op(case, ceilings, device="cpu", rounds=20):
                 times.append(timed(prepared[number % copies], device)[1])
     size, work = case.op.cost(*pristine)
     named = {"kind": "op", "case": case.op.name, "shape": list(case.shape), "dtype": cases.name_of(case.dtype)}
-    rows = []
-    for name, (_, _, times) in calls.items():
-        row = named | {"skip": None, "system": name, **figures(times), "bytes": size, "flops": work}
-        rows.append(row | {"speedup": statistics.median(calls["reference"][2]) / row["median_ms"]})
+    named |= {"skip": None, "bytes": size, "flops": work}
+    reference = calls["reference"][2]
+    rows = [named | {"system": name} | figures(times, reference) for name, (_, _, times) in calls.items()]
     return [row | {"share_of_ceiling": share_of(ceilings, row)} for row in rows]
 
 
@@ -146,29 +153,36 @@ class BlockTimer:
 
 
 class System:
-    """A sparse system on a clip of its own, of which `active` patches change from frame to frame."""
+    """A way to encode frames, on a clip of its own of which `active` patches change from frame to frame.
 
-    def __init__(self, model, name, skip):
-        self.name, self.skip = name, skip
-        self.active = cases.active_of(model, skip)
+    skip: the share that stands still, or None for one that skips nothing, `encode`.
+    """
+
+    def __init__(self, model, name, skip, encode=None):
+        self.name, self.skip, self.encode = name, skip, encode
+        self.active = cases.patches_of(model) if skip is None else cases.active_of(model, skip)
         self.flops = cases.flops(model, name, self.active)
         self.clip = cases.frames(model, self.active)
-        self.times, self.blocks, self.model = [], [], None
+        self.times, self.dense, self.blocks, self.model = [], [], [], None
         if name.startswith("published"):
             self.encode = Published(model, cases.SHARP, name[-1])
-        else:
+        elif encode is None:
             self.model = cases.patched(model, name, budget=self.active, floor=0)
             self.encode, self.timer = cases.dense(self.model), BlockTimer(self.model)
         self.encode(next(self.clip))
 
-    def measure(self, frames):
+    def measure(self, frames, dense):
+        """dense: milliseconds of the unpatched model's frame in this turn."""
         for pixels in itertools.islice(self.clip, frames):
             self.times.append(timed(lambda pixels=pixels: self.encode(pixels), pixels.device)[1])
+            self.dense.append(dense)
             if self.model is not None:
                 self.blocks.append(self.timer.read())
 
     def encodes_what_changed(self):
         """Whether it encodes just the patches that change; says so where not."""
+        if self.skip is None:
+            return True
         if self.model is None:
             before = self.encode.flops
             self.encode(next(self.clip))
@@ -176,13 +190,11 @@ class System:
         else:
             right = neuroflow.summary(self.model).streams["default"].active.sum() == self.active
         if not right:
-            print(
-                f"{self.name} at {self.skip:.0%} skipped: not measured, it encodes other patches than those that change"
-            )
+            print(f"{self.name}, {self.skip:.0%} skipped: not measured, it encodes other patches than the changed ones")
         return right
 
     def row(self):
-        row = {"skip": self.skip, "system": self.name, **figures(self.times), "flops": self.flops}
+        row = {"skip": self.skip, "system": self.name, **figures(self.times, self.dense), "flops": self.flops}
         if self.model is not None:
             row["outside_blocks"] = 1 - statistics.median(b / t for b, t in zip(self.blocks, self.times, strict=True))
             row["state_bytes"] = neuroflow.summary(self.model).state_bytes
@@ -199,48 +211,47 @@ def passes(model, name, error):
 
 
 def compile_dense(model, pixels, expected):
-    """The unpatched model compiled, by name; nothing where that fails. Says why, or how long it took."""
+    """The unpatched model compiled, or None where that fails; says why, or how long it took."""
     system, start = cases.compiled(model), time.perf_counter()
     try:
         error = cases.distance(system(pixels), expected)
     except Exception as failure:  # whatever a compiler may raise
         print(f"compiled: not measured, {type(failure).__name__}: {str(failure).strip().splitlines()[0]}")
-        return {}
+        return None
     print(f"compiled in {time.perf_counter() - start:.0f} s")
-    return {"compiled": system} if passes(model, "compiled", error) else {}
+    return system if passes(model, "compiled", error) else None
 
 
 @torch.inference_mode()
-def measure_model(model, systems, skips, ceilings, seconds=15, groups=3):
-    """The rows of dense, of dense compiled and of `systems` at every skip, measured in turns.
+def measure_model(model, names, skips, ceilings, compiled=False, seconds=15, groups=3):
+    """The rows of dense, of the systems `names` at every skip, and of dense compiled if asked.
 
-    seconds, groups: of measuring, at least; a group is a frame of dense and some of each system at each skip.
+    seconds, groups: of measuring, at least. A group is a turn for each skip: a frame of dense, some of each system.
     """
     first, second = itertools.islice(cases.frames(model, cases.patches_of(model)), 2)
-    everywhere, sparse = {"dense": cases.dense(model)}, []
-    expected = everywhere["dense"](second)
-    for name in systems:
-        if name == "compiled":
-            everywhere |= compile_dense(model, second, expected)
-        elif passes(model, name, cases.error_of(model, name, (first, second), expected)):
-            sparse += [System(model, name, skip) for skip in skips]
-    sparse.sort(key=lambda system: system.skip)  # what takes as long as dense has to be timed right after it
-    times, start = {name: [] for name in everywhere}, time.perf_counter()
-    while len(times["dense"]) < groups or time.perf_counter() - start < seconds:
-        for name, system in everywhere.items():
-            times[name].append(timed(lambda system=system: system(second), model.device)[1])
-        for system in sparse:
-            system.measure(max(round(GROUP * system.skip), 1))
-    dense = statistics.median(times["dense"])
-    rows = [
-        {"skip": None, "system": name, **figures(taken), "flops": cases.flops(model, name, cases.patches_of(model))}
-        for name, taken in times.items()
-    ]
-    rows += [system.row() for system in sparse if system.encodes_what_changed()]
+    dense = cases.dense(model)
+    expected = dense(second)
+    turns = {skip: [] for skip in sorted(skips)}
+    if compiled:
+        system = compile_dense(model, second, expected)
+        turns = {None: [System(model, "compiled", None, system)]} | turns if system else turns
+    for name in names:
+        if passes(model, name, cases.error_of(model, name, (first, second), expected)):
+            for skip, systems in turns.items():
+                if skip is not None:
+                    systems.append(System(model, name, skip))
+    times, start = [], time.perf_counter()
+    while len(times) < groups * len(turns) or time.perf_counter() - start < seconds:
+        for skip, systems in turns.items():
+            times.append(timed(lambda: dense(second), model.device)[1])
+            for system in systems:
+                system.measure(max(round(GROUP * (skip or 0)), 1), times[-1])
+    rows = [{"skip": None, "system": "dense", **figures(times, times)}]
+    rows[0]["flops"] = cases.flops(model, "dense", cases.patches_of(model))
+    rows += [system.row() for systems in turns.values() for system in systems if system.encodes_what_changed()]
     side = model.config.image_size
     named = {"kind": "model", "case": "SigLIP base", "shape": [side, side], "dtype": cases.name_of(model.dtype)}
-    rows = [named | row | {"speedup": dense / row["median_ms"]} for row in rows]
-    return [row | {"share_of_ceiling": share_of(ceilings, row)} for row in rows]
+    return [named | row | {"share_of_ceiling": share_of(ceilings, named | row)} for row in rows]
 
 
 def sustained(row):
@@ -287,6 +298,7 @@ def main():
     parser.add_argument("--size", type=int, nargs="+", default=cases.SIZES)
     parser.add_argument("--skip", type=float, nargs="+", default=cases.SKIPS)
     parser.add_argument("--system", nargs="+", choices=SYSTEMS, default=cases.SYSTEMS)
+    parser.add_argument("--compiled", action="store_true", help="the unpatched model under torch.compile too")
     parser.add_argument("--seconds", type=float, default=15, help="to measure a size and dtype of a model, at least")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
@@ -307,7 +319,8 @@ def main():
     if arguments.what != "ops":
         for size, dtype in itertools.product(arguments.size, arguments.dtype):
             model = cases.tower(size, DTYPES[dtype], arguments.device)
-            rows += show(measure_model(model, arguments.system, arguments.skip, ceilings, arguments.seconds))
+            options = {"compiled": arguments.compiled, "seconds": arguments.seconds}
+            rows += show(measure_model(model, arguments.system, arguments.skip, ceilings, **options))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": facts, "device": arguments.device, "ceilings": ceilings, "rows": rows}
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")
