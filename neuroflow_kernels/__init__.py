@@ -2,10 +2,11 @@
 
 `ema_surprise_` measures each token against a running reference, `compact` turns surprise into a packed index,
 `gather_rows` and `scatter_rows_` move rows between the full and the packed layout, and `ema_gate_` does all of it up to
-the packed rows in one pass. All are batched over S independent streams and never wait for the device.
+the packed rows in one pass. All are batched over S independent streams and never wait for the device. `linear_rows` and
+`attend_rows` are what a transformer's block does with the packed rows, for CPUs.
 """
 
-from .dispatch import BackendUnavailable, load_extensions, unavailable, use_backend
+from .dispatch import BackendUnavailable, load_extensions, unavailable, use_backend, without_row_kernels
 from .ops.attend_rows import attend_rows
 from .ops.compact import compact
 from .ops.ema_gate import ema_gate_
@@ -27,4 +28,5 @@ __all__ = [
     "scatter_rows_",
     "unavailable",
     "use_backend",
+    "without_row_kernels",
 ]

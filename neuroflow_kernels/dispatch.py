@@ -53,7 +53,8 @@ def load_extensions() -> None:
         _extension_errors[backend] = _load_extension(stem)
     if _extension_errors["cuda"] is not None:
         for op in Operator.registry.values():
-            _library.impl(op.name, functools.partial(_triton_or_reference, op), "CUDA")
+            if op.triton:
+                _library.impl(op.name, functools.partial(_triton_or_reference, op), "CUDA")
     if _extension_errors["cpp"] is not None:
         warnings.warn(
             "neuroflow_kernels: on the CPU the ops run through their plain torch reference, because the C++ "
@@ -108,6 +109,16 @@ def unavailable(backend: str, device: str = "cpu") -> str | None:
     return None
 
 
+def without_row_kernels() -> str | None:
+    """Why `linear_rows` and `attend_rows` are no faster here than torch's own products, or None where they are."""
+    if _requested_backend() not in (None, "cpp"):
+        return f"backend {_requested_backend()!r} was asked for"
+    if _extension_errors["cpp"] is not None:
+        return _extension_errors["cpp"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return None if capability == "AVX512" else f"they are written for AVX512, and torch finds {capability}"
+
+
 @functools.cache
 def _implementation(backend: str, op: str, module: str) -> Callable:
     return getattr(importlib.import_module(f".{backend}.{module}", __package__), op)
@@ -130,14 +141,16 @@ def _triton_or_reference(op: "Operator", *args: object) -> object:
 class Operator:
     """One op of the namespace `neuroflow`: schema and fake, called through whichever backend is due.
 
-    The file `ops/<module>.py` that makes it has a namesake in `reference/` and `triton/`, which define a function of
-    the op's name with the schema's arguments in order.
+    The file `ops/<module>.py` that makes it has a namesake in `reference/` and, with `triton`, in `triton/`, which
+    define a function of the op's name with the schema's arguments in order. An op without `triton` is one that a GPU
+    library does better than a kernel of ours; there the reference calls that.
     """
 
     registry: ClassVar[dict[str, "Operator"]] = {}
 
-    def __init__(self, module: str, schema: str, fake: Callable) -> None:
+    def __init__(self, module: str, schema: str, fake: Callable, triton: bool = True) -> None:
         self.module = module.rpartition(".")[2]
+        self.triton = triton
         self.name = schema.partition("(")[0]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, _implementation("reference", self.name, self.module), "CompositeExplicitAutograd")
@@ -151,6 +164,8 @@ class Operator:
             return self.overload(*args)
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
         reason = unavailable(backend, device)
+        if backend == "triton" and not self.triton:
+            reason = "it has no Triton kernel, as the library behind the reference is the faster one on a GPU"
         if reason is not None:
             raise BackendUnavailable(f"backend {backend!r} cannot serve {self.name} on {device}: {reason}")
         if backend in ("cpp", "cuda"):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from .dispatch import BACKENDS, unavailable
+from .dispatch import BACKENDS, unavailable, without_row_kernels
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "neuroflow")
-VARIABLES = ("NEUROFLOW_", "TRITON_", "TORCH_", "TORCHINDUCTOR_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("NEUROFLOW_", "TRITON_", "TORCH_", "ATEN_", "TORCHINDUCTOR_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES")
 
 
 def _version(package: str) -> str:
@@ -47,6 +47,7 @@ def describe() -> dict[str, str]:
     for backend in BACKENDS:
         for device in ("cpu", "cuda"):
             facts[f"{backend} on {device}"] = unavailable(backend, device) or "available"
+    facts["row kernels"] = without_row_kernels() or "available"
     return facts | {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
 
 

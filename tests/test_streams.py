@@ -6,6 +6,7 @@ import neuroflow
 import pytest
 import torch
 from models import clip, exact, inputs, tiny
+from neuroflow.rewrites import project_windows
 
 ARCHITECTURES = ("A", "B", "C", "D", "E")
 
@@ -269,6 +270,54 @@ def test_summary_counts_and_prints():
     summary = neuroflow.summary(model)
     stream = summary.streams["cam-7"]
     assert stream.skipped == pytest.approx(4 / 5 * 27 / 36)
-    # reference, output, keys and values of 4 blocks in float32; age in int32 and active in bool
-    assert summary.state_bytes == stream.state_bytes == 36 * 64 * 4 * (2 + 2 * 4) + 36 * 5
+    # projection, reference, output, keys and values of 4 blocks, and 8x8 pixels of 3 colours, in float32; age in int32
+    # and active in bool
+    assert summary.state_bytes == stream.state_bytes == 36 * 64 * 4 * (3 + 2 * 4) + 36 * 8 * 8 * 3 * 4 + 36 * 5
     assert "cam-7: 5 frames (1 key), grid 6x6, 60.0% of patches skipped" in str(summary)
+
+
+def test_unchanged_patches_are_projected_once(monkeypatch):
+    model, frames = tiny("siglip"), clip(frames=3, changed=4)
+    frames = torch.stack([frames[0], frames[1], frames[1], frames[2], -frames[2], frames[2]])
+    projected = []
+
+    def counting(convolution, windows):
+        projected.append(windows.numel() // windows.shape[-1])
+        return project_windows(convolution, windows)
+
+    monkeypatch.setattr(neuroflow.cache, "project_windows", counting)
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0))
+    found = [pooled(model, "siglip", frame[None], ["a"]) for frame in frames]
+    assert projected == [36, 4, 4, 36, 36]
+    neuroflow.disable_cache(model)
+    for frame, ours in zip(frames, found, strict=True):
+        with torch.inference_mode():
+            torch.testing.assert_close(ours, model(pixel_values=frame[None]).pooler_output, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (8, 8), (8, 48)])
+def test_the_caller_may_fill_one_buffer_again_and_again(size):
+    model, frames = tiny("siglip"), clip(frames=4, size=size, changed=1)
+    neuroflow.enable_cache(model, exact(threshold=1e-4))
+    fresh = [inputs("siglip", frame[None].clone()) for frame in frames]
+    buffer = torch.empty(1, 3, *size)
+    for names, given in (("a", fresh), ("b", [inputs("siglip", buffer)] * 4)):
+        results = []
+        for frame, arguments in zip(frames, given, strict=True):
+            buffer.copy_(frame)
+            with torch.no_grad(), neuroflow.cache_context(model, names):
+                results.append(model(**arguments).pooler_output)
+        if names == "a":
+            expected = results
+    assert torch.equal(torch.cat(results), torch.cat(expected))
+
+
+def test_a_stream_holds_no_more_than_it_says():
+    """Of a batch, a stream keeps its own pixels only, not the memory of all."""
+    model, frames = tiny("siglip"), clip(frames=3)
+    neuroflow.enable_cache(model)
+    neuroflow.encode(model, frames, stream_ids=["a", "b", "c"])
+    engine = vars(neuroflow.adapters.describe(model).tower)["_neuroflow_engine"]
+    for state in engine.streams.values():
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.held()}
+        assert sum(held.values()) == state.state_bytes

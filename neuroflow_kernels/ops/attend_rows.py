@@ -8,7 +8,9 @@ def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: fl
     return query.new_empty(query.shape)
 
 
-_operator = Operator(__name__, "attend_rows(Tensor query, Tensor key, Tensor value, float scale) -> Tensor", _fake)
+_operator = Operator(
+    __name__, "attend_rows(Tensor query, Tensor key, Tensor value, float scale) -> Tensor", _fake, triton=False
+)
 
 
 def attend_rows(

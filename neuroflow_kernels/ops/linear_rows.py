@@ -8,7 +8,7 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-_operator = Operator(__name__, "linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fake)
+_operator = Operator(__name__, "linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fake, triton=False)
 
 
 def linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -31,11 +31,12 @@ from neuroflow_kernels import attend_rows, compact, ema_surprise_, gather_rows, 
 from . import policies
 from .adapters import Anatomy, Grid
 from .config import NeuroFlowConfig
-from .rewrites import attention_pool, few_rows, is_patch_projection, linear, patch_windows, project_patches
-from .state import StreamState
+from .rewrites import attention_pool, few_rows, fold_head, is_patch_projection, linear, patch_windows, project_windows
+from .state import Seen, StreamState
 
 ATTENTION = "neuroflow"
 DEFAULT_STREAM = "default"
+DENSE_PROJECTION = 0.75  # of the patches; above it, picking out the changed ones gains nothing
 
 
 class Frame:
@@ -122,7 +123,7 @@ class Engine:
         self.signature = inspect.signature(anatomy.tower.forward)
         self.layer_of = {module: layer for layer, module in enumerate(anatomy.attentions)}
         self.attention_name: str | None = None
-        self.positions: dict[tuple, torch.Tensor] = {}
+        self.kept: dict[Hashable, tuple[list, Any]] = {}  # by `derived`
         self.streams: dict[Hashable, StreamState] = {}
         self.named: ContextVar[tuple[Hashable, ...]] = ContextVar("neuroflow_streams", default=(DEFAULT_STREAM,))
         self._warned: set[str] = set()
@@ -139,9 +140,9 @@ class Engine:
             points.append((anatomy.tower.embeddings, "interpolate_pos_encoding", self.on_positions))
         if anatomy.head is not None:
             points.append((anatomy.head, "forward", self.on_head))
-        for layer in anatomy.layers:
-            for module in layer.modules():
-                if type(module) is nn.Linear:
+        for part in (*anatomy.layers, *([] if anatomy.head is None else [anatomy.head])):
+            for module in part.modules():
+                if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
                     points.append((module, "forward", lambda *args, module=module: self.on_linear(module, *args)))
         if arch == "mlp":
             for layer, (first, last) in enumerate(anatomy.mlps):
@@ -189,22 +190,61 @@ class Engine:
         if frame is None:
             return forward(pixels)
         projection = self.anatomy.projection
-        windowed = is_patch_projection(projection)
-        frame.projected = project_patches(projection, pixels) if windowed else forward(pixels)
+        if not is_patch_projection(projection):
+            frame.projected, frame.pixels = forward(pixels), pixels
+            return frame.projected
+        windows = [patch_windows(projection, image) for image in pixels.split(1)]  # [1, N, values] each
         if self.config.signal == "pixel":
-            frame.pixels = patch_windows(projection, pixels) if windowed else pixels
+            frame.pixels = torch.cat(windows)
+        rows = [self._project(*of) for of in zip(frame.states, windows, strict=True)]  # [1, N, D] each
+        projected = rows[0] if len(rows) == 1 else torch.cat(rows)
+        columns = pixels.shape[3] // projection.kernel_size[1]
+        frame.projected = projected.transpose(1, 2).unflatten(2, (-1, columns))
         return frame.projected
 
+    def _project(self, state: StreamState, windows: torch.Tensor) -> torch.Tensor:
+        """One stream's patches [1, N, values] projected to [1, N, D]; those with the last frame's pixels were already.
+
+        Only on the CPU: a GPU would be waited for, and loses little by projecting all.
+        """
+        projection = self.anatomy.projection
+        if windows.device.type != "cpu":
+            return project_windows(projection, windows)
+        weights = self.derived(projection, "projection", object)  # another object for other weights
+        seen, state.seen = state.seen, None
+        changed, projected = None, None
+        if seen is not None and seen.windows.shape == windows.shape and seen.windows.dtype == windows.dtype:
+            projected = seen.projected
+            if seen.weights is weights:
+                changed = policies.changed(seen.windows, windows)
+        if changed is None or changed.numel() > DENSE_PROJECTION * windows.shape[1]:
+            whole = project_windows(projection, windows)
+            if projected is None:
+                with torch.inference_mode(False):
+                    projected = torch.empty(whole.shape, dtype=whole.dtype)
+            projected.copy_(whole)
+        elif changed.numel():
+            ends = torch.tensor([0, changed.numel()], dtype=torch.int32)
+            fresh = project_windows(projection, gather_rows(windows, changed, ends, changed.numel()))
+            scatter_rows_(projected, fresh, changed, ends)
+        state.seen = Seen(windows, projected, weights)
+        return projected
+
     def on_positions(self, interpolate: Callable, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """The positional table interpolated to a size is kept: it stays the same until the weights change."""
-        if torch.is_inference(next(self.anatomy.tower.embeddings.parameters())):
-            return interpolate(embeddings, height, width)
-        weights = tuple((p.data_ptr(), p._version) for p in self.anatomy.tower.embeddings.parameters())
-        key = (weights, embeddings.shape[1], height, width)
-        if key not in self.positions:
-            self.positions = {k: v for k, v in self.positions.items() if k[0] == weights}
-            self.positions[key] = interpolate(embeddings, height, width)
-        return self.positions[key]
+        """The positional table interpolated to a size is kept."""
+        table = self.anatomy.tower.embeddings
+        key = ("positions", embeddings.shape[1], height, width)
+        return self.derived(table, key, lambda: interpolate(embeddings, height, width))
+
+    def derived(self, module: nn.Module, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` makes of the weights of `module`: kept until they change."""
+        parameters = list(module.parameters())
+        if any(parameter.is_inference() for parameter in parameters):
+            return compute()  # such weights do not count their changes
+        weights = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        if self.kept.get(key, (None,))[0] != weights:
+            self.kept[key] = weights, compute()
+        return self.kept[key][1]
 
     def on_first_layer(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         frame = _frame.get()
@@ -251,9 +291,11 @@ class Engine:
         frame = _frame.get()
         if frame is None:
             return forward(tokens, *args)
+        head = self.anatomy.head
+        folded = self.derived(head, "head", lambda: fold_head(head))
         if self.config.arch == "active" and frame.packed:
-            return attention_pool(self.anatomy.head, tokens, frame.lengths)[0]
-        pooled, attention = attention_pool(self.anatomy.head, tokens)
+            return attention_pool(head, folded, tokens, frame.lengths)[0]
+        pooled, attention = attention_pool(head, folded, tokens)
         if self.config.score == "staleness":
             frame.attention = list(attention)
         return pooled

@@ -1,4 +1,4 @@
-"""What a stream's surprise becomes before the rule reads it, and which patches are encoded regardless.
+"""What a stream's surprise becomes before the rule reads it, and which patches are encoded, or left, regardless.
 
 Every function takes one stream's patches in row-major order of its grid (rows, columns).
 """
@@ -13,6 +13,12 @@ from .adapters.anatomy import Grid
 MOST_SURPRISE = 2.0  # of a patch without NaN or Inf
 AROUND_WEIGHT = 0.8
 FRAME_WEIGHT = 0.5
+
+
+def changed(before: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """The patches, int32 rows, any bit of whose pixels [1, N, values] differs between two frames."""
+    words = torch.int64 if windows.shape[2] * windows.element_size() % 8 == 0 else torch.uint8
+    return (before.view(words) != windows.view(words)).any(2)[0].nonzero()[:, 0].int()
 
 
 def staleness(surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor | None, grid: Grid) -> torch.Tensor:

@@ -1,9 +1,20 @@
 import dataclasses
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 
 from .adapters.anatomy import Grid
+
+
+class Seen(NamedTuple):
+    """The last frame as it came in: pixels of its patches [1, N, values], their projection [1, N, D], and what stands
+    for the weights that projected them.
+    """
+
+    windows: torch.Tensor
+    projected: torch.Tensor
+    weights: object
 
 
 class StreamState:
@@ -20,6 +31,7 @@ class StreamState:
         self.grid: Grid = (0, 0)
         self.tensors: dict[Hashable, torch.Tensor] = {}
         self.age: torch.Tensor | None = None  # [N], frames since a patch was last encoded
+        self.seen: Seen | None = None
         self.attention: torch.Tensor | None = None  # [N] of mean 1, what the pooled output paid each patch
         self.active: torch.Tensor | None = None  # [N] bool, of the last frame
         self.frames = 0
@@ -56,10 +68,14 @@ class StreamState:
         self.since_key_frame = 0 if key_frame else self.since_key_frame + 1
         self.nonfinite += not finite
 
+    def held(self) -> list[torch.Tensor]:
+        seen = [] if self.seen is None else [self.seen.windows, self.seen.projected]
+        patches = [tensor for tensor in (self.age, self.active, self.attention) if tensor is not None]
+        return [*self.tensors.values(), *seen, *patches]
+
     @property
     def state_bytes(self) -> int:
-        held = [*self.tensors.values(), *(t for t in (self.age, self.active, self.attention) if t is not None)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.held())
 
 
 @dataclasses.dataclass(frozen=True)

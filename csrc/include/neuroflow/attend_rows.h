@@ -100,42 +100,47 @@ NEUROFLOW_AVX512_INLINE void transpose(__m512i (&rows)[16]) {
   }
 }
 
-/// Fetches what stands 64 rows further down: a head's part of a row is too short for the processor to see it coming.
-template <typename T>
-NEUROFLOW_AVX512_INLINE void prefetch_block(const T* row, int64_t stride) {
-  _mm_prefetch(reinterpret_cast<const char*>(row + 64 * stride), _MM_HINT_T1);
-}
-
-/// key [count, dim] -> packed [dim in lanes, 64 keys], a lane of each; zeros past `count` and `dim`.
-template <typename Lanes, typename T>
-NEUROFLOW_AVX512_INLINE void pack_keys(const T* key, int64_t stride, int64_t count, int64_t dim, T* packed) {
+/// key [count, dim] -> packed [dim in lanes, 64 keys], a lane of each; zeros past `count` and `dim`. Whole: nothing is
+/// past them. What lies `ahead` elements further is fetched: a head's part of a row is too short for the processor to
+/// see the next one coming.
+template <typename Lanes, bool Whole, typename T>
+NEUROFLOW_AVX512_INLINE void pack_keys(const T* key, int64_t stride, int64_t count, int64_t dim, int64_t ahead,
+                                       T* packed) {
   constexpr int64_t block = 64;
   for (int64_t token = 0; token < block; token += 16)
     for (int64_t i = 0; i < dim; i += Lanes::step) {
       __m512i rows[16];
       for (int64_t row = 0; row < 16; ++row) {
-        const int64_t elements = token + row < count ? std::min(dim - i, Lanes::step) : 0;
         const T* source = key + (token + row) * stride + i;
-        rows[row] = Lanes::bits(source, elements);
-        prefetch_block(source, stride);
+        _mm_prefetch(reinterpret_cast<const char*>(source + ahead), _MM_HINT_T1);
+        if constexpr (Whole)
+          rows[row] = Lanes::bits(source);
+        else
+          rows[row] = Lanes::bits(source, token + row < count ? std::min(dim - i, Lanes::step) : 0);
       }
       transpose(rows);
-      const int64_t lanes = std::min<int64_t>((dim - i + Lanes::lane - 1) / Lanes::lane, 16);
+      const int64_t lanes = Whole ? 16 : std::min<int64_t>((dim - i + Lanes::lane - 1) / Lanes::lane, 16);
       for (int64_t lane = 0; lane < lanes; ++lane)
-        _mm512_storeu_si512(packed + (((i / Lanes::lane) + lane) * block + token) * Lanes::lane, rows[lane]);
+        _mm512_storeu_si512(packed + (i / Lanes::lane + lane) * block * Lanes::lane + token * Lanes::lane, rows[lane]);
     }
 }
 
-/// value [count, dim] -> packed [64 in lanes, dim rounded up to 16], a lane of each; zeros past `count` and `dim`.
-template <typename Lanes, typename T>
-NEUROFLOW_AVX512_INLINE void pack_values(const T* value, int64_t stride, int64_t count, int64_t dim, T* packed) {
+/// value [count, dim] -> packed [64 in lanes, dim rounded up to 16], a lane of each; as pack_keys.
+template <typename Lanes, bool Whole, typename T>
+NEUROFLOW_AVX512_INLINE void pack_values(const T* value, int64_t stride, int64_t count, int64_t dim, int64_t ahead,
+                                         T* packed) {
   for (int64_t token = 0; token < 64; token += Lanes::lane)
     for (int64_t i = 0; i < dim; i += 16, packed += Lanes::step) {
-      const int64_t elements = std::min<int64_t>(dim - i, 16);
       const T* source = value + token * stride + i;
-      for (int64_t row = 0; row < Lanes::lane; ++row) prefetch_block(source + row * stride, stride);
-      _mm512_storeu_si512(packed, Lanes::interleave(source, token < count ? elements : 0, source + stride,
-                                                    token + 1 < count ? elements : 0));
+      for (int64_t row = 0; row < Lanes::lane; ++row)
+        _mm_prefetch(reinterpret_cast<const char*>(source + row * stride + ahead), _MM_HINT_T1);
+      if constexpr (Whole) {
+        _mm512_storeu_si512(packed, Lanes::interleave(source, source + stride));
+      } else {
+        const int64_t columns = std::min<int64_t>(dim - i, 16);
+        _mm512_storeu_si512(packed, Lanes::interleave(source, token < count ? columns : 0, source + stride,
+                                                      token + 1 < count ? columns : 0));
+      }
     }
 }
 
@@ -173,8 +178,15 @@ NEUROFLOW_AVX512 void attend_rows(Lanes, const Head<T>& head) {
   for (int64_t start = 0; start < head.tokens; start += block) {
     const int64_t count = std::min(block, head.tokens - start);
     const int64_t first = start * head.stride;
-    pack_keys<Lanes>(head.key + first, head.stride, count, head.dim, keys.data());
-    pack_values<Lanes>(head.value + first, head.stride, count, head.dim, values.data());
+    // The next block, or the first one of the next head.
+    const int64_t ahead = count == block ? block * head.stride : head.dim - first;
+    if (count == block && head.dim % Lanes::step == 0) {
+      pack_keys<Lanes, true>(head.key + first, head.stride, count, head.dim, ahead, keys.data());
+      pack_values<Lanes, true>(head.value + first, head.stride, count, head.dim, ahead, values.data());
+    } else {
+      pack_keys<Lanes, false>(head.key + first, head.stride, count, head.dim, ahead, keys.data());
+      pack_values<Lanes, false>(head.value + first, head.stride, count, head.dim, ahead, values.data());
+    }
     __mmask16 valid[4];
     for (int64_t j = 0; j < 4; ++j)
       valid[j] = static_cast<__mmask16>((1u << std::clamp<int64_t>(count - 16 * j, 0, 16)) - 1);

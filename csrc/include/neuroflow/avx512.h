@@ -50,10 +50,12 @@ struct FloatLanes {
   static NEUROFLOW_AVX512_INLINE Operand load(const float* x, int64_t count) {
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), x);
   }
+  static NEUROFLOW_AVX512_INLINE __m512i bits(const float* x) { return _mm512_castps_si512(load(x)); }
   static NEUROFLOW_AVX512_INLINE __m512i bits(const float* x, int64_t count) {
     return _mm512_castps_si512(load(x, count));
   }
-  /// A vector of lanes from one row; bfloat16 takes two.
+  /// A vector of lanes of 16 columns, each an element of one row; bfloat16 takes two.
+  static NEUROFLOW_AVX512_INLINE __m512i interleave(const float* x, const float*) { return bits(x); }
   static NEUROFLOW_AVX512_INLINE __m512i interleave(const float* x, int64_t count, const float*, int64_t) {
     return bits(x, count);
   }
@@ -78,11 +80,17 @@ struct BFloat16Storage {
   static NEUROFLOW_AVX512_INLINE __m512i bits(const BFloat16* x, int64_t count) {
     return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), x);
   }
-  /// Lanes of an element of each of two rows.
+  /// A vector of lanes of 16 columns, each an element of two rows.
+  static NEUROFLOW_AVX512_INLINE __m512i interleave(const BFloat16* x, const BFloat16* y) {
+    return interleave(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)),
+                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(y)));
+  }
   static NEUROFLOW_AVX512_INLINE __m512i interleave(const BFloat16* x, int64_t count, const BFloat16* y,
                                                     int64_t y_count) {
-    const __m256i low = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), x);
-    const __m256i high = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << y_count) - 1), y);
+    return interleave(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), x),
+                      _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << y_count) - 1), y));
+  }
+  static NEUROFLOW_AVX512_INLINE __m512i interleave(__m256i low, __m256i high) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
   }
   static NEUROFLOW_AVX512_INLINE __m512i broadcast_bits(const BFloat16* x) {

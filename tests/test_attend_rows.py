@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+from neuroflow_kernels import BackendUnavailable, attend_rows, use_backend
+from neuroflow_kernels.reference.attend_rows import attend_rows as reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# (M, heads, T, head_dim): tiles are of 6 queries and 64 keys, chunks of 96 queries
+CASES = [
+    (1, 1, 1, 1),
+    (6, 2, 64, 64),
+    (5, 3, 65, 33),
+    (7, 2, 130, 80),
+    (13, 1, 3, 16),
+    (100, 2, 200, 64),
+    (2, 5, 50, 7),
+]
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request, poison):
+    with use_backend(request.param):
+        yield request.param
+
+
+def tokens(generator, shape, dtype, spread=1.0):
+    active, heads, all_, dim = shape
+    drawn = [torch.randn(rows, heads, dim, generator=generator) for rows in (active, all_, all_)]
+    return [(spread * drawn[0]).to(dtype), drawn[1].to(dtype), drawn[2].to(dtype)]
+
+
+def by_hand(query, key, value, scale):
+    scores = torch.einsum("mhd,thd->hmt", query.double(), key.double()) * scale
+    return torch.einsum("hmt,thd->mhd", scores.softmax(2), value.double())
+
+
+def test_reference_is_the_definition(generator):
+    query, key, value = tokens(generator, (3, 2, 5, 4), torch.float64)
+    torch.testing.assert_close(reference(query, key, value, 0.3), by_hand(query, key, value, 0.3), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", [1.0, 12.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_against_float64(backend, generator, shape, spread, dtype):
+    query, key, value = tokens(generator, shape, dtype, spread)
+    scale = shape[3] ** -0.5
+    result = attend_rows(query, key, value)
+    assert result.dtype == dtype and result.is_contiguous()
+    # 16 bits: the weights are rounded once, and the output once. float32: what exp makes of a large score's error.
+    tolerance = 1e-12 if dtype == torch.float64 else max(2 * torch.finfo(dtype).eps, 1e-6 * max(spread, 2))
+    torch.testing.assert_close(result.double(), by_hand(query, key, value, scale), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_maximum_that_comes_late_or_lies_low(backend, generator, dtype):
+    """The running maximum moves with every block, and scores far below zero still sum to one."""
+    query, key, value = tokens(generator, (6, 2, 256, 16), dtype)
+    query, key = query.abs(), key.abs() * torch.linspace(0.1, 40, 256)[:, None, None].to(dtype)
+    for sign in (1, -1):
+        result, expected = attend_rows(query, sign * key, value), by_hand(query, sign * key, value, 0.25)
+        tolerance = 4 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_query_does_not_depend_on_the_others(generator, dtype):
+    query, key, value = tokens(generator, (120, 2, 70, 64), dtype)
+    with use_backend("cpp"):
+        together = attend_rows(query, key, value)
+        for start, stop in ((0, 1), (3, 10), (90, 120)):
+            assert torch.equal(attend_rows(query[start:stop], key, value), together[start:stop])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_stays_with_its_query_and_its_head(backend, generator, dtype):
+    query, key, value = tokens(generator, (7, 3, 70, 16), dtype)
+    clean = attend_rows(query, key, value)
+    query[2, 0, 1] = torch.nan
+    key[69, 2, 0] = torch.nan
+    result = attend_rows(query, key, value)
+    assert result[2, 0].isnan().all() and result[:, 2].isnan().all()
+    assert torch.equal(result[:, 1], clean[:, 1])
+    assert torch.equal(result[[0, 1, 3, 4, 5, 6], 0], clean[[0, 1, 3, 4, 5, 6], 0])
+
+
+def test_no_query(backend):
+    assert attend_rows(torch.zeros(0, 2, 8), torch.zeros(3, 2, 8), torch.zeros(3, 2, 8)).shape == (0, 2, 8)
+
+
+def test_arguments_need_not_be_contiguous(backend, generator):
+    query, key, value = tokens(generator, (6, 2, 70, 16), torch.float32)
+    strided = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (query, key, value)]
+    assert torch.equal(attend_rows(*strided), attend_rows(query, key, value))
+
+
+def test_opcheck(generator):
+    arguments = tokens(generator, (5, 2, 9, 8), torch.float32)
+    torch.library.opcheck(torch.ops.neuroflow.attend_rows.default, (*arguments, 0.5))
+
+
+def test_compile(generator):
+    arguments = tokens(generator, (5, 2, 9, 8), torch.float32)
+    compiled = torch.compile(attend_rows, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), attend_rows(*arguments))
+
+
+def test_triton_says_why_not():
+    tensor = torch.zeros(1, 1, 1)
+    with use_backend("triton"), pytest.raises(BackendUnavailable, match="attend_rows on cpu: it has no Triton kernel"):
+        attend_rows(tensor, tensor, tensor)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("query", {"query": torch.zeros(3, 4)}),
+        ("query", {"query": torch.zeros(3, 2, 4).int()}),
+        ("key", {"key": torch.zeros(5, 2, 3)}),
+        ("key", {"key": torch.zeros(0, 2, 4)}),
+        ("key", {"key": torch.zeros(5, 2, 4).double()}),
+        ("value", {"value": torch.zeros(6, 2, 4)}),
+    ],
+)
+def test_errors_name_the_argument(name, change):
+    arguments = {"query": torch.zeros(3, 2, 4), "key": torch.zeros(5, 2, 4), "value": torch.zeros(5, 2, 4)}
+    with pytest.raises(ValueError, match=rf"^{name} is .*; accepted is"):
+        attend_rows(**arguments | change)
