@@ -31,6 +31,14 @@ def test_area_resize_averages(frame):
     assert np.abs(frame.rgb(3, 5) - blocks).max() <= 2
 
 
+def test_frames_of_other_sizes_and_formats_do_not_disturb_each_other():
+    random, preprocess = np.random.default_rng(0), Preprocessor(16, 32)
+    for height, width, pixel_format in ((48, 80, "rgb24"), (48, 80, "yuv420p"), (96, 64, "yuv420p"), (48, 80, "rgb24")):
+        image = av.VideoFrame.from_ndarray(random.integers(0, 256, (height, width, 3), np.uint8), format="rgb24")
+        frame = Frame(0, 0.0, image.reformat(format=pixel_format))
+        assert torch.equal(preprocess(frame), Preprocessor(16, 32)(frame))
+
+
 SETTINGS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "rescale_factor": 1 / 255}
 
 

@@ -1,7 +1,11 @@
 """The picture that shows what was encoded: a frame beside the same frame with its inactive patches darkened."""
 
+from fractions import Fraction
+from pathlib import Path
+
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 
 from .encode import VideoWriter
@@ -15,7 +19,10 @@ BRIGHTNESS = 0.25
 class OverlayWriter(VideoWriter):
     """An MP4 of frames beside their active patches. The first frame's shape is every frame's."""
 
-    _panel_width = 0
+    def __init__(self, path: Path, rate: Fraction) -> None:
+        super().__init__(path, rate)
+        self._panel_width = 0
+        self._reformatter = VideoReformatter()
 
     def draw(self, frame: Frame, active: torch.Tensor, caption: str) -> None:
         """Append one frame.
@@ -27,7 +34,7 @@ class OverlayWriter(VideoWriter):
         """
         height, width = frame.size
         self._panel_width = self._panel_width or max(round(PANEL_HEIGHT * width / height), 1)
-        panel = frame.rgb(PANEL_HEIGHT, self._panel_width)
+        panel = frame.rgb(PANEL_HEIGHT, self._panel_width, self._reformatter)
         rows, columns = active.shape
         row = np.arange(PANEL_HEIGHT) * rows // PANEL_HEIGHT
         column = np.arange(self._panel_width) * columns // self._panel_width

@@ -1,10 +1,11 @@
 """From frames to a model's `pixel_values`, with the model's own rescaling and normalisation."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from transformers.image_processing_base import ImageProcessingMixin
 
 from .source import Frame
@@ -12,13 +13,17 @@ from .source import Frame
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """Resizes by area averaging to (height, width), then rescales and normalises: (x * rescale - mean) / std."""
+    """Resizes by area averaging to (height, width), then rescales and normalises: (x * rescale - mean) / std.
+
+    It serves one thread at a time.
+    """
 
     height: int
     width: int
     rescale: float = 1 / 255
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    _reformatter: VideoReformatter = field(default_factory=VideoReformatter, init=False, repr=False, compare=False)
 
     @classmethod
     def from_pretrained(cls, model: str, height: int, width: int) -> "Preprocessor":
@@ -44,7 +49,7 @@ class Preprocessor:
         """frame -> [1, 3, height, width] float32."""
         # In numpy, as torch would start threads of its own in every thread that prepares frames; in place, and planar
         # before it is four times as large, as this is bound by memory.
-        planes = np.ascontiguousarray(frame.rgb(self.height, self.width).transpose(2, 0, 1))
+        planes = np.ascontiguousarray(frame.rgb(self.height, self.width, self._reformatter).transpose(2, 0, 1))
         pixels = planes.astype(np.float32)
         pixels *= np.float32(self.rescale)
         pixels -= np.float32(self.mean)[:, None, None]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 MAX_PIXELS = 178_956_970
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -33,12 +34,17 @@ class Frame:
         size = self.picture.height, self.picture.width
         return size if self.picture.rotation % 180 == 0 else size[::-1]
 
-    def rgb(self, height: int, width: int) -> np.ndarray:
-        """The frame, upright, resized by area averaging: [height, width, 3] uint8."""
+    def rgb(self, height: int, width: int, reformatter: VideoReformatter | None = None) -> np.ndarray:
+        """The frame, upright, resized by area averaging: [height, width, 3] uint8.
+
+        One who resizes many frames to one size keeps a reformatter for them, in one thread: without, each frame makes
+        its own, which starts threads.
+        """
         turns = self.picture.rotation // 90 % 4
         if turns % 2:
             height, width = width, height
-        resized = self.picture.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
+        reformatter = reformatter or VideoReformatter()
+        resized = reformatter.reformat(self.picture, width, height, format="rgb24", interpolation="AREA")
         return np.rot90(resized.to_ndarray(), turns)
 
 
