@@ -42,7 +42,7 @@ NEUROFLOW_AVX512_INLINE __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d)
 template <typename Lanes, int Rows>
 NEUROFLOW_AVX512_INLINE void dot_tile(const typename Lanes::Element* x, const typename Lanes::Element* weight,
                                       const typename Lanes::Element* bias, typename Lanes::Element* out, int64_t inner,
-                                      int64_t width, int64_t columns, bool prefetch) {
+                                      int64_t width, int64_t columns, int fetch_begin, int fetch_end) {
   const typename Lanes::Element* column[4];
   for (int j = 0; j < 4; ++j) column[j] = weight + std::min<int64_t>(j, columns - 1) * inner;
   __m512 sum[Rows][4];
@@ -52,10 +52,9 @@ NEUROFLOW_AVX512_INLINE void dot_tile(const typename Lanes::Element* x, const ty
   for (; k + Lanes::step <= inner; k += Lanes::step) {
     typename Lanes::Operand w[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      w[j] = Lanes::load(column[j] + k);
-      if (prefetch) _mm_prefetch(reinterpret_cast<const char*>(column[j] + 8 * inner + k), _MM_HINT_T1);
-    }
+    for (int j = 0; j < 4; ++j) w[j] = Lanes::load(column[j] + k);
+    for (int j = fetch_begin; j < fetch_end; ++j)
+      _mm_prefetch(reinterpret_cast<const char*>(column[j] + 8 * inner + k), _MM_HINT_T1);
 #pragma GCC unroll 6
     for (int i = 0; i < Rows; ++i) {
       const typename Lanes::Operand token = Lanes::load(x + i * inner + k);
@@ -78,6 +77,7 @@ NEUROFLOW_AVX512_INLINE void dot_tile(const typename Lanes::Element* x, const ty
 template <typename Lanes, typename T = typename Lanes::Element>
 NEUROFLOW_AVX512 void linear_rows(Lanes, const T* x, const T* weight, const T* bias, T* out, int64_t rows,
                                   int64_t inner, int64_t width, int64_t begin, int64_t end) {
+  const int64_t blocks = (rows + 5) / 6;
   for (int64_t n = begin; n < end; n += 4) {
     const int64_t columns = std::min<int64_t>(end - n, 4);
     const T* panel = weight + n * inner;
@@ -85,25 +85,26 @@ NEUROFLOW_AVX512 void linear_rows(Lanes, const T* x, const T* weight, const T* b
     for (int64_t row = 0; row < rows; row += 6) {
       const T* tokens = x + row * inner;
       T* target = out + row * width + n;
-      const bool first = row == 0;
+      const int fetch = static_cast<int>(4 * (row / 6) / blocks),
+                fetch_end = static_cast<int>(4 * (row / 6 + 1) / blocks);
       switch (std::min<int64_t>(rows - row, 6)) {
         case 1:
-          dot_tile<Lanes, 1>(tokens, panel, shift, target, inner, width, columns, first);
+          dot_tile<Lanes, 1>(tokens, panel, shift, target, inner, width, columns, fetch, fetch_end);
           break;
         case 2:
-          dot_tile<Lanes, 2>(tokens, panel, shift, target, inner, width, columns, first);
+          dot_tile<Lanes, 2>(tokens, panel, shift, target, inner, width, columns, fetch, fetch_end);
           break;
         case 3:
-          dot_tile<Lanes, 3>(tokens, panel, shift, target, inner, width, columns, first);
+          dot_tile<Lanes, 3>(tokens, panel, shift, target, inner, width, columns, fetch, fetch_end);
           break;
         case 4:
-          dot_tile<Lanes, 4>(tokens, panel, shift, target, inner, width, columns, first);
+          dot_tile<Lanes, 4>(tokens, panel, shift, target, inner, width, columns, fetch, fetch_end);
           break;
         case 5:
-          dot_tile<Lanes, 5>(tokens, panel, shift, target, inner, width, columns, first);
+          dot_tile<Lanes, 5>(tokens, panel, shift, target, inner, width, columns, fetch, fetch_end);
           break;
         default:
-          dot_tile<Lanes, 6>(tokens, panel, shift, target, inner, width, columns, first);
+          dot_tile<Lanes, 6>(tokens, panel, shift, target, inner, width, columns, fetch, fetch_end);
       }
     }
   }
