@@ -84,6 +84,12 @@ def test_nan_stays_with_its_query_and_its_head(backend, generator, dtype):
     assert torch.equal(result[[0, 1, 3, 4, 5, 6], 0], clean[[0, 1, 3, 4, 5, 6], 0])
 
 
+def test_a_score_of_minus_infinity_counts_nothing(backend):
+    query, key, value = torch.ones(2, 1, 2), torch.zeros(3, 1, 2), torch.tensor([1.0, 2.0, 4.0]).repeat(2, 1).T[:, None]
+    key[1] = -torch.inf
+    torch.testing.assert_close(attend_rows(query, key, value.contiguous()), torch.full((2, 1, 2), 2.5))
+
+
 def test_no_query(backend):
     assert attend_rows(torch.zeros(0, 2, 8), torch.zeros(3, 2, 8), torch.zeros(3, 2, 8)).shape == (0, 2, 8)
 

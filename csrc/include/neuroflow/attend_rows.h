@@ -146,6 +146,7 @@ NEUROFLOW_AVX512_INLINE void pack_values(const T* value, int64_t stride, int64_t
 
 /// 2 to the power of x, x at most 0; relative error below 3e-7.
 NEUROFLOW_AVX512_INLINE __m512 power_of_two(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-151), x);  // of which the power is 0, and -Inf's would be NaN; a NaN stays
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(x, whole);
   // The series of 2^rest for |rest| <= 1/2.
@@ -169,7 +170,7 @@ NEUROFLOW_AVX512 void attend_rows(Lanes, const Head<T>& head) {
   const int64_t inner = (head.dim + lane - 1) / lane * lane;  // of a score's sum
   const int64_t outer = (head.dim + 15) / 16 * 16;            // values to an output
   const __m512 log2_scale = _mm512_set1_ps(static_cast<float>(head.scale * 1.4426950408889634));
-  const __m512 lowest = _mm512_set1_ps(-1e30f);
+  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   std::vector<T> query(rows * inner), keys(inner * block), values(block * outer), weights(rows * block);
   std::vector<float> scores(rows * block), mixed(rows * outer), highest(rows, -1e30f), total(rows * 16);
   for (int64_t row = 0; row < head.rows; ++row)

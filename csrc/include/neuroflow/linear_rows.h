@@ -36,13 +36,14 @@ NEUROFLOW_AVX512_INLINE __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d)
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-/// Rows rows of x against `columns` (1 to 4) rows of weight. Both lie along the sum already, so neither is packed, and
-/// a weight is read from memory once, eight rows ahead of its use. (Fetched into the first cache it would take the
-/// place of what is being worked on.)
-template <typename Lanes, int Rows>
+/// Rows rows of x against `columns` (1 to 4) rows of weight. Both lie along the sum already, so neither is packed.
+/// Meanwhile `inner` weights from `fetch` on are fetched, or four times that many; into the second cache, as in the
+/// first they would take the place of what is being worked on.
+template <typename Lanes, int Rows, bool FetchFour>
 NEUROFLOW_AVX512_INLINE void dot_tile(const typename Lanes::Element* x, const typename Lanes::Element* weight,
-                                      const typename Lanes::Element* bias, typename Lanes::Element* out, int64_t inner,
-                                      int64_t width, int64_t columns, int fetch_begin, int fetch_end) {
+                                      const typename Lanes::Element* bias, typename Lanes::Element* out,
+                                      const typename Lanes::Element* fetch, int64_t inner, int64_t width,
+                                      int64_t columns) {
   const typename Lanes::Element* column[4];
   for (int j = 0; j < 4; ++j) column[j] = weight + std::min<int64_t>(j, columns - 1) * inner;
   __m512 sum[Rows][4];
@@ -53,8 +54,9 @@ NEUROFLOW_AVX512_INLINE void dot_tile(const typename Lanes::Element* x, const ty
     typename Lanes::Operand w[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) w[j] = Lanes::load(column[j] + k);
-    for (int j = fetch_begin; j < fetch_end; ++j)
-      _mm_prefetch(reinterpret_cast<const char*>(column[j] + 8 * inner + k), _MM_HINT_T1);
+#pragma GCC unroll 4
+    for (int j = 0; j < (FetchFour ? 4 : 1); ++j)
+      _mm_prefetch(reinterpret_cast<const char*>(fetch + j * inner + k), _MM_HINT_T1);
 #pragma GCC unroll 6
     for (int i = 0; i < Rows; ++i) {
       const typename Lanes::Operand token = Lanes::load(x + i * inner + k);
@@ -73,39 +75,33 @@ NEUROFLOW_AVX512_INLINE void dot_tile(const typename Lanes::Element* x, const ty
     Lanes::store(out + i * width, _mm_add_ps(sum_lanes(sum[i][0], sum[i][1], sum[i][2], sum[i][3]), shift), valid);
 }
 
+/// dot_tile of min(rows, Rows) rows.
+template <typename Lanes, bool FetchFour, int Rows, typename... Arguments>
+NEUROFLOW_AVX512_INLINE void dot_tile_of(int64_t rows, Arguments... arguments) {
+  if constexpr (Rows > 1)
+    if (rows < Rows) return dot_tile_of<Lanes, FetchFour, Rows - 1>(rows, arguments...);
+  dot_tile<Lanes, Rows, FetchFour>(arguments...);
+}
+
 /// As linear_rows_plain.
 template <typename Lanes, typename T = typename Lanes::Element>
 NEUROFLOW_AVX512 void linear_rows(Lanes, const T* x, const T* weight, const T* bias, T* out, int64_t rows,
                                   int64_t inner, int64_t width, int64_t begin, int64_t end) {
-  const int64_t blocks = (rows + 5) / 6;
   for (int64_t n = begin; n < end; n += 4) {
-    const int64_t columns = std::min<int64_t>(end - n, 4);
     const T* panel = weight + n * inner;
+    const T* ahead = panel + 8 * inner;  // what will be worked on after the next panel
     const T* shift = bias ? bias + n : nullptr;
+    const int64_t columns = std::min<int64_t>(end - n, 4);
     for (int64_t row = 0; row < rows; row += 6) {
       const T* tokens = x + row * inner;
       T* target = out + row * width + n;
-      const int fetch = static_cast<int>(4 * (row / 6) / blocks),
-                fetch_end = static_cast<int>(4 * (row / 6 + 1) / blocks);
-      switch (std::min<int64_t>(rows - row, 6)) {
-        case 1:
-          dot_tile<Lanes, 1>(tokens, panel, shift, target, inner, width, columns, fetch, fetch_end);
-          break;
-        case 2:
-          dot_tile<Lanes, 2>(tokens, panel, shift, target, inner, width, columns, fetch, fetch_end);
-          break;
-        case 3:
-          dot_tile<Lanes, 3>(tokens, panel, shift, target, inner, width, columns, fetch, fetch_end);
-          break;
-        case 4:
-          dot_tile<Lanes, 4>(tokens, panel, shift, target, inner, width, columns, fetch, fetch_end);
-          break;
-        case 5:
-          dot_tile<Lanes, 5>(tokens, panel, shift, target, inner, width, columns, fetch, fetch_end);
-          break;
-        default:
-          dot_tile<Lanes, 6>(tokens, panel, shift, target, inner, width, columns, fetch, fetch_end);
-      }
+      if (row == 0 && rows <= 18)
+        dot_tile_of<Lanes, true, 6>(rows, tokens, panel, shift, target, ahead, inner, width, columns);
+      else if (row < 24 && rows > 18)
+        dot_tile_of<Lanes, false, 6>(rows - row, tokens, panel, shift, target, ahead + row / 6 * inner, inner, width,
+                                     columns);
+      else  // nothing is left to fetch, and what is there already costs nothing to ask for
+        dot_tile_of<Lanes, false, 6>(rows - row, tokens, panel, shift, target, tokens, inner, width, columns);
     }
   }
 }
