@@ -26,12 +26,20 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from neuroflow_kernels import attend_rows, compact, ema_surprise_, gather_rows, scatter_rows_
+from neuroflow_kernels import attend_rows, compact, ema_surprise_, gather_rows, linear_rows, scatter_rows_
 
 from . import policies
 from .adapters import Anatomy, Grid
 from .config import NeuroFlowConfig
-from .rewrites import attention_pool, few_rows, fold_head, is_patch_projection, linear, patch_windows, project_windows
+from .rewrites import (
+    are_few,
+    attention_pool,
+    fold_head,
+    is_patch_projection,
+    patch_windows,
+    project_windows,
+    row_kernels_serve,
+)
 from .state import Seen, StreamState
 
 ATTENTION = "neuroflow"
@@ -52,18 +60,21 @@ class Frame:
         self.finite: list[bool] = []
         self.partial = False  # some patch of some stream is not encoded
         self.packed = False  # the residual stream holds active tokens only
+        self.row_kernels = False  # what is partial is multiplied by the kernels for few rows
 
-    def select(self, active: list[torch.Tensor | None], tokens: int, device: torch.device) -> None:
-        """Take each stream's active tokens: int32 rows of its `tokens`, or None for all of them."""
+    def select(self, active: list[torch.Tensor | None], tokens: torch.Tensor) -> None:
+        """Take each stream's active tokens among tokens [S, T, D]: int32 rows of its T, or None for all of them."""
         self.partial = any(rows is not None for rows in active)
         if not self.partial:
             return
         self.active = active
-        whole = torch.arange(tokens, dtype=torch.int32, device=device)
+        self.row_kernels = row_kernels_serve(tokens)
+        count, device = tokens.shape[1], tokens.device
+        whole = torch.arange(count, dtype=torch.int32, device=device)
         rows = [whole if chosen is None else chosen for chosen in active]
         self.lengths = [chosen.numel() for chosen in rows]
         self.offsets = [0, *itertools.accumulate(self.lengths)]
-        self.index = torch.cat([chosen + stream * tokens for stream, chosen in enumerate(rows)])
+        self.index = torch.cat([chosen + stream * count for stream, chosen in enumerate(rows)])
         self.cu_seqlens = torch.tensor(self.offsets, dtype=torch.int32, device=device)
         self.ends = torch.tensor([[0, length] for length in self.lengths], dtype=torch.int32, device=device)
 
@@ -260,9 +271,10 @@ class Engine:
 
     def on_linear(self, module: nn.Linear, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
         frame = _frame.get()
-        if frame is not None and frame.partial and few_rows(tokens):
-            return linear(tokens, module)
-        return forward(tokens)
+        if frame is None or not frame.row_kernels or not are_few(tokens):
+            return forward(tokens)
+        rows = linear_rows(tokens.flatten(0, -2), module.weight, module.bias)
+        return rows.unflatten(0, tokens.shape[:-1])
 
     def on_mlp_input(self, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
         frame = _frame.get()
@@ -336,7 +348,7 @@ class Engine:
             if watched:
                 self._watch(frame, stream, query[0, :, start], keys[0], module.scaling)
             # Packed tokens of one stream only see tokens of that stream, none of which is padding.
-            if few_rows(queries[0, 0]):
+            if frame.row_kernels:
                 rows = (tensor[0].transpose(0, 1) for tensor in (queries, keys, values))  # [*, heads, head_dim]
                 outputs.append(attend_rows(*rows, kwargs.get("scaling"))[None])
             else:
@@ -381,7 +393,7 @@ class Engine:
             state.account(index, finite)
             frame.finite.append(finite)
             rows.append(None if index is None or index.numel() == h.shape[1] else torch.cat((leading, index + prefix)))
-        frame.select(rows, tokens.shape[1], tokens.device)
+        frame.select(rows, tokens)
 
     def _surprise(self, state: StreamState, h: torch.Tensor, grid: Grid) -> torch.Tensor | None:
         """One stream's surprise [N] at its patches h [1, N, D]; None where it needs a key frame.

@@ -12,20 +12,19 @@ from neuroflow_kernels import linear_rows, without_row_kernels
 FEW_ROWS = 256
 
 
-def few_rows(tokens: torch.Tensor) -> bool:
-    """Whether the kernels for few rows beat torch's on tokens [..., D]: a CPU with AVX-512, a dtype it multiplies."""
+def row_kernels_serve(tokens: torch.Tensor) -> bool:
+    """Whether `linear_rows` and `attend_rows` have fast kernels for such tokens on this machine."""
     return (
         tokens.device.type == "cpu"
         and tokens.dtype in (torch.float32, torch.bfloat16)
-        and tokens.numel() <= FEW_ROWS * tokens.shape[-1]
         and not torch.is_autocast_enabled("cpu")
         and without_row_kernels() is None
     )
 
 
-def linear(tokens: torch.Tensor, module: nn.Linear) -> torch.Tensor:
-    """`module` on tokens [..., K], few of them."""
-    return linear_rows(tokens.flatten(0, -2), module.weight, module.bias).view(*tokens.shape[:-1], -1)
+def are_few(tokens: torch.Tensor) -> bool:
+    """Whether tokens [..., D] are so few rows that `linear_rows` is the faster way."""
+    return tokens.numel() <= FEW_ROWS * tokens.shape[-1]
 
 
 def is_patch_projection(module: nn.Module) -> bool:
@@ -59,7 +58,7 @@ def project_windows(convolution: nn.Conv2d, windows: torch.Tensor) -> torch.Tens
     outermost.
     """
     weight = convolution.weight.flatten(1)
-    if few_rows(windows):
+    if are_few(windows) and row_kernels_serve(windows):
         return linear_rows(windows.flatten(0, -2), weight, convolution.bias).unflatten(0, windows.shape[:-1])
     return F.linear(windows, weight, convolution.bias)
 
