@@ -31,6 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 SIZES, SKIPS = (224, 448, 896), (0.97, 0.84, 0.0)
 SYSTEMS = ("published-C", "C", "E")
 SHARP = 0.5  # the published system's threshold: noise of a new kind is far from its average, what stood still is at 0
+NOISE = 4 / 127.5  # a sensor's standard deviation, in units of pixels from -1 to 1
 ACTIVE, THRESHOLD, DECAY = 0.03, 0.1, 1e-3  # so slow that a thousand calls on one frame find the same patches active
 
 
@@ -266,10 +267,13 @@ def active_of(model, skip):
     return max(round(patches_of(model) * (1 - skip)), 4)
 
 
-def frames(model, active):
-    """Endless frames [1, 3, size, size]: noise, of which the same `active` patches are new in each.
+def frames(model, active, noise=False):
+    """Endless frames [1, 3, size, size] of random pixels, of which the same `active` patches are new in each.
 
     They are the same ones because an average over past frames would find others active for long after they changed.
+
+    noise: add a sensor's noise to every frame, so that no patch has quite the pixels that it had. Without it all but
+        the active ones do, as on video whose encoder found them unchanged.
     """
     generator = torch.Generator().manual_seed(0)
     patch = model.config.patch_size
@@ -278,6 +282,8 @@ def frames(model, active):
     chosen = torch.randperm(side * side, generator=generator)[:active]
     while True:
         pixels = windows.unflatten(0, (side, side)).permute(2, 0, 3, 1, 4).reshape(1, 3, side * patch, side * patch)
+        if noise:
+            pixels = pixels + NOISE * torch.randn(pixels.shape, generator=generator)
         yield pixels.to(model.device, model.dtype)
         windows[chosen] = torch.rand(active, 3, patch, patch, generator=generator) * 2 - 1
 
@@ -299,7 +305,7 @@ def patched(model, arch, **rule):
 
 
 def flops(model, name, active):
-    """FLOPs of the patch projection and the blocks in a frame of which `active` patches are encoded.
+    """FLOPs of the blocks in a frame of which `active` patches are encoded.
 
     What the system does, not what dense would: A attends from all patches, D runs half of its blocks on all.
     """
@@ -317,8 +323,7 @@ def flops(model, name, active):
         "D": (everything + few) / 2,
         "E": block(active, patches, active),
     }
-    blocks = config.num_hidden_layers * block_of.get(name[-1], everything)
-    return 6 * patches * config.patch_size**2 * width + blocks
+    return config.num_hidden_layers * block_of.get(name[-1], everything)
 
 
 def distance(found, expected):

@@ -27,13 +27,13 @@ def compare(first, second):
     """The lines of the comparison."""
     yield from (f"{name}: {describe(run)}" for name, run in (("A", first), ("B", second)))
     repeated = compared = 0
-    yield f"{'':57}{'A ms':>12}{'B ms':>12}{'B / A':>8} {'A speed-up':>12}{'B speed-up':>12}{'B / A':>8}"
+    yield f"{'':63}{'A ms':>12}{'B ms':>12}{'B / A':>8} {'A speed-up':>12}{'B speed-up':>12}{'B / A':>8}"
     for key, one in first["rows"].items():
         other = second["rows"].get(key)
         if other is None:
             continue
         ratio = other["speedup"] / one["speedup"]
-        text = f"{key[0]:44} {key[1]:12}{one['median_ms']:12.3f}{other['median_ms']:12.3f}"
+        text = f"{key[0]:50} {key[1]:12}{one['median_ms']:12.3f}{other['median_ms']:12.3f}"
         text += f"{other['median_ms'] / one['median_ms']:8.2f}{'*' if apart(one, other) else ' '}"
         yield f"{text}{one['speedup']:11.2f}x{other['speedup']:11.2f}x{ratio:8.2f}"
         if one["system"] not in ("dense", "reference"):  # what the others are measured against

@@ -52,20 +52,20 @@ def times(value):
 
 
 def models_table(rows):
-    """A row for every size, dtype and skip; a column for every system, dense first."""
+    """A row for every size, dtype and clip; a column for every system, dense first."""
     names = values(rows, "system")
     body = []
     for size, dtype in itertools.product(sorted({row["shape"][0] for row in rows}), values(rows, "dtype")):
         here = [row for row in of(rows, dtype=dtype) if row["shape"][0] == size]
-        for skip in values([row for row in here if row["skip"] is not None], "skip"):
-            found = {row["system"]: row for row in here if row["skip"] in (None, skip)}
+        for skip, noise in dict.fromkeys((row["skip"], row["noise"]) for row in here if row["skip"] is not None):
+            found = {row["system"]: row for row in here if (row["skip"], row["noise"]) in ((None, None), (skip, noise))}
             cells = [milliseconds(found[name]["median_ms"]) if name in found else "-" for name in names]
             cells = [
                 cell if name == "dense" or name not in found else f"{cell}, {times(found[name]['speedup'])}"
                 for name, cell in zip(names, cells, strict=True)
             ]
             last = times(sustained(found["E"])) if "E" in found else "-"
-            body.append([f"{size} px", dtype, f"{skip:.0%}", *cells, last])
+            body.append([f"{size} px", dtype, f"{skip:.0%}" + ", noisy" * noise, *cells, last])
     return table(["input", "dtype", "skipped", *names, "E with its key frames"], body)
 
 
@@ -106,7 +106,7 @@ def all_rows(run):
 
 def plot_speedup(axis, rows, skip):
     """The paper's figure: how many times faster than dense, by resolution."""
-    chosen = [row for row in rows if row["skip"] in (None, skip) and row["system"] != "dense"]
+    chosen = [row for row in rows if row["skip"] in (None, skip) and row["system"] != "dense" and not row["noise"]]
     for number, name in enumerate(values(chosen, "system")):
         for dtype in values(chosen, "dtype"):
             points = sorted((row["shape"][0], row["speedup"]) for row in of(chosen, system=name, dtype=dtype))

@@ -122,7 +122,7 @@ def measure_op(case, ceilings, device="cpu", rounds=20):
                 times.append(timed(prepared[number % copies], device)[1])
     size, work = case.op.cost(*pristine)
     named = {"kind": "op", "case": case.op.name, "shape": list(case.shape), "dtype": cases.name_of(case.dtype)}
-    named |= {"skip": None, "bytes": size, "flops": work}
+    named |= {"skip": None, "noise": None, "bytes": size, "flops": work}
     reference = calls["reference"][2]
     rows = [named | {"system": name} | figures(times, reference) for name, (_, _, times) in calls.items()]
     return [row | {"share_of_ceiling": share_of(ceilings, row)} for row in rows]
@@ -151,14 +151,15 @@ class BlockTimer:
 class System:
     """A way to encode frames, on a clip of its own of which `active` patches change from frame to frame.
 
-    skip: the share that stands still, or None for one that skips nothing, `encode`.
+    skip: the share that stands still, under noise or not; None for a system that skips nothing, `encode`.
     """
 
-    def __init__(self, model, name, skip, encode=None):
-        self.name, self.skip, self.encode = name, skip, encode
-        self.active = cases.patches_of(model) if skip is None else cases.active_of(model, skip)
+    def __init__(self, model, name, skip, noise, encode=None):
+        self.name, self.skip, self.noise, self.encode = name, skip, noise, encode
+        self.patches = cases.patches_of(model)
+        self.active = self.patches if skip is None else cases.active_of(model, skip)
         self.flops = cases.flops(model, name, self.active)
-        self.clip = cases.frames(model, self.active)
+        self.clip = cases.frames(model, self.active, noise)
         self.times, self.dense, self.blocks, self.model = [], [], [], None
         if name.startswith("published"):
             self.encode = Published(model, cases.SHARP, name[-1])
@@ -175,22 +176,24 @@ class System:
             if self.model is not None:
                 self.blocks.append(self.timer.read())
 
-    def encodes_what_changed(self):
-        """Whether it encodes just the patches that change; says so where not."""
+    def skips_as_asked(self):
+        """Whether as many patches are encoded as change; says so where not."""
         if self.skip is None:
             return True
         if self.model is None:
             before = self.encode.flops
             self.encode(next(self.clip))
-            right = self.encode.flops - before == self.flops
+            projection = 2 * self.encode.anatomy.projection.weight.numel()
+            right = self.encode.flops - before == self.flops + projection * self.patches
         else:
             right = neuroflow.summary(self.model).streams["default"].active.sum() == self.active
         if not right:
-            print(f"{self.name}, {self.skip:.0%} skipped: not measured, it encodes other patches than the changed ones")
+            print(f"{self.name}, {self.skip:.0%} skipped: not measured, it skips another share")
         return right
 
     def row(self):
-        row = {"skip": self.skip, "system": self.name, **figures(self.times, self.dense), "flops": self.flops}
+        row = {"skip": self.skip, "noise": self.noise, "system": self.name, "flops": self.flops}
+        row |= figures(self.times, self.dense)
         if self.model is not None:
             row["outside_blocks"] = 1 - statistics.median(b / t for b, t in zip(self.blocks, self.times, strict=True))
             row["state_bytes"] = neuroflow.summary(self.model).state_bytes
@@ -219,32 +222,29 @@ def compile_dense(model, pixels, expected):
 
 
 @torch.inference_mode()
-def measure_model(model, names, skips, ceilings, compiled=False, seconds=15, groups=3):
-    """The rows of dense, of the systems `names` at every skip, and of dense compiled if asked.
+def measure_model(model, names, clips, ceilings, compiled=False, seconds=15, groups=3):
+    """The rows of dense, of the systems `names` on every clip, and of dense compiled if asked.
 
-    seconds, groups: of measuring, at least. A group is a turn for each skip: a frame of dense, some of each system.
+    clips: (share skipped, whether under noise).
+    seconds, groups: of measuring, at least. A group is a turn for each clip: a frame of dense, some of each system.
     """
     first, second = itertools.islice(cases.frames(model, cases.patches_of(model)), 2)
     dense = cases.dense(model)
     expected = dense(second)
-    turns = {skip: [] for skip in sorted(skips)}
-    if compiled:
-        system = compile_dense(model, second, expected)
-        turns = {None: [System(model, "compiled", None, system)]} | turns if system else turns
-    for name in names:
-        if passes(model, name, cases.error_of(model, name, (first, second), expected)):
-            for skip, systems in turns.items():
-                if skip is not None:
-                    systems.append(System(model, name, skip))
+    names = [name for name in names if passes(model, name, cases.error_of(model, name, (first, second), expected))]
+    turns = [[System(model, name, *clip) for name in names] for clip in clips]
+    system = compile_dense(model, second, expected) if compiled else None
+    if system is not None:
+        turns.insert(0, [System(model, "compiled", None, None, system)])
     times, start = [], time.perf_counter()
     while len(times) < groups * len(turns) or time.perf_counter() - start < seconds:
-        for skip, systems in turns.items():
+        for systems in turns:
             times.append(timed(lambda: dense(second), model.device)[1])
             for system in systems:
-                system.measure(max(round(GROUP * (skip or 0)), 1), times[-1])
-    rows = [{"skip": None, "system": "dense", **figures(times, times)}]
+                system.measure(max(round(GROUP * (system.skip or 0)), 1), times[-1])
+    rows = [{"skip": None, "noise": None, "system": "dense", **figures(times, times)}]
     rows[0]["flops"] = cases.flops(model, "dense", cases.patches_of(model))
-    rows += [system.row() for systems in turns.values() for system in systems if system.encodes_what_changed()]
+    rows += [system.row() for systems in turns for system in systems if system.skips_as_asked()]
     side = model.config.image_size
     named = {"kind": "model", "case": "SigLIP base", "shape": [side, side], "dtype": cases.name_of(model.dtype)}
     return [named | row | {"share_of_ceiling": share_of(ceilings, named | row)} for row in rows]
@@ -259,12 +259,12 @@ def sustained(row):
 def label(row):
     """What a row is of, but for its system."""
     shape = "x".join(map(str, row["shape"]))
-    skip = "" if row["skip"] is None else f" {row['skip']:.0%} skipped"
+    skip = "" if row["skip"] is None else f" {row['skip']:.0%} skipped{', noisy' if row['noise'] else ''}"
     return f"{row['case']} {shape} {row['dtype']}{skip}"
 
 
 def line(row):
-    text = f"{label(row):44} {row['system']:12} {row['median_ms']:9.3f} ms (p20 {row['p20_ms']:.3f}, p80 "
+    text = f"{label(row):50} {row['system']:12} {row['median_ms']:9.3f} ms (p20 {row['p20_ms']:.3f}, p80 "
     text += f"{row['p80_ms']:.3f})  {row['speedup']:5.1f}x  {row['share_of_ceiling']:4.0%} of the ceiling"
     if "outside_blocks" in row:
         text += f"  outside the blocks {row['outside_blocks']:.0%}  state {row['state_bytes'] / 2**20:.1f} MiB"
@@ -292,7 +292,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--size", type=int, nargs="+", default=cases.SIZES)
-    parser.add_argument("--skip", type=float, nargs="+", default=cases.SKIPS)
+    parser.add_argument("--skip", type=float, nargs="+", default=cases.SKIPS, help="the largest under noise too")
     parser.add_argument("--system", nargs="+", choices=SYSTEMS, default=cases.SYSTEMS)
     parser.add_argument("--compiled", action="store_true", help="the unpatched model under torch.compile too")
     parser.add_argument("--seconds", type=float, default=15, help="to measure a size and dtype of a model, at least")
@@ -307,6 +307,7 @@ def main():
         reason = unavailable(backend, arguments.device)
         if reason is not None:
             print(f"{backend}: not measured, {reason}")
+    clips = [(max(arguments.skip), True), *((skip, False) for skip in arguments.skip)]
     rows = []
     if arguments.what != "models":
         for case in cases.OP_CASES:
@@ -316,7 +317,7 @@ def main():
         for size, dtype in itertools.product(arguments.size, arguments.dtype):
             model = cases.tower(size, DTYPES[dtype], arguments.device)
             options = {"compiled": arguments.compiled, "seconds": arguments.seconds}
-            rows += show(measure_model(model, arguments.system, arguments.skip, ceilings, **options))
+            rows += show(measure_model(model, arguments.system, clips, ceilings, **options))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": facts, "device": arguments.device, "ceilings": ceilings, "rows": rows}
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -36,7 +36,7 @@ def named(op, dtype=torch.float32):
 
 
 def made_row(**changed):
-    row = {"kind": "model", "case": "SigLIP base", "shape": [224, 224], "dtype": "float32", "skip": None}
+    row = {"kind": "model", "case": "SigLIP base", "shape": [224, 224], "dtype": "float32", "skip": None, "noise": None}
     row |= {"system": "dense", "median_ms": 100.0, "p20_ms": 90.0, "p80_ms": 110.0, "rounds": 3, "flops": 10}
     return row | {"speedup": 1.0, "share_of_ceiling": 0.5} | changed
 
@@ -123,17 +123,22 @@ def test_frames_change_in_the_same_patches(model):
     ]
     counts = [patches.float().mean((2, 3)) for patches in changed]
     assert torch.equal(counts[0] > 0, counts[1] > 0) and (counts[0] > 0.99).sum() == 6 and (counts[0] > 0).sum() == 6
+    noisy, other = itertools.islice(cases.frames(model, 6, noise=True), 2)
+    assert 0.9 * cases.NOISE < (noisy - first).std() < 1.1 * cases.NOISE
+    assert ((other - noisy).abs().unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).mean((1, 4, 5)) > 0.3).sum() == 6
+    assert (other != noisy).float().mean() > 0.99
     assert first.shape == (1, 3, 48, 48) and -1 <= first.min() < -0.9 and 0.9 < first.max() <= 1
 
 
 def test_flops_are_those_that_the_published_system_counts(model):
+    projection = 2 * 36 * (3 * 8 * 8) * 64
     for arch in ("B", "C"):
         system = Published(model, cases.SHARP, arch)
         counted = []
         for pixels in itertools.islice(cases.frames(model, 6), 3):
             before = system.flops
             system(pixels)
-            counted.append(system.flops - before)
+            counted.append(system.flops - before - projection)
         few = cases.flops(model, f"published-{arch}", 6)
         assert counted == [cases.flops(model, "dense", 36), few, few] and cases.flops(model, arch, 6) == few
     everything = [cases.flops(model, name, 36) for name in ("dense", "compiled", *"ABCDE")]
@@ -143,23 +148,24 @@ def test_flops_are_those_that_the_published_system_counts(model):
 
 
 def test_models_are_checked_and_measured(model, capsys):
-    systems, skips = ["published-B", "published-C", *"ABCDE"], [0.8, 0.0]
-    rows = run.measure_model(model, systems, skips, CEILINGS, seconds=0, groups=2)
-    found = {(row["system"], row["skip"]): row for row in rows}
-    assert set(found) == {("dense", None), *itertools.product(systems, skips)}, capsys.readouterr().out
-    assert found["E", 0.8]["rounds"] == 2 * 3 and found["E", 0.0]["rounds"] == 2
-    assert found["dense", None]["rounds"] == 2 * 2 and found["dense", None]["speedup"] == 1
+    systems, clips = ["published-B", "published-C", *"ABCDE"], [(0.8, True), (0.8, False), (0.0, False)]
+    rows = run.measure_model(model, systems, clips, CEILINGS, seconds=0, groups=2)
+    found = {(row["system"], (row["skip"], row["noise"])): row for row in rows}
+    nothing, noisy, still, moving = (None, None), *clips
+    assert set(found) == {("dense", nothing), *itertools.product(systems, clips)}, capsys.readouterr().out
+    assert found["E", still]["rounds"] == found["E", noisy]["rounds"] == 2 * 3 and found["E", moving]["rounds"] == 2
+    assert found["dense", nothing]["rounds"] == 2 * 3 and found["dense", nothing]["speedup"] == 1
     for row in rows:
         assert row["shape"] == [48, 48] and row["dtype"] == "float32" and row["case"] == "SigLIP base"
         assert row["share_of_ceiling"] == pytest.approx(row["flops"] / 2e9 / (row["median_ms"] / 1e3))
-    assert 0 < found["C", 0.8]["outside_blocks"] < 1
-    assert found["E", 0.8]["state_bytes"] > found["C", 0.8]["state_bytes"] > 0
+    assert 0 < found["C", still]["outside_blocks"] < 1
+    assert found["E", still]["state_bytes"] > found["C", still]["state_bytes"] > 0
 
 
 @pytest.mark.parametrize("error", [1e-4, float("nan")])
 def test_a_wrong_system_is_not_measured(model, monkeypatch, capsys, error):
     monkeypatch.setattr(cases, "error_of", lambda model, name, *_: error if name == "C" else 0)
-    rows = run.measure_model(model, ["C", "E"], [0.8], CEILINGS, seconds=0, groups=1)
+    rows = run.measure_model(model, ["C", "E"], [(0.8, False)], CEILINGS, seconds=0, groups=1)
     assert [row["system"] for row in rows] == ["dense", "E"]
     assert "C 48 px float32: not measured, it is wrong by" in capsys.readouterr().out
 
@@ -184,7 +190,7 @@ def test_errors_are_found_in_whole_frames_and_in_parts(model, monkeypatch, arch,
 
 def test_a_system_that_encodes_more_than_changed_is_not_measured(model, monkeypatch, capsys):
     monkeypatch.setattr(cases, "SHARP", -1.0)
-    rows = run.measure_model(model, ["published-C"], [0.8], CEILINGS, seconds=0, groups=1)
+    rows = run.measure_model(model, ["published-C"], [(0.8, False)], CEILINGS, seconds=0, groups=1)
     assert [row["system"] for row in rows] == ["dense"]
     assert "published-C, 80% skipped: not measured" in capsys.readouterr().out
 
@@ -200,7 +206,7 @@ def test_compiled_is_measured_where_it_works(model, monkeypatch, capsys, fault):
         return system
 
     monkeypatch.setattr(cases, "compiled", compiled)
-    rows = run.measure_model(model, ["E"], [0.8], CEILINGS, compiled=True, seconds=0, groups=1)
+    rows = run.measure_model(model, ["E"], [(0.8, False)], CEILINGS, compiled=True, seconds=0, groups=1)
     assert [row["system"] for row in rows] == ["dense", *["compiled"] * (fault is None), "E"]
     assert rows[-2]["skip"] is None and rows[-1]["skip"] == 0.8
     says = {"raises": "not measured, RuntimeError: no compiler\n", "wrong": "not measured, it is wrong", None: "in 0 s"}
@@ -230,7 +236,8 @@ def test_a_run_is_printed_and_written(tmp_path, monkeypatch, capsys):
     run.main()
     written, printed = json.loads(out.read_text()), capsys.readouterr().out
     kinds = [(row["kind"], row["system"]) for row in written["rows"]]
-    assert kinds[-2:] == [("model", "dense"), ("model", "E")] and ("op", "reference") in kinds[:-2]
+    assert kinds[-3:] == [("model", "dense"), ("model", "E"), ("model", "E")] and ("op", "reference") in kinds[:-3]
+    assert [row["noise"] for row in written["rows"][-3:]] == [None, True, False]
     assert all(run.line(row) in printed for row in written["rows"])
     assert all(row["dtype"] == "float32" for row in written["rows"]) and written["ceilings"] == CEILINGS
     assert {"processor", "threads", "torch", "transformers", "commit"} <= set(written["machine"])
@@ -238,12 +245,12 @@ def test_a_run_is_printed_and_written(tmp_path, monkeypatch, capsys):
 
 
 def test_compare(tmp_path):
-    sparse = {"system": "E", "skip": 0.97}
+    sparse = {"system": "E", "skip": 0.97, "noise": False}
     first = made_run(
         made_row(),
         made_row(**sparse, median_ms=10.0, p20_ms=9.0, p80_ms=11.0, speedup=10.0),
         made_row(**sparse, dtype="bfloat16", speedup=10.0),
-        made_row(system="C", skip=0.97),
+        made_row(system="C", skip=0.97, noise=True),
     )
     second = made_run(
         made_row(median_ms=120.0, p20_ms=105.0, p80_ms=130.0),
@@ -260,7 +267,7 @@ def test_compare(tmp_path):
         "SigLIP base 224x224 bfloat16 97% skipped E 100.000 100.000 1.00 10.00x 11.90x 1.19",
     ]
     assert lines[6:] == [
-        "only in A: SigLIP base 224x224 float32 97% skipped C",
+        "only in A: SigLIP base 224x224 float32 97% skipped, noisy C",
         "speed-ups within 20% of each other: 1 of 2",
     ]
 
@@ -272,7 +279,8 @@ def drawn():
     for size, dense, sparse in ((224, 100.0, 25.0), (448, 400.0, 21.0)):
         rows.append(made_row(shape=[size, size], median_ms=dense))
         times = {"median_ms": sparse, "speedup": dense / sparse}
-        rows.append(made_row(shape=[size, size], system="E", skip=0.97, **times))
+        rows.append(made_row(shape=[size, size], system="E", skip=0.97, noise=False, **times))
+        rows.append(made_row(shape=[size, size], system="E", skip=0.97, noise=True, median_ms=50.0, speedup=2.0))
     for case, flops in (("gather_rows", 0), ("linear_rows", 640)):
         op = {"kind": "op", "case": case, "bytes": 64, "flops": flops}
         rows.append(made_row(**op, shape=[1, 2, 3], system="cpp"))
@@ -284,13 +292,15 @@ def drawn():
 def test_tables(drawn):
     lines = plot.tables_of(drawn).splitlines()
     assert lines[0] == "processor some, threads 1 of 2, torch 2, transformers 5, commit abc:"
-    assert lines[2:6] == [
+    assert lines[2:8] == [
         "| input | dtype | skipped | dense | E | E with its key frames |",
         "| --- | --- | --- | --- | --- | --- |",
         "| 224 px | float32 | 97% | 100 ms | 25 ms, 4.0x | 3.9x |",
+        "| 224 px | float32 | 97%, noisy | 100 ms | 50 ms, 2.0x | 1.98x |",
         "| 448 px | float32 | 97% | 400 ms | 21 ms, 19.0x | 16.7x |",
+        "| 448 px | float32 | 97%, noisy | 400 ms | 50 ms, 2.0x | 1.98x |",
     ]
-    assert lines[7:] == [
+    assert lines[9:] == [
         "| op | shape | dtype | backend | median | over the reference | of the ceiling |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| `gather_rows` | 4x5x6 | float32 | cpp | 0.5 ms | 1.75x | 50% |",
