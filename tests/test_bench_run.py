@@ -162,6 +162,12 @@ def test_models_are_checked_and_measured(model, capsys):
     assert found["E", still]["state_bytes"] > found["C", still]["state_bytes"] > 0
 
 
+@pytest.mark.parametrize("noise", [False, True])
+def test_noise_is_in_every_patch_of_a_clip(model, noise):
+    first, second = itertools.islice(run.System(model, "E", 0.8, noise).clip, 2)
+    assert ((first == second).float().mean() < 0.5) == noise
+
+
 @pytest.mark.parametrize("error", [1e-4, float("nan")])
 def test_a_wrong_system_is_not_measured(model, monkeypatch, capsys, error):
     monkeypatch.setattr(cases, "error_of", lambda model, name, *_: error if name == "C" else 0)
