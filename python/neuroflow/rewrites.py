@@ -9,7 +9,7 @@ from torch import nn
 from neuroflow_kernels import linear_rows, without_row_kernels
 
 # Up to here reading the weights takes a good part of the time; from here on torch's own products are as fast.
-FEW_ROWS = 256
+FEW_ROWS = 512
 
 
 def row_kernels_serve(tokens: torch.Tensor) -> bool:

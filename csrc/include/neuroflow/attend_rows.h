@@ -144,9 +144,9 @@ NEUROFLOW_AVX512_INLINE void pack_values(const T* value, int64_t stride, int64_t
     }
 }
 
-/// 2 to the power of x, x at most 0; relative error below 3e-7.
+/// 2 to the power of x, x at most 0, down to -Inf, whose NaN of a rest the last step turns into 0; relative error below
+/// 3e-7.
 NEUROFLOW_AVX512_INLINE __m512 power_of_two(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-151), x);  // of which the power is 0, and -Inf's would be NaN; a NaN stays
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(x, whole);
   // The series of 2^rest for |rest| <= 1/2.
