@@ -24,7 +24,7 @@ def ceilings(request):
 
 @pytest.mark.parametrize("case", GATES, ids=str)
 def test_gate_ratios(case, ceilings, capsys):
-    rows = {row["system"]: row for row in measure_op(case, ceilings, rounds=60)}
+    rows = {row["system"]: row for row in measure_op(case, ceilings, rounds=40)}
     median = {system: row["median_ms"] for system, row in rows.items()}
     with capsys.disabled():
         print("", *map(line, rows.values()), sep="\n")

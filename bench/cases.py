@@ -6,7 +6,8 @@ architectures, which all encode the same frames.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import neuroflow
@@ -51,7 +52,7 @@ class Op(NamedTuple):
     call: Callable
     cost: Callable
     dtypes: tuple[torch.dtype, ...] = DTYPES
-    baselines: dict[str, Callable] = {}  # noqa: RUF012
+    baselines: Mapping[str, Callable] = MappingProxyType({})
     rounding: float = 0
 
 

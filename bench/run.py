@@ -28,7 +28,7 @@ from neuroflow_kernels.dispatch import BACKENDS
 from neuroflow_kernels.env import describe
 
 OUT = Path(".benchmarks", "run.json")
-FACTS = ("processor", "threads", "cuda:0", "platform", "python", "torch", "triton", "transformers", "numpy")
+FACTS = ("processor", "threads", "cuda:0", "python", "torch", "triton", "transformers", "numpy")
 SYSTEMS = ("published-B", "published-C", "A", "B", "C", "D", "E")
 GROUP = 4  # frames of a system in a turn, at most
 DTYPES = {cases.name_of(dtype): dtype for dtype in cases.DTYPES}

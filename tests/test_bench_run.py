@@ -224,6 +224,8 @@ def test_figures_of_times():
     assert figures["median_ms"] == 3.5 and figures["rounds"] == 6
     assert figures["speedup"] == 4.5  # the median of 2, 7, 4, 6, 5 and 2
     assert figures["p20_ms"] == pytest.approx(2) and figures["p80_ms"] == pytest.approx(5)
+    same = run.figures([0.01234567] * 3, [1.0] * 3)
+    assert same["p20_ms"] == same["median_ms"] == same["p80_ms"]
 
 
 def test_key_frames_count_in_what_is_sustained():
