@@ -93,6 +93,8 @@ def test_the_main_job(tmp_path, neuroflow_run, clip):
         "bytes",
         "float32",
         "threads 1 of",
+        "pipeline",
+        "wait for input",
     ):
         assert words in table
     assert "8/8" in progress and "skipped" in progress
