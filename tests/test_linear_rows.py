@@ -46,6 +46,14 @@ def test_against_float64(backend, generator, shape, bias, dtype):
     torch.testing.assert_close(result.double(), expected, rtol=torch.finfo(dtype).eps, atol=absolute)
 
 
+def test_rounding_to_bfloat16(backend, generator):
+    """To nearest, ties to even: a sum of two terms is exact in float32, and every other one here is a tie."""
+    x = (1 + torch.arange(128)[:, None] / 128).bfloat16()
+    bias = torch.arange(128) / 256 + 2
+    result = linear_rows(x, torch.ones(128, 1).bfloat16(), bias.bfloat16())
+    assert torch.equal(result, (x.float() + bias.bfloat16().float()).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_does_not_depend_on_the_others(generator, dtype):
     x, weight, bias = layer(generator, (40, 200, 50), dtype)

@@ -243,6 +243,20 @@ def test_contexts_are_local_to_a_thread():
         torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_another_dtype_starts_over():
+    """Also with weights that are not counted as changed, as those made in inference mode are not."""
+    frames = clip(frames=3)
+    with torch.inference_mode():
+        model = tiny("siglip")
+        neuroflow.enable_cache(model, exact(threshold=1e-4))
+        pooled(model, "siglip", frames[:1], ["a"])
+        model.double()
+        with pytest.warns(RuntimeWarning, match="changed from 6x6 patches, torch.float32"):
+            changed = [pooled(model, "siglip", frame[None].double(), ["a"]) for frame in frames[1:]]
+        fresh = [pooled(model, "siglip", frame[None].double(), ["b"]) for frame in frames[1:]]
+    assert torch.equal(torch.cat(changed), torch.cat(fresh)) and changed[0].dtype == torch.float64
+
+
 def test_what_is_returned_never_changes_afterwards():
     model, frames = tiny("siglip"), clip(frames=4)
     neuroflow.enable_cache(model, exact(arch="C", threshold=1e-4))
