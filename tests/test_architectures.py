@@ -1,9 +1,13 @@
 """Promise 1: with nothing skipped, every architecture is the unpatched model; and patching leaves no trace."""
 
+from unittest import mock
+
 import neuroflow
 import pytest
 import torch
 from models import clip, exact, inputs, tiny
+
+from neuroflow_kernels import use_backend, without_row_kernels
 
 FAMILIES = ("siglip", "siglip2", "vit")
 ARCHITECTURES = ("A", "B", "C", "D", "E")
@@ -206,3 +210,29 @@ def test_layers_used_by_themselves_behave_as_before():
     neuroflow.enable_cache(model)
     after = [anatomy.layers[0](tokens, None), anatomy.head(tokens)]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(after, before, strict=True))
+
+
+@pytest.mark.skipif(without_row_kernels() is not None, reason=f"no row kernels here: {without_row_kernels()}")
+@pytest.mark.parametrize(
+    "dtype, backend, autocast, served",
+    [
+        (torch.float32, "auto", False, True),
+        (torch.bfloat16, "cpp", False, True),
+        (torch.float64, "auto", False, False),
+        (torch.float32, "reference", False, False),
+        (torch.float32, "auto", True, False),
+    ],
+)
+def test_partial_frames_go_through_the_row_kernels(monkeypatch, dtype, backend, autocast, served):
+    """Where they are the faster ones, and autocast has no say; a key frame runs as the unpatched model does."""
+    model, frames = tiny("siglip").to(dtype), clip(frames=2).to(dtype)
+    linears, attentions = (mock.Mock(wraps=getattr(neuroflow.cache, name)) for name in ("linear_rows", "attend_rows"))
+    monkeypatch.setattr(neuroflow.cache, "linear_rows", linears)
+    monkeypatch.setattr(neuroflow.cache, "attend_rows", attentions)
+    neuroflow.enable_cache(model, exact(threshold=1e-4))
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs(model, "siglip", frames[:1])
+        assert (linears.call_count, attentions.call_count) == (0, 0)
+        outputs(model, "siglip", frames[1:])
+    # In each of 4 blocks queries, keys, values, their mix and the two of the MLP; the head's last three.
+    assert (linears.call_count, attentions.call_count) == ((4 * 6 + 3, 4) if served else (0, 0))

@@ -235,3 +235,15 @@ def test_the_default_heals_within_max_age(family, damage):
     _, pooled, _ = run(model, frames, config, family)
     _, fresh, _ = run(model, still, config, family)
     assert (pooled[-1] - fresh[0]).abs().max() < 1e-3 * fresh[0].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("values", [3, 4, 48])
+def test_changed_looks_at_every_bit(values, dtype):
+    before = torch.zeros(1, 5, values, dtype=dtype)
+    before[0, 1] = torch.nan
+    windows = before.clone()
+    windows[0, 0, 0], windows[0, 2, -1], windows[0, 4, 1] = -0.0, torch.finfo(dtype).tiny, torch.nan
+    found = policies.changed(before, windows)
+    assert found.dtype == torch.int32 and found.tolist() == [0, 2, 4]
+    assert policies.changed(before, before.clone()).numel() == 0
