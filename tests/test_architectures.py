@@ -203,6 +203,18 @@ def test_new_weights_take_effect_at_once():
     assert_close(ours, outputs(model, "siglip", frame)[0], 1e-5)
 
 
+def test_weights_that_torch_does_not_count_as_changed_take_effect_after_a_reset():
+    model, frame = tiny("siglip"), clip(frames=1, size=(32, 64))
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0))
+    outputs(model, "siglip", frame)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+    neuroflow.reset_cache(model)
+    ours = outputs(model, "siglip", frame)[0]
+    neuroflow.disable_cache(model)
+    assert_close(ours, outputs(model, "siglip", frame)[0], 1e-5)
+
+
 def test_layers_used_by_themselves_behave_as_before():
     model, tokens = tiny("siglip"), torch.randn(1, 5, 64)
     anatomy = neuroflow.adapters.describe(model)

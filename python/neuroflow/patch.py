@@ -133,12 +133,16 @@ def encode(model: nn.Module, pixels: torch.Tensor, stream_ids: Sequence[Hashable
 def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
     """Forget one stream, or all of them: the next frame is a key frame.
 
+    Without `stream`, what was derived from the weights is forgotten too. That happens by itself when they change, but
+    not when they are written through `.data`, as some adapters are merged: torch does not count such changes.
+
     Raises:
         RuntimeError: the model is not patched. KeyError: a stream that was never seen.
     """
     engine = _engine(model)
     if stream is None:
         engine.streams.clear()
+        engine.kept.clear()
     elif stream in engine.streams:
         del engine.streams[stream]
     else:
