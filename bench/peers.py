@@ -289,7 +289,7 @@ def plot(stem, title, rows):
         axis.minorticks_off()
         for ticks, places in (
             (axis.set_xticks, (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)),
-            (axis.set_yticks, (1, 2, 3, 5, 10)),
+            (axis.set_yticks, (1, 2, 3, 5, 10, 20, 50)),
         ):
             ticks(places, [f"{place:g}" for place in places])
         axis.grid(alpha=0.3)
