@@ -22,7 +22,7 @@ Tensor attend_rows(Tensor query, Tensor key, Tensor value, double scale) {
         const int64_t first = unit % chunks * chunk, head = unit / chunks * dim, offset = first * heads * dim + head;
         const Head<T> part{queries + offset, keys + head, values + head, out + offset, std::min(chunk, rows - first),
                            tokens,           dim,         heads * dim,   scale};
-        if (!with_lanes<T>([&](auto lanes) { neuroflow::attend_rows(lanes, part); })) attend_rows_plain(part);
+        neuroflow::attend_rows(part);
       }
     });
   });

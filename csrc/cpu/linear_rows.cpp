@@ -17,10 +17,7 @@ Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
     const int64_t panels = (width + panel - 1) / panel;
     torch::stable::parallel_for(0, panels, grain(computed, panel * inner), [&](int64_t begin, int64_t end) {
       const int64_t first = begin * panel, last = std::min(end * panel, width);
-      const bool served = with_lanes<T>([&](auto lanes) {
-        neuroflow::linear_rows(lanes, tokens, weights, shift, out, rows, inner, width, first, last);
-      });
-      if (!served) linear_rows_plain(tokens, weights, shift, out, rows, inner, width, first, last);
+      neuroflow::linear_rows(tokens, weights, shift, out, rows, inner, width, first, last);
     });
   });
   return result;

@@ -164,7 +164,7 @@ NEUROFLOW_AVX512_INLINE __m512 power_of_two(__m512 x) {
 /// As attend_rows_plain, over 64 keys at a time with a running maximum, so that no score leaves the processor's cache.
 /// Weights are rounded to T before they meet the values.
 template <typename Lanes, typename T = typename Lanes::Element>
-NEUROFLOW_AVX512 void attend_rows(Lanes, const Head<T>& head) {
+NEUROFLOW_AVX512 void attend_rows_avx512(Lanes, const Head<T>& head) {
   constexpr int64_t block = 64, lane = Lanes::lane;
   const int64_t rows = (head.rows + 5) / 6 * 6;               // the tiles' six queries, zeros past the last
   const int64_t inner = (head.dim + lane - 1) / lane * lane;  // of a score's sum
@@ -233,5 +233,14 @@ NEUROFLOW_AVX512 void attend_rows(Lanes, const Head<T>& head) {
 }
 
 #endif
+
+/// As attend_rows_plain, with this processor's vectors.
+template <typename T>
+void attend_rows(const Head<T>& head) {
+#ifdef NEUROFLOW_AVX512
+  if (with_lanes<T>([&](auto lanes) { attend_rows_avx512(lanes, head); })) return;
+#endif
+  attend_rows_plain(head);
+}
 
 }  // namespace neuroflow

@@ -163,13 +163,4 @@ bool with_lanes(F&& f) {
 }
 
 }  // namespace neuroflow
-#else
-namespace neuroflow {
-
-template <typename T, typename F>
-bool with_lanes(F&&) {
-  return false;
-}
-
-}  // namespace neuroflow
 #endif

@@ -85,8 +85,8 @@ NEUROFLOW_AVX512_INLINE void dot_tile_of(int64_t rows, Arguments... arguments) {
 
 /// As linear_rows_plain.
 template <typename Lanes, typename T = typename Lanes::Element>
-NEUROFLOW_AVX512 void linear_rows(Lanes, const T* x, const T* weight, const T* bias, T* out, int64_t rows,
-                                  int64_t inner, int64_t width, int64_t begin, int64_t end) {
+NEUROFLOW_AVX512 void linear_rows_avx512(Lanes, const T* x, const T* weight, const T* bias, T* out, int64_t rows,
+                                         int64_t inner, int64_t width, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += 4) {
     const T* panel = weight + n * inner;
     const T* ahead = panel + 8 * inner;  // what will be worked on after the next panel
@@ -107,5 +107,17 @@ NEUROFLOW_AVX512 void linear_rows(Lanes, const T* x, const T* weight, const T* b
 }
 
 #endif
+
+/// As linear_rows_plain, with this processor's vectors.
+template <typename T>
+void linear_rows(const T* x, const T* weight, const T* bias, T* out, int64_t rows, int64_t inner, int64_t width,
+                 int64_t begin, int64_t end) {
+#ifdef NEUROFLOW_AVX512
+  if (with_lanes<T>(
+          [&](auto lanes) { linear_rows_avx512(lanes, x, weight, bias, out, rows, inner, width, begin, end); }))
+    return;
+#endif
+  linear_rows_plain(x, weight, bias, out, rows, inner, width, begin, end);
+}
 
 }  // namespace neuroflow
