@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.lines import Line2D
 
 from bench.fidelity import MAIN, mean_rows
-from bench.run import label, sustained
+from bench.run import ceilings_line, label, sustained
 from bench.tables import RESULTS, table
 
 matplotlib.use("agg")
@@ -99,9 +99,8 @@ def all_rows(run):
         taken = [milliseconds(row[name]) for name in ("median_ms", "p20_ms", "p80_ms")]
         ratios = [times(row["speedup"]), f"{row['share_of_ceiling']:.0%}"]
         body.append([label(row), row["system"], *taken, str(row["rounds"]), *ratios])
-    units = {"memory": "GB/s"}
-    ceilings = [f"{name} {value / 1e9:.1f} {units.get(name, 'GFLOP/s')}" for name, value in run["ceilings"].items()]
-    return "\n\n".join([f"{machine_line(run)}. Ceilings: {', '.join(ceilings)}.", table(names, body)]) + "\n"
+    head = f"{machine_line(run)}. Ceilings: {ceilings_line(run['ceilings'])}."
+    return "\n\n".join([head, table(names, body)]) + "\n"
 
 
 def plot_speedup(axis, rows, skip):

@@ -277,6 +277,11 @@ def show(rows):
     return rows
 
 
+def ceilings_line(ceilings):
+    units = {"memory": "GB/s"}
+    return ", ".join(f"{name} {value / 1e9:.1f} {units.get(name, 'GFLOP/s')}" for name, value in ceilings.items())
+
+
 def machine():
     facts = describe()
     described = subprocess.run(
@@ -301,8 +306,7 @@ def main():
     start = time.perf_counter()
     facts, ceilings = machine(), measure_ceilings(arguments.device)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    units = {"memory": "GB/s"}
-    print(", ".join(f"{name} {value / 1e9:.1f} {units.get(name, 'GFLOP/s')}" for name, value in ceilings.items()))
+    print(ceilings_line(ceilings))
     for backend in BACKENDS:
         reason = unavailable(backend, arguments.device)
         if reason is not None:

@@ -18,14 +18,24 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
+def served_by(name):
+    reason = unavailable(name)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    with use_backend(name):
+        yield name
+
+
 @pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpp"])
 def backend(request, poison):
     """Every op called in the test runs on this backend, in poisoned memory."""
-    reason = unavailable(request.param)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    with use_backend(request.param):
-        yield request.param
+    yield from served_by(request.param)
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def cpu_backend(request, poison):
+    """As `backend`, of the ops that have no Triton kernel."""
+    yield from served_by(request.param)
 
 
 @pytest.fixture

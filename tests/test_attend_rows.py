@@ -17,12 +17,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["reference", "cpp"])
-def backend(request, poison):
-    with use_backend(request.param):
-        yield request.param
-
-
 def tokens(generator, shape, dtype, spread=1.0):
     active, heads, all_, dim = shape
     drawn = [torch.randn(rows, heads, dim, generator=generator) for rows in (active, all_, all_)]
@@ -42,7 +36,7 @@ def test_reference_is_the_definition(generator):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [1.0, 12.0], ids=["flat", "peaked"])
 @pytest.mark.parametrize("shape", CASES, ids=str)
-def test_against_float64(backend, generator, shape, spread, dtype):
+def test_against_float64(cpu_backend, generator, shape, spread, dtype):
     query, key, value = tokens(generator, shape, dtype, spread)
     scale = shape[3] ** -0.5
     result = attend_rows(query, key, value)
@@ -53,7 +47,7 @@ def test_against_float64(backend, generator, shape, spread, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_maximum_that_comes_late_or_lies_low(backend, generator, dtype):
+def test_a_maximum_that_comes_late_or_lies_low(cpu_backend, generator, dtype):
     """The running maximum moves with every block, and scores far below zero still sum to one."""
     query, key, value = tokens(generator, (6, 2, 256, 16), dtype)
     query, key = query.abs(), key.abs() * torch.linspace(0.1, 40, 256)[:, None, None].to(dtype)
@@ -73,7 +67,7 @@ def test_a_query_does_not_depend_on_the_others(generator, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_stays_with_its_query_and_its_head(backend, generator, dtype):
+def test_nan_stays_with_its_query_and_its_head(cpu_backend, generator, dtype):
     query, key, value = tokens(generator, (7, 3, 70, 16), dtype)
     clean = attend_rows(query, key, value)
     query[2, 0, 1] = torch.nan
@@ -84,17 +78,17 @@ def test_nan_stays_with_its_query_and_its_head(backend, generator, dtype):
     assert torch.equal(result[[0, 1, 3, 4, 5, 6], 0], clean[[0, 1, 3, 4, 5, 6], 0])
 
 
-def test_a_score_of_minus_infinity_counts_nothing(backend):
+def test_a_score_of_minus_infinity_counts_nothing(cpu_backend):
     query, key, value = torch.ones(2, 1, 2), torch.zeros(3, 1, 2), torch.tensor([1.0, 2.0, 4.0]).repeat(2, 1).T[:, None]
     key[1] = -torch.inf
     torch.testing.assert_close(attend_rows(query, key, value.contiguous()), torch.full((2, 1, 2), 2.5))
 
 
-def test_no_query(backend):
+def test_no_query(cpu_backend):
     assert attend_rows(torch.zeros(0, 2, 8), torch.zeros(3, 2, 8), torch.zeros(3, 2, 8)).shape == (0, 2, 8)
 
 
-def test_arguments_need_not_be_contiguous(backend, generator):
+def test_arguments_need_not_be_contiguous(cpu_backend, generator):
     query, key, value = tokens(generator, (6, 2, 70, 16), torch.float32)
     strided = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (query, key, value)]
     assert torch.equal(attend_rows(*strided), attend_rows(query, key, value))

@@ -14,12 +14,6 @@ CASES = [(1, 1, 1), (6, 32, 4), (5, 33, 7), (7, 64, 8), (13, 100, 30), (4, 15, 3
 EMPTY = [(0, 5, 3), (3, 0, 4), (2, 5, 0)]
 
 
-@pytest.fixture(params=["reference", "cpp"])
-def backend(request, poison):
-    with use_backend(request.param):
-        yield request.param
-
-
 def layer(generator, shape, dtype):
     rows, inner, width = shape
     x, weight = torch.randn(rows, inner, generator=generator), torch.randn(width, inner, generator=generator)
@@ -35,7 +29,7 @@ def test_reference_is_the_definition():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", CASES + EMPTY, ids=str)
-def test_against_float64(backend, generator, shape, bias, dtype):
+def test_against_float64(cpu_backend, generator, shape, bias, dtype):
     x, weight, shift = layer(generator, shape, dtype)
     result = linear_rows(x, weight, shift if bias else None)
     expected = reference(x.double(), weight.double(), shift.double() if bias else None)
@@ -46,7 +40,7 @@ def test_against_float64(backend, generator, shape, bias, dtype):
     torch.testing.assert_close(result.double(), expected, rtol=torch.finfo(dtype).eps, atol=absolute)
 
 
-def test_rounding_to_bfloat16(backend, generator):
+def test_rounding_to_bfloat16(cpu_backend, generator):
     """To nearest, ties to even: a sum of two terms is exact in float32, and every other one here is a tie."""
     x = (1 + torch.arange(128)[:, None] / 128).bfloat16()
     bias = torch.arange(128) / 256 + 2
@@ -64,7 +58,7 @@ def test_a_row_does_not_depend_on_the_others(generator, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_and_inf_stay_in_their_row_and_column(backend, generator, dtype):
+def test_nan_and_inf_stay_in_their_row_and_column(cpu_backend, generator, dtype):
     x, weight, bias = layer(generator, (7, 40, 9), dtype)
     clean = linear_rows(x, weight, bias)
     x[2, 3], weight[5, 39], bias[8] = torch.nan, torch.inf, torch.nan
@@ -75,7 +69,7 @@ def test_nan_and_inf_stay_in_their_row_and_column(backend, generator, dtype):
     assert torch.equal(result[[0, 1, 3, 4, 5, 6]][:, others], clean[[0, 1, 3, 4, 5, 6]][:, others])
 
 
-def test_arguments_need_not_be_contiguous(backend, generator):
+def test_arguments_need_not_be_contiguous(cpu_backend, generator):
     x, weight, bias = layer(generator, (6, 20, 8), torch.float32)
     strided = linear_rows(x.T.contiguous().T, weight.T.contiguous().T, bias.repeat(2)[::1][:8])
     assert torch.equal(strided, linear_rows(x, weight, bias))

@@ -41,7 +41,7 @@ from .rewrites import (
     project_windows,
     row_kernels_serve,
 )
-from .state import Seen, StreamState
+from .state import Seen, StreamState, copied
 
 ATTENTION = "neuroflow"
 DEFAULT_STREAM = "default"
@@ -230,11 +230,7 @@ class Engine:
             if seen.weights is weights:
                 changed = policies.changed(seen.windows, windows)
         if changed is None or changed.numel() > DENSE_PROJECTION * windows.shape[1]:
-            whole = project_windows(projection, windows)
-            if projected is None:
-                with torch.inference_mode(False):
-                    projected = torch.empty(whole.shape, dtype=whole.dtype)
-            projected.copy_(whole)
+            projected = copied(project_windows(projection, windows), projected)
         elif changed.numel():
             ends = torch.tensor([0, changed.numel()], dtype=torch.int32)
             fresh = project_windows(projection, gather_rows(windows, changed, ends, changed.numel()))

@@ -17,6 +17,14 @@ class Seen(NamedTuple):
     weights: object
 
 
+def copied(value: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
+    """`value` in the memory of `held`, or in new memory that later frames can update, in inference mode or not."""
+    if held is None:
+        with torch.inference_mode(False):
+            held = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return held.copy_(value)
+
+
 class StreamState:
     """What one stream carries from frame to frame.
 
@@ -49,11 +57,7 @@ class StreamState:
 
     def put(self, name: Hashable, value: torch.Tensor) -> None:
         """Replace a cache in full; value [1, rows, D]."""
-        if name not in self.tensors:
-            # A cache outlives the frame, so it must not become an inference tensor that later frames cannot update.
-            with torch.inference_mode(False):
-                self.tensors[name] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-        self.tensors[name].copy_(value)
+        self.tensors[name] = copied(value, self.tensors.get(name))
 
     def account(self, active: torch.Tensor | None, finite: bool) -> None:
         """Note that a frame encodes the patches `active`, int32 rows; None for all, as a key frame."""
