@@ -85,7 +85,7 @@ def flops(model, frames, patches, encoded):
     """
     anatomy = describe(model)
     linears = [module for layer in anatomy.layers for module in layer.modules() if isinstance(module, nn.Linear)]
-    attended = 2 * len(anatomy.layers) * (patches + anatomy.prefix) * anatomy.norm.weight.numel()
+    attended = 2 * len(anatomy.layers) * (patches + anatomy.prefix) * anatomy.last.weight.numel()
     weights = sum(linear.weight.numel() for linear in linears)
     return 2 * (frames * patches * anatomy.projection.weight.numel() + encoded * (weights + attended))
 

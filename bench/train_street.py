@@ -136,8 +136,8 @@ class Classifier(nn.Module):
         tokens = tokens + anatomy.tower.embeddings.position_embedding(positions)
         for layer in anatomy.layers:
             tokens = layer(tokens, None)
-        tokens = anatomy.norm(tokens)
-        pooled = anatomy.head(tokens).float()
+        tokens = anatomy.last(tokens)
+        pooled = anatomy.pool[0](tokens).float()
         cosine = F.normalize(pooled, dim=1) @ F.normalize(self.classes, dim=1).T
         return self.log_temperature.exp().clamp(max=50) * cosine, self.patches(tokens).float()
 

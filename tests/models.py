@@ -1,15 +1,36 @@
 """Models that the tests share: tiny random ones of every family, and the real ViT-Ti as a Hugging Face directory."""
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import neuroflow
 import torch
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTConfig,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    IJepaConfig,
+    IJepaModel,
     Siglip2VisionConfig,
     Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
 )
+from transformers.models.internvl import InternVLVisionConfig, InternVLVisionModel
 
 from bench.vit_tiny import vit_tiny as vit_tiny
 
@@ -17,15 +38,90 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "n
 PATCH = 8
 
 
+class Tiny(NamedTuple):
+    """A tiny model of one family.
+
+    Args:
+        make: native size in pixels -> a model with random weights, in 8-pixel patches.
+        inputs: frames [S, 3, H, W] -> the model's arguments.
+        sizes: it takes any size, not only its native one.
+        architectures: those that it can run.
+    """
+
+    make: Callable[[int], torch.nn.Module]
+    inputs: Callable[[torch.Tensor], dict]
+    sizes: bool = True
+    architectures: str = "ABCDE"
+
+
+def plain(pixels):
+    return {"pixel_values": pixels}
+
+
+def interpolated(pixels):
+    return {"pixel_values": pixels, "interpolate_pos_encoding": True}
+
+
+def naflex(frames):
+    """What SigLIP 2 takes for frames [3, H, W], of different sizes too, padded to the longest."""
+    windows, shapes = [], []
+    for frame in frames:
+        rows, columns = frame.shape[1] // PATCH, frame.shape[2] // PATCH
+        patches = frame.unflatten(2, (columns, PATCH)).unflatten(1, (rows, PATCH))
+        windows.append(patches.permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1))  # [N, PATCH * PATCH * 3]
+        shapes.append((rows, columns))
+    lengths = torch.tensor([len(each) for each in windows])
+    return {
+        "pixel_values": torch.nn.utils.rnn.pad_sequence(windows, batch_first=True),
+        "pixel_attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+        "spatial_shapes": torch.tensor(shapes),
+    }
+
+
+def of(model, config, inputs, sizes=True, **settings):
+    """A transformers model of the sizes that all have here."""
+
+    def make(size):
+        return model(config(**SIZES, **{"image_size": size, "patch_size": PATCH} | settings))
+
+    return Tiny(make, inputs, sizes)
+
+
+def _siglip2(size):
+    return Siglip2VisionModel(Siglip2VisionConfig(**SIZES, num_patches=(size // PATCH) ** 2, patch_size=PATCH))
+
+
+def _internvl(size):
+    config = InternVLVisionConfig(**SIZES, image_size=[size] * 2, patch_size=[PATCH] * 2, layer_scale_init_value=0.3)
+    return InternVLVisionModel(config)
+
+
+unpooled = functools.partial(functools.partial, add_pooling_layer=False)
+dinov2 = {"mlp_ratio": 2, "layerscale_value": 0.3}
+FAMILIES = {
+    "siglip": of(SiglipVisionModel, SiglipVisionConfig, interpolated),
+    "siglip2": Tiny(_siglip2, naflex),
+    "clip": of(CLIPVisionModel, CLIPVisionConfig, interpolated),
+    "vit": of(unpooled(ViTModel), ViTConfig, interpolated),
+    "deit": of(unpooled(DeiTModel), DeiTConfig, interpolated),
+    "ijepa": of(IJepaModel, IJepaConfig, interpolated),
+    "vit_mae": of(ViTMAEModel, ViTMAEConfig, interpolated, mask_ratio=0.0),
+    "dinov2": of(Dinov2Model, Dinov2Config, plain, **dinov2),
+    "dinov2 with swiglu": of(Dinov2Model, Dinov2Config, plain, **dinov2, use_swiglu_ffn=True),
+    "dinov2 with registers": of(
+        Dinov2WithRegistersModel, Dinov2WithRegistersConfig, plain, **dinov2, num_register_tokens=3
+    ),
+    "dinov3": of(DINOv3ViTModel, DINOv3ViTConfig, plain, num_register_tokens=2, layerscale_value=0.3),
+    "dinov3 gated": of(DINOv3ViTModel, DINOv3ViTConfig, plain, use_gated_mlp=True),
+    "aimv2": of(Aimv2VisionModel, Aimv2VisionConfig, plain, sizes=False),
+    "internvl": Tiny(_internvl, plain),
+}
+
+
 def tiny(family, size=48):
-    """A random model of `family` ("siglip", "siglip2", "vit") whose native input is size x size, in 8-pixel patches."""
+    """A random model of `family`, a key of FAMILIES, whose native input is size x size, in 8-pixel patches."""
     torch.manual_seed(0)
-    if family == "siglip":
-        model = SiglipVisionModel(SiglipVisionConfig(**SIZES, image_size=size, patch_size=PATCH))
-    elif family == "siglip2":
-        model = Siglip2VisionModel(Siglip2VisionConfig(**SIZES, num_patches=(size // PATCH) ** 2, patch_size=PATCH))
-    else:
-        model = ViTModel(ViTConfig(**SIZES, image_size=size, patch_size=PATCH), add_pooling_layer=False)
+    model = FAMILIES[family].make(size)
     # Freshly made models have zero biases and unit norms, which would hide a forgotten one.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,16 +137,7 @@ def exact(**settings):
 
 def inputs(family, pixels):
     """What a model of `family` takes for pixels [S, 3, H, W]."""
-    if family != "siglip2":
-        return {"pixel_values": pixels, "interpolate_pos_encoding": True}
-    rows, columns = pixels.shape[2] // PATCH, pixels.shape[3] // PATCH
-    windows = pixels.unflatten(3, (columns, PATCH)).unflatten(2, (rows, PATCH))
-    windows = windows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [S, N, PATCH * PATCH * 3]
-    return {
-        "pixel_values": windows,
-        "pixel_attention_mask": torch.ones(windows.shape[:2], dtype=torch.int64),
-        "spatial_shapes": torch.tensor([[rows, columns]] * len(pixels)),
-    }
+    return FAMILIES[family].inputs(pixels)
 
 
 def clip(frames=6, size=(48, 48), seed=0, changed=4):

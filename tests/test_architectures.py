@@ -133,7 +133,7 @@ def test_disabling_leaves_no_trace(family, arch):
 
 def test_disabling_puts_back_a_forward_of_the_users_own():
     model = tiny("siglip")
-    head = neuroflow.adapters.describe(model).head
+    head = neuroflow.adapters.describe(model).pool[0]
     theirs = head.forward
     head.forward = own = lambda *args: theirs(*args) + 1
     neuroflow.enable_cache(model)
@@ -218,9 +218,9 @@ def test_weights_that_torch_does_not_count_as_changed_take_effect_after_a_reset(
 def test_layers_used_by_themselves_behave_as_before():
     model, tokens = tiny("siglip"), torch.randn(1, 5, 64)
     anatomy = neuroflow.adapters.describe(model)
-    before = [anatomy.layers[0](tokens, None), anatomy.head(tokens)]
+    before = [anatomy.layers[0](tokens, None), anatomy.pool[0](tokens)]
     neuroflow.enable_cache(model)
-    after = [anatomy.layers[0](tokens, None), anatomy.head(tokens)]
+    after = [anatomy.layers[0](tokens, None), anatomy.pool[0](tokens)]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(after, before, strict=True))
 
 

@@ -69,8 +69,8 @@ def test_attention_of_the_pooled_output_is_what_the_stream_keeps():
             query = seen["q"][0, 0].view(4, 1, 16)
             expected = (query @ keys.transpose(1, 2) * attention.scaling).softmax(-1)[:, 0, 1:].mean(0)
         else:
-            head, tokens = neuroflow.adapters.describe(model).head.attention, state.tensors["output"]
-            probe = neuroflow.adapters.describe(model).head.probe
+            head, tokens = neuroflow.adapters.describe(model).pool[0].attention, state.tensors["output"]
+            probe = neuroflow.adapters.describe(model).pool[0].probe
             expected = head(probe, tokens, tokens, average_attn_weights=True)[1][0, 0]
         torch.testing.assert_close(state.attention, expected / expected.mean(), rtol=1e-4, atol=1e-5)
         neuroflow.disable_cache(model)

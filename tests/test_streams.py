@@ -5,7 +5,7 @@ import threading
 import neuroflow
 import pytest
 import torch
-from models import clip, exact, inputs, tiny
+from models import clip, exact, inputs, naflex, tiny
 from neuroflow.rewrites import project_windows
 
 ARCHITECTURES = ("A", "B", "C", "D", "E")
@@ -154,13 +154,47 @@ def test_bad_arguments_cost_nothing():
     assert neuroflow.summary(model).streams["a"].key_frames == 1
 
 
-def test_padding_is_refused():
+NAFLEX = {"wide": (32, 64), "tall": (56, 24), "square": (48, 48)}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_frames_of_different_shapes_in_one_padded_batch(arch):
+    """SigLIP 2 NaFlex: each stream as by itself, where nothing is padded."""
+    clips = {name: clip(size=size, seed=9, changed=5).double() for name, size in NAFLEX.items()}
+    model = tiny("siglip2").double()
+    neuroflow.enable_cache(model, exact(arch=arch, threshold=1e-4))
+    alone = {
+        name: [pooled(model, "siglip2", frame[None], [name]) for frame in frames] for name, frames in clips.items()
+    }
+    neuroflow.reset_cache(model)
+    for time in range(6):
+        with torch.inference_mode(), neuroflow.cache_context(model, *clips):
+            output = model(**naflex([frames[time] for frames in clips.values()]))
+        for stream, name in enumerate(clips):
+            expected = alone[name][time]
+            torch.testing.assert_close(output.pooler_output[stream : stream + 1], expected, rtol=0, atol=1e-10)
+    assert {name: stream.grid for name, stream in neuroflow.summary(model).streams.items()} == {
+        "wide": (4, 8),
+        "tall": (7, 3),
+        "square": (6, 6),
+    }
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_padding_is_the_unpatched_models_at_threshold_zero(arch):
     model = tiny("siglip2")
-    neuroflow.enable_cache(model)
-    arguments = inputs("siglip2", clip(frames=1))
-    arguments["spatial_shapes"] = torch.tensor([[5, 6]])
-    with pytest.raises(ValueError, match="without padding"):
-        model(**arguments)
+    arguments = naflex([clip(frames=1, size=size)[0] for size in NAFLEX.values()])
+    with torch.inference_mode():
+        dense = model(**arguments)
+        neuroflow.enable_cache(model, exact(arch=arch, threshold=0))
+        with neuroflow.cache_context(model, *NAFLEX):
+            ours = model(**arguments)
+    mask = arguments["pixel_attention_mask"].bool()
+    assert (ours.pooler_output - dense.pooler_output).abs().max() <= 1e-5 * dense.pooler_output.abs().max()
+    difference = (ours.last_hidden_state - dense.last_hidden_state)[mask].abs().max()
+    assert difference <= 1e-5 * dense.last_hidden_state[mask].abs().max()
+    if arch != "A":  # whose attention runs on padding too
+        assert not ours.last_hidden_state[~mask].any()
 
 
 @pytest.mark.parametrize("refresh", ["key", "rolling"])

@@ -16,7 +16,7 @@ class Tower:
     def __init__(self, model):
         self.anatomy = describe(model)
         self.prefix = self.anatomy.prefix
-        self.norm = self.anatomy.norm
+        self.norm = self.anatomy.last
         self.flops = 0
         parts = zip(self.anatomy.layers, self.anatomy.attentions, self.anatomy.mlps, strict=True)
         self.blocks = [Block(self, *each) for each in parts]
@@ -33,7 +33,7 @@ class Tower:
 
     def pool(self, outputs):
         """The frame's embedding [1, D] of outputs [1, T, D], which have gone through the last norm."""
-        return outputs[:, 0] if self.anatomy.head is None else self.anatomy.head(outputs)
+        return outputs[:, 0] if self.anatomy.pool is None else self.anatomy.pool[0](outputs)
 
 
 class Block:

@@ -2,7 +2,7 @@
 
 A patched tower runs its own forward. The engine stands at a few points of it: it reads the patch projection, packs the
 active tokens in front of a block [S, T, D] -> [1, M, D], serves attention and MLP from caches, and scatters the encoded
-tokens back after the last norm. An architecture is a choice of points:
+tokens back after the last module that takes each by itself. An architecture is a choice of points:
 
     mlp       packs in front of each MLP and restores after it
     active    packs in front of the first block; the rest is gone
@@ -14,6 +14,7 @@ With every patch active nothing is packed and the tower runs as it would unpatch
 CPU packed tokens go through `linear_rows` and `attend_rows` where those have fast kernels.
 """
 
+import functools
 import inspect
 import itertools
 import warnings
@@ -36,6 +37,7 @@ from .rewrites import (
     are_few,
     attention_pool,
     fold_head,
+    is_foldable,
     is_patch_projection,
     patch_windows,
     project_windows,
@@ -48,47 +50,95 @@ DEFAULT_STREAM = "default"
 DENSE_PROJECTION = 0.75  # of the patches; above it, picking out the changed ones gains nothing
 
 
-class Frame:
-    """One pass through the tower: a batch of frames, one of each stream in `states`."""
+def split(values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    """Values of several streams, as a batch or end to end, as [1, count, D] of each; padding is left out."""
+    rows = values.flatten(0, -2)
+    if rows.shape[0] == sum(counts):
+        return [part[None] for part in rows.split(counts)]
+    return [part[None, :count] for part, count in zip(values.flatten(1, -2), counts, strict=True)]
 
-    def __init__(self, engine: "Engine", states: list[StreamState], arguments: dict[str, Any]) -> None:
+
+class Frame:
+    """One pass through the tower: a batch of frames, one of each stream in `states`.
+
+    Tokens come from the tower as [S, T, D], [S, rows, columns, D] or end to end as [sum of T, D]. Packed they are
+    [1, M, D], the active tokens of one stream after those of another.
+    """
+
+    def __init__(
+        self, engine: "Engine", states: list[StreamState], grids: list[Grid], order: list[torch.Tensor] | None
+    ) -> None:
         self.engine = engine
         self.states = states
-        self.arguments = arguments
+        self.grids = grids
+        self.order = order
+        self.patches = [rows * columns for rows, columns in grids]  # of each stream
+        self.counts = [engine.anatomy.prefix + count for count in self.patches]  # of tokens
+        self.positions: Any = None
         self.projected: torch.Tensor | None = None
         self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
         self.attention: list[torch.Tensor | None] = [None] * len(states)
         self.finite: list[bool] = []
-        self.partial = False  # some patch of some stream is not encoded
+        self.padded = False  # some rows of the batch are no tokens
+        self.partial = False  # some of its rows are not encoded
         self.packed = False  # the residual stream holds active tokens only
         self.row_kernels = False  # what is partial is multiplied by the kernels for few rows
 
     def select(self, active: list[torch.Tensor | None], tokens: torch.Tensor) -> None:
-        """Take each stream's active tokens among tokens [S, T, D]: int32 rows of its T, or None for all of them."""
-        self.partial = any(rows is not None for rows in active)
+        """Take each stream's active tokens among all of `tokens`: int32 rows of its T, or None for all of them."""
+        self.shape = tokens.shape
+        width = tokens.shape[1:-1].numel()  # rows of `tokens` from one stream to the next, if they are a batch
+        self.starts = [
+            stream * width if tokens.ndim > 2 else sum(self.counts[:stream]) for stream in range(len(self.counts))
+        ]
+        self.padded = tokens.ndim > 2 and any(count != width for count in self.counts)
+        self.partial = self.padded or any(rows is not None for rows in active)
         if not self.partial:
             return
         self.active = active
         self.row_kernels = row_kernels_serve(tokens)
-        count, device = tokens.shape[1], tokens.device
-        whole = torch.arange(count, dtype=torch.int32, device=device)
-        rows = [whole if chosen is None else chosen for chosen in active]
-        self.lengths = [chosen.numel() for chosen in rows]
+        device = tokens.device
+        self.rows = [
+            torch.arange(count, dtype=torch.int32, device=device) if chosen is None else chosen
+            for count, chosen in zip(self.counts, active, strict=True)
+        ]
+        self.lengths = [chosen.numel() for chosen in self.rows]
         self.offsets = [0, *itertools.accumulate(self.lengths)]
-        self.index = torch.cat([chosen + stream * count for stream, chosen in enumerate(rows)])
+        self.index = torch.cat([chosen + start for start, chosen in zip(self.starts, self.rows, strict=True)])
         self.cu_seqlens = torch.tensor(self.offsets, dtype=torch.int32, device=device)
         self.ends = torch.tensor([[0, length] for length in self.lengths], dtype=torch.int32, device=device)
 
     def pack(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[S, T, D] -> [1, M, D]"""
-        return gather_rows(tokens, self.index, self.cu_seqlens, self.offsets[-1])[None]
+        """All tokens -> [1, M, D]"""
+        return gather_rows(tokens.flatten(0, -2)[None], self.index, self.cu_seqlens, self.offsets[-1])[None]
+
+    def pack_positions(self, value: Any) -> Any:
+        """The value of the blocks' argument for rotary positions, for the packed tokens."""
+        if self.positions is None:
+            self.positions = self.engine.anatomy.rotary[1](value, self._take)
+        return self.positions
+
+    def _take(self, table: torch.Tensor, fill: float) -> torch.Tensor:
+        prefix = self.engine.anatomy.prefix
+        if self.shape[:-1] == table.shape[:-1]:
+            return table[self.index]  # streams end to end
+        table = nn.functional.pad(table, (0, 0, prefix, 0), value=fill)
+        return table[torch.cat(self.rows)]
+
+    def heads(self, heads: torch.Tensor) -> list[torch.Tensor]:
+        """Queries, keys or values of all streams as [1, heads, rows, head_dim] of each."""
+        lengths = self.lengths if self.packed else self.counts
+        if not self.packed and heads.shape[0] == len(lengths):
+            return [part[:, :, :length] for part, length in zip(heads.split(1), lengths, strict=True)]
+        return list(heads.split(lengths, 2))
 
     def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
-        """Bring the cache `name` of every stream up to date with tokens [S, T, D], or [1, M, D] in a partial frame."""
+        """Bring the cache `name` of every stream up to date with all tokens, or [1, M, D] in a partial frame."""
+        if not self.partial:
+            for state, fresh in zip(self.states, split(tokens, self.counts), strict=True):
+                state.put(name, fresh)
+            return
         for stream, state in enumerate(self.states):
-            if not self.partial:
-                state.put(name, tokens[stream : stream + 1])
-                continue
             fresh = tokens[:, self.offsets[stream] : self.offsets[stream + 1]]
             if self.active[stream] is None:
                 state.put(name, fresh)
@@ -98,10 +148,18 @@ class Frame:
                 if blend < 1:
                     cache[:, :prefix] = fresh[:, :prefix]  # CLS and registers follow every frame
 
-    def cached(self, name: Hashable) -> torch.Tensor:
-        """The cache `name` of all streams, [S, T, D]; for one stream the cache itself."""
+    def restored(self, name: Hashable) -> torch.Tensor:
+        """The cache `name` of all streams in the shape that the tower's tokens came in, zeros where they are padding.
+
+        A copy: the caller may keep what it gets, and the caches go on changing.
+        """
         caches = [state.tensors[name] for state in self.states]
-        return caches[0] if len(caches) == 1 else torch.cat(caches)
+        if not self.padded:
+            return torch.cat(caches, 1).unflatten(1, self.shape[:-1])[0]
+        tokens = caches[0].new_zeros(self.shape)
+        for row, cache in zip(tokens.flatten(1, -2), caches, strict=True):
+            row[: cache.shape[1]] = cache[0]
+        return tokens
 
     def pad(self, tokens: torch.Tensor) -> torch.Tensor:
         """[1, M, D] -> [S, longest, D], zeros past each stream's own."""
@@ -127,12 +185,17 @@ class Engine:
         self.mid_layer = depth // 2 - 1 if config.mid_layer is None else config.mid_layer
         if config.arch == "midlayer" and self.mid_layer >= depth - 1:
             raise ValueError(f"mid_layer is {self.mid_layer}; accepted is less than {depth - 1}, the last block")
+        if config.arch == "active" and anatomy.needs_every_token:
+            raise ValueError(
+                f"arch is 'active'; {type(anatomy.tower).__name__} makes a map of all patches, so accepted is one that "
+                "serves the others too: 'context', 'dual', 'midlayer' or 'mlp'"
+            )
         self.decay = {"refreshed": 0.0, "previous": 1.0}.get(config.reference, config.ema_decay)
         # What the pooled output reads in the last blocks tells best what it reads of a patch altogether.
         self.watched = (
             range(depth - max(depth // 3, 1), depth) if anatomy.prefix and config.score == "staleness" else ()
         )
-        self.signature = inspect.signature(anatomy.tower.forward)
+        self.signatures = {entry: inspect.signature(getattr(anatomy.tower, entry)) for entry in anatomy.entries}
         self.layer_of = {module: layer for layer, module in enumerate(anatomy.attentions)}
         self.attention_name: str | None = None
         self.kept: dict[Hashable, tuple[list, Any]] = {}  # by `derived`
@@ -143,25 +206,37 @@ class Engine:
     def points(self) -> list[tuple[nn.Module, str, Callable]]:
         """(module, method, replacement that takes the original first) for everything this architecture needs."""
         anatomy, arch = self.anatomy, self.config.arch
-        points: list[tuple[nn.Module, str, Callable]] = [
-            (anatomy.tower, "forward", self.on_tower),
-            (anatomy.projection, "forward", self.on_projection),
-            (anatomy.layers[0], "forward", self.on_first_layer),
-        ]
-        if hasattr(anatomy.tower.embeddings, "interpolate_pos_encoding"):
-            points.append((anatomy.tower.embeddings, "interpolate_pos_encoding", self.on_positions))
-        if anatomy.head is not None:
-            points.append((anatomy.head, "forward", self.on_head))
-        for part in (*anatomy.layers, *([] if anatomy.head is None else [anatomy.head])):
+        points: list[tuple[nn.Module, str, Callable]] = []
+        for entry in anatomy.entries:
+            points.append((anatomy.tower, entry, lambda *args, entry=entry, **kw: self.on_tower(entry, *args, **kw)))
+        if anatomy.rotary is not None:  # inside of what packs
+            points += [(layer, "forward", self.on_rotary) for layer in anatomy.layers]
+        points.append((anatomy.layers[0], "forward", self.on_first_layer))
+        if anatomy.projection is not None:
+            points.append((anatomy.projection, "forward", self.on_projection))
+        for table in anatomy.tables:
+            points.append((*table, lambda *args, table=table: self.on_table(table, *args)))
+        for module, method, override in anatomy.overrides:
+            points.append((module, method, lambda *args, to=override, **kwargs: self.on_override(to, *args, **kwargs)))
+        with_linears = [*anatomy.layers]
+        if anatomy.pool is not None:
+            points.append((*anatomy.pool, self.on_pool))
+            with_linears += [anatomy.pool[0]] if is_foldable(anatomy.pool[0]) else []
+        for part in with_linears:
             for module in part.modules():
                 if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
                     points.append((module, "forward", lambda *args, module=module: self.on_linear(module, *args)))
+        if anatomy.attention is not None:
+            for module in anatomy.attentions:
+                points.append(
+                    (module, "forward", lambda *args, module=module, **kw: self.on_attention(module, *args, **kw))
+                )
         if arch == "mlp":
             for layer, (first, last) in enumerate(anatomy.mlps):
                 points.append((first, "forward", self.on_mlp_input))
                 points.append((last, "forward", lambda *args, layer=layer: self.on_mlp_output(layer, *args)))
         else:
-            points.append((anatomy.norm, "forward", self.on_norm))
+            points.append((anatomy.last, "forward", self.on_last))
         if arch == "midlayer":
             points.append((anatomy.layers[self.mid_layer + 1], "forward", self.on_later_layer))
         return points
@@ -171,19 +246,23 @@ class Engine:
             self._warned.add(message)
             warnings.warn(f"neuroflow: {message}", RuntimeWarning, stacklevel=2)
 
-    def on_tower(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        arguments = self.signature.bind(*args, **kwargs).arguments
-        pixels, names = arguments.get("pixel_values"), self.named.get()
-        if not isinstance(pixels, torch.Tensor):
-            raise ValueError(f"pixel_values is {pixels!r}; accepted is a tensor, one frame of each stream")
-        count = pixels.shape[0]
-        if count != len(names):
+    def on_tower(self, entry: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        if _frame.get() is not None and _frame.get().engine is self:
+            return forward(*args, **kwargs)  # one entry calls another
+        signature, names = self.signatures[entry], self.named.get()
+        arguments = signature.bind(*args, **kwargs).arguments
+        name = next(iter(signature.parameters))
+        if not isinstance(arguments.get(name), torch.Tensor):
+            raise ValueError(f"{name} is {arguments.get(name)!r}; accepted is a tensor, one frame of each stream")
+        grids = self.anatomy.grids(arguments)
+        if len(grids) != len(names):
             raise ValueError(
-                f"pixel_values holds {count} frames, and the context names {len(names)} stream(s); accepted is one "
+                f"{name} holds {len(grids)} frames, and the context names {len(names)} stream(s); accepted is one "
                 "frame of each stream: neuroflow.encode(model, pixels, stream_ids=[...]) names them"
             )
         states = [self.streams.get(name) or StreamState(name) for name in names]
-        frame = Frame(self, states, arguments)
+        order = None if self.anatomy.order is None else self.anatomy.order(arguments)
+        frame = Frame(self, states, grids, order)
         token = _frame.set(frame)
         try:
             with torch.no_grad():
@@ -210,8 +289,7 @@ class Engine:
             frame.pixels = torch.cat(windows)
         rows = [self._project(*of) for of in zip(frame.states, windows, strict=True)]  # [1, N, D] each
         projected = rows[0] if len(rows) == 1 else torch.cat(rows)
-        columns = pixels.shape[3] // projection.kernel_size[1]
-        frame.projected = projected.transpose(1, 2).unflatten(2, (-1, columns))
+        frame.projected = projected.transpose(1, 2).unflatten(2, frame.grids[0])
         return frame.projected
 
     def _project(self, state: StreamState, windows: torch.Tensor) -> torch.Tensor:
@@ -238,18 +316,33 @@ class Engine:
         state.seen = Seen(windows, projected, weights)
         return projected
 
-    def on_positions(self, interpolate: Callable, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """The positional table interpolated to a size is kept."""
-        table = self.anatomy.tower.embeddings
-        key = ("positions", embeddings.shape[1], height, width)
-        return self.derived(table, key, lambda: interpolate(embeddings, height, width))
+    def on_table(self, table: tuple[nn.Module, str], compute: Callable, *args: Any) -> Any:
+        if _frame.get() is None:
+            return compute(*args)
+        shapes = [(arg.shape, arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        return self.derived(table[0], (*table, *shapes), lambda: compute(*args))
+
+    def on_override(self, override: Callable, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs) if _frame.get() is None else override(original, *args, **kwargs)
+
+    def on_rotary(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        frame, name = _frame.get(), self.anatomy.rotary[0]
+        if frame is not None and frame.packed and kwargs.get(name) is not None:
+            kwargs[name] = frame.pack_positions(kwargs[name])
+        return forward(*args, **kwargs)
+
+    def on_attention(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        frame = _frame.get()
+        if frame is None:
+            return forward(*args, **kwargs)
+        return self.anatomy.attention(module, functools.partial(self.attend, frame, module), *args, **kwargs)
 
     def derived(self, module: nn.Module, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute` makes of the weights of `module`: kept until they change."""
-        parameters = list(module.parameters())
-        if any(parameter.is_inference() for parameter in parameters):
+        tensors = [*module.parameters(), *module.buffers()]
+        if any(tensor.is_inference() for tensor in tensors):
             return compute()  # such weights do not count their changes
-        weights = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        weights = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         if self.kept.get(key, (None,))[0] != weights:
             self.kept[key] = weights, compute()
         return self.kept[key][1]
@@ -282,32 +375,39 @@ class Engine:
         if frame is None:
             return increments
         frame.store(("increment", layer), increments)
-        return frame.cached(("increment", layer)) if frame.partial else increments
+        return frame.restored(("increment", layer)) if frame.partial else increments
 
-    def on_norm(self, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
-        frame, outputs = _frame.get(), forward(tokens)
+    def on_last(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        frame, result = _frame.get(), forward(*args, **kwargs)
         if frame is None:
-            return outputs
-        if self.config.arch == "active":
-            return frame.pad(outputs) if frame.packed else outputs
-        frame.store("output", outputs, self.config.blend)
+            return result
+        outputs = result[0] if isinstance(result, tuple) else result
+        if self.config.arch != "active":
+            frame.store("output", outputs, self.config.blend)
         if not frame.packed:
-            return outputs
-        # A copy, of one stream too: the caller may keep what it gets, and the caches go on changing.
-        return torch.cat([state.tensors["output"] for state in frame.states])
+            return result
+        outputs = frame.pad(outputs) if self.config.arch == "active" else frame.restored("output")
+        return (outputs, *result[1:]) if isinstance(result, tuple) else outputs
 
-    def on_head(self, forward: Callable, tokens: torch.Tensor, *args: Any) -> torch.Tensor:
+    def on_pool(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         frame = _frame.get()
         if frame is None:
-            return forward(tokens, *args)
-        head = self.anatomy.head
-        folded = self.derived(head, "head", lambda: fold_head(head))
+            return forward(tokens, *args, **kwargs)
         if self.config.arch == "active" and frame.packed:
-            return attention_pool(head, folded, tokens, frame.lengths)[0]
-        pooled, attention = attention_pool(head, folded, tokens)
-        if self.config.score == "staleness":
-            frame.attention = list(attention)
-        return pooled
+            lengths = frame.lengths
+        else:
+            lengths = frame.counts if frame.padded else None
+        head = self.anatomy.pool[0]
+        if is_foldable(head):
+            folded = self.derived(head, "head", lambda: fold_head(head))
+            pooled, attention = attention_pool(head, folded, tokens, lengths)
+            if self.config.score == "staleness" and self.config.arch != "active":
+                frame.attention = [row[:count] for row, count in zip(attention, frame.counts, strict=True)]
+            return pooled
+        if lengths is None:
+            return forward(tokens, *args, **kwargs)
+        own = [tokens[stream : stream + 1, :length] for stream, length in enumerate(lengths)]
+        return torch.cat([forward(each, *args, **kwargs) for each in own])
 
     def attend(
         self,
@@ -317,37 +417,51 @@ class Engine:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
+        product: Callable | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention as the model had it, from the active queries to what this architecture lets them see.
 
-        query, key, value: [S, heads, T, head_dim], or [1, heads, M, head_dim] when packed.
+        Args:
+            query, key, value: [S, heads, T, head_dim], or [1, heads, rows of all streams, head_dim] when packed or end
+                to end.
+            product: (query [1, heads, M, head_dim] of one stream, key and value [1, heads, K, head_dim], rows of the
+                queries and rows of the keys among its tokens, int32 or None for all, its grid) -> [1, M, heads,
+                head_dim], for attention that is not simply from every query to every key.
+            kwargs: handed to transformers' attention function; `scaling` is of the products.
+
+        Returns:
+            [S, T, heads, head_dim], or [1, rows of all streams, heads, head_dim] when packed or by `product`; and
+            attention weights or None.
         """
-        attention = ALL_ATTENTION_FUNCTIONS.get(self.attention_name, ALL_ATTENTION_FUNCTIONS["sdpa"])
+        name = "sdpa" if self.attention_name == ATTENTION else self.attention_name
+        attention = ALL_ATTENTION_FUNCTIONS.get(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
         context, layer = self.config.arch == "context", self.layer_of[module]
         if context:
             frame.store(("key", layer), key.transpose(1, 2).flatten(2))
             frame.store(("value", layer), value.transpose(1, 2).flatten(2))
         watched = layer in self.watched and (context or not frame.packed)
-        if not frame.packed:
+        if not frame.packed and product is None:
             if watched:
                 for stream in range(len(frame.states)):
-                    self._watch(frame, stream, query[stream, :, 0], key[stream], module.scaling)
+                    self._watch(frame, stream, query[stream, :, 0], key[stream], kwargs["scaling"])
             return attention(module, query, key, value, mask, **kwargs)
         outputs = []
-        for stream, (state, start, stop) in enumerate(
-            zip(frame.states, frame.offsets, frame.offsets[1:], strict=False)
-        ):
-            queries, keys, values = query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
+        parts = [frame.heads(heads) for heads in (query, key, value)]
+        for stream, (state, queries, keys, values) in enumerate(zip(frame.states, *parts, strict=True)):
+            rows = key_rows = frame.rows[stream] if frame.packed else None
             if context:
                 keys = state.tensors["key", layer].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
                 values = state.tensors["value", layer].unflatten(2, (value.shape[1], -1)).transpose(1, 2)
+                key_rows = None
             if watched:
-                self._watch(frame, stream, query[0, :, start], keys[0], module.scaling)
+                self._watch(frame, stream, queries[0, :, 0], keys[0], kwargs["scaling"])
             # Packed tokens of one stream only see tokens of that stream, none of which is padding.
-            if frame.row_kernels:
-                rows = (tensor[0].transpose(0, 1) for tensor in (queries, keys, values))  # [*, heads, head_dim]
-                outputs.append(attend_rows(*rows, kwargs.get("scaling"))[None])
+            if product is not None:
+                outputs.append(product(queries, keys, values, rows, key_rows, frame.grids[stream]))
+            elif frame.row_kernels:
+                lying = (heads[0].transpose(0, 1) for heads in (queries, keys, values))  # [*, heads, head_dim]
+                outputs.append(attend_rows(*lying, kwargs.get("scaling"))[None])
             else:
                 outputs.append(attention(module, queries, keys, values, None, **kwargs)[0])
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None
@@ -367,30 +481,41 @@ class Engine:
 
     def _gate(self, frame: Frame, tokens: torch.Tensor) -> None:
         """Choose each stream's active patches, move the references on, and account for it."""
-        grid, prefix = self.anatomy.grid(frame.projected, frame.arguments), self.anatomy.prefix
-        if self.config.signal == "pixel":
-            signal = frame.pixels
-        elif self.config.signal == "embedding":
-            signal = tokens[:, prefix:]
-        elif frame.projected.ndim == 4:
-            signal = frame.projected.flatten(2).transpose(1, 2)
-        else:
-            signal = frame.projected
+        prefix = self.anatomy.prefix
+        signals = self._signals(frame, tokens)
         surprises = [
-            self._surprise(state, h, grid) for state, h in zip(frame.states, signal.split(1), strict=True)
+            self._surprise(state, h, grid) for state, h, grid in zip(frame.states, signals, frame.grids, strict=True)
         ]  # [N] each, None for a key frame
-        chosen = self._choose(frame.states, surprises, grid)
+        chosen = self._choose(frame, surprises)
         leading = torch.arange(prefix, dtype=torch.int32, device=tokens.device)
         rows: list[torch.Tensor | None] = []
-        for state, h, surprise, index in zip(frame.states, signal.split(1), surprises, chosen, strict=True):
+        for stream, (state, h, surprise, index) in enumerate(
+            zip(frame.states, signals, surprises, chosen, strict=True)
+        ):
             finite = bool((h.sum(dtype=torch.float32) if surprise is None else surprise.amax()).isfinite())
             if not finite:
                 self.warn_once(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
             self._refresh(state, h, index)
             state.account(index, finite)
             frame.finite.append(finite)
+            if index is not None and frame.order is not None:
+                index = frame.order[stream].argsort()[index].sort().values.int()
             rows.append(None if index is None or index.numel() == h.shape[1] else torch.cat((leading, index + prefix)))
         frame.select(rows, tokens)
+
+    def _signals(self, frame: Frame, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """What the gate compares of each stream, [1, N, D] in row-major order."""
+        if self.config.signal == "pixel":
+            signals = split(frame.pixels, frame.patches)
+        elif self.config.signal == "embedding" or frame.projected is None:
+            signals = [own[:, self.anatomy.prefix :] for own in split(tokens, frame.counts)]
+        elif frame.projected.ndim == 4:
+            signals = split(frame.projected.flatten(2).transpose(1, 2), frame.patches)
+        else:
+            signals = split(frame.projected, frame.patches)
+        if frame.order is None:
+            return signals
+        return [h[:, order.argsort()] for h, order in zip(signals, frame.order, strict=True)]
 
     def _surprise(self, state: StreamState, h: torch.Tensor, grid: Grid) -> torch.Tensor | None:
         """One stream's surprise [N] at its patches h [1, N, D]; None where it needs a key frame.
@@ -414,32 +539,33 @@ class Engine:
         # A cosine can round to just above 1.
         return surprise[0].clamp_min(0)
 
-    def _choose(
-        self, states: list[StreamState], surprises: list[torch.Tensor | None], grid: Grid
-    ) -> list[torch.Tensor | None]:
+    def _choose(self, frame: Frame, surprises: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Each stream's active patches, ascending int32, or None for a key frame."""
-        config, patches = self.config, grid[0] * grid[1]
-        chosen: list[torch.Tensor | None] = [None] * len(states)
+        config = self.config
+        chosen: list[torch.Tensor | None] = [None] * len(surprises)
         gated = [stream for stream, surprise in enumerate(surprises) if surprise is not None]
-        if not gated:
-            return chosen
-        scores = torch.stack([self._score(states[stream], surprises[stream], grid) for stream in gated])
+        for grid in dict.fromkeys(frame.grids[stream] for stream in gated):
+            alike = [stream for stream in gated if frame.grids[stream] == grid]
+            scores = torch.stack([self._score(frame.states[stream], surprises[stream], grid) for stream in alike])
+            for stream, active in zip(alike, self._active(scores, grid), strict=True):
+                if not policies.is_cut(surprises[stream], active.numel(), config.cut_share, config.cut_surprise):
+                    chosen[stream] = active
+        return chosen
+
+    def _active(self, scores: torch.Tensor, grid: Grid) -> list[torch.Tensor]:
+        """The active patches, ascending int32, of each of the streams of one grid that have the scores [S, N]."""
+        config, (streams, patches) = self.config, scores.shape
         budget = config.tokens_per_frame(patches)
         if config.share_budget:
             for row in scores:
                 row[row.topk(min(self.floor, patches)).indices] = torch.inf
-            scores, budget = scores.view(1, -1), budget * len(gated)
+            scores, budget = scores.view(1, -1), budget * streams
         index, cu_seqlens = compact(scores, config.threshold, budget, self.floor)
         index = index[: int(cu_seqlens[-1])]
-        starts = torch.arange(len(gated) + 1, dtype=torch.int32, device=index.device) * patches
+        starts = torch.arange(streams + 1, dtype=torch.int32, device=index.device) * patches
         bounds = torch.searchsorted(index, starts).tolist()
-        for number, stream in enumerate(gated):
-            active = index[bounds[number] : bounds[number + 1]] - number * patches
-            if config.dilation:
-                active = policies.dilated(active, grid, config.dilation)
-            if not policies.is_cut(surprises[stream], active.numel(), config.cut_share, config.cut_surprise):
-                chosen[stream] = active
-        return chosen
+        active = [index[bounds[stream] : bounds[stream + 1]] - stream * patches for stream in range(streams)]
+        return [policies.dilated(each, grid, config.dilation) for each in active] if config.dilation else active
 
     def _score(self, state: StreamState, surprise: torch.Tensor, grid: Grid) -> torch.Tensor:
         """What the rule reads, [N]: infinite where a patch's age or a NaN forces it."""

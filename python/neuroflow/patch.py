@@ -65,11 +65,12 @@ def enable_cache(model: nn.Module, config: NeuroFlowConfig | str | Path | None =
             f"{type(model).__name__} is already patched, with {patched.config}; call neuroflow.disable_cache first"
         )
     engine = Engine(anatomy, config)
-    model_config = anatomy.attentions[0].config
-    engine.attention_name = model_config._attn_implementation
     for module, method, replacement in engine.points():
         setattr(module, method, functools.partial(replacement, getattr(module, method)))
-    model_config._attn_implementation = ATTENTION
+    if anatomy.attention is None:
+        model_config = anatomy.attentions[0].config
+        engine.attention_name = model_config._attn_implementation
+        model_config._attn_implementation = ATTENTION
     setattr(anatomy.tower, _ENGINE, engine)
 
 
@@ -88,7 +89,8 @@ def disable_cache(model: nn.Module) -> None:
         delattr(module, method)
         if getattr(module, method) != original:
             setattr(module, method, original)
-    engine.anatomy.attentions[0].config._attn_implementation = engine.attention_name
+    if engine.anatomy.attention is None:
+        engine.anatomy.attentions[0].config._attn_implementation = engine.attention_name
     delattr(engine.anatomy.tower, _ENGINE)
 
 

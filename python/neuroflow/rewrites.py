@@ -63,6 +63,11 @@ def project_windows(convolution: nn.Conv2d, windows: torch.Tensor) -> torch.Tens
     return F.linear(windows, weight, convolution.bias)
 
 
+def is_foldable(head: nn.Module) -> bool:
+    """Whether `head` is a pooling head that `fold_head` knows: one learned probe that attends to all tokens."""
+    return hasattr(head, "probe") and isinstance(getattr(head, "attention", None), nn.MultiheadAttention)
+
+
 class FoldedHead(NamedTuple):
     """What `attention_pool` multiplies by, in float32 or wider: scores are tokens times probe [heads, D], and the
     weighted sums of tokens go through value_weight [heads, head_dim, D] and value_bias [D].

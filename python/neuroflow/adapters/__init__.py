@@ -1,38 +1,110 @@
-"""What the engine needs to know of a model: where its parts are. One file for each family of models."""
+"""What the engine needs to know of a model: where its parts are. One file for each kind of tower."""
 
+import importlib.metadata
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import nn
 
+from .aimv2 import aimv2
 from .anatomy import Anatomy, Grid
+from .clip import clip
+from .dino import dinov2, dinov3
+from .internvl import internvl
+from .missing import missing_parts
 from .siglip import siglip
-from .vit import vit
+from .vit import vit, vit_mae
 
-# By the class of the module that turns pixels into tokens: it kept its name where the modules around it moved between
-# releases of transformers.
-ADAPTERS: dict[str, Callable[[nn.Module], Anatomy]] = {
-    "SiglipVisionEmbeddings": siglip,
-    "Siglip2VisionEmbeddings": siglip,
-    "ViTEmbeddings": vit,
-}
+Adapter = Callable[[nn.Module], Anatomy]
+
+
+class Family(NamedTuple):
+    """Models that one adapter describes.
+
+    Args:
+        name: what the family is called. library: the package that its towers come from.
+        found_by: class names there, of a tower or of its `embeddings`. The latter kept theirs where the modules around
+            them moved between releases of transformers.
+        adapter: tower -> Anatomy.
+        architectures: the letters of those that it can run.
+    """
+
+    name: str
+    library: str
+    found_by: tuple[str, ...]
+    adapter: Adapter
+    architectures: str = "ABCDE"
+
+    def knows(self, module: nn.Module) -> bool:
+        """Whether `module` is such a tower."""
+        kinds = (type(module), type(getattr(module, "embeddings", None)))
+        return any(
+            kind.__module__.partition(".")[0] == self.library and kind.__name__ in self.found_by for kind in kinds
+        )
+
+
+FAMILIES = (
+    Family("SigLIP", "transformers", ("SiglipVisionEmbeddings",), siglip),
+    Family("SigLIP 2, fixed and NaFlex", "transformers", ("Siglip2VisionEmbeddings",), siglip),
+    Family("CLIP", "transformers", ("CLIPVisionEmbeddings",), clip),
+    Family("ViT", "transformers", ("ViTEmbeddings",), vit),
+    Family("DeiT", "transformers", ("DeiTEmbeddings",), vit),
+    Family("I-JEPA", "transformers", ("IJepaEmbeddings",), vit),
+    Family("ViT-MAE encoder", "transformers", ("ViTMAEEmbeddings",), vit_mae),
+    Family("DINOv2", "transformers", ("Dinov2Embeddings", "Dinov2WithRegistersEmbeddings"), dinov2),
+    Family("DINOv3 ViT", "transformers", ("DINOv3ViTEmbeddings",), dinov3),
+    Family("AIMv2", "transformers", ("Aimv2VisionEmbeddings",), aimv2),
+    Family("InternVL", "transformers", ("InternVLVisionEmbeddings",), internvl),
+)
+_registered: dict[type[nn.Module], Family] = {}
+
+
+def supported_models() -> tuple[Family, ...]:
+    """The families that `enable_cache` takes, those of `register_adapter` last."""
+    return FAMILIES + tuple(_registered.values())
+
+
+def register_adapter(tower: type[nn.Module], adapter: Adapter) -> None:
+    """Teach `enable_cache` a tower of your own.
+
+    Args:
+        tower: the class of the module that takes frames; it comes before whatever NeuroFlow knows of that class.
+        adapter: such a module -> `neuroflow.Anatomy`, which says where its parts are.
+
+    Raises:
+        TypeError: `tower` is no class of modules.
+    """
+    if not (isinstance(tower, type) and issubclass(tower, nn.Module)):
+        raise TypeError(f"tower is {tower!r}; accepted is a subclass of torch.nn.Module")
+    _registered[tower] = Family(tower.__name__, tower.__module__.partition(".")[0], (tower.__name__,), adapter)
 
 
 def describe(model: nn.Module) -> Anatomy:
     """The anatomy of `model`'s vision tower, wherever in the model it lies.
 
     Raises:
-        TypeError: `model` is no module, or has no vision tower of a supported family.
+        TypeError: `model` is no module, has no vision tower of a supported family, or one that is built otherwise than
+            its adapter expects.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {model!r} ({type(model).__name__}); accepted is a torch.nn.Module")
     for module in model.modules():
-        adapter = ADAPTERS.get(type(getattr(module, "embeddings", None)).__name__)
-        if adapter is not None:
-            return adapter(module)
+        family = _registered.get(type(module)) or next((family for family in FAMILIES if family.knows(module)), None)
+        if family is None:
+            continue
+        try:
+            return family.adapter(module)
+        except AttributeError as error:
+            library = family.library
+            if family in FAMILIES:
+                library += f" {importlib.metadata.version(library)}"
+            message = f"{type(module).__name__} of {library} is not built as the adapter of {family.name} expects"
+            raise TypeError(f"{message}: {error}") from error
+    names = ", ".join(f"{family.name} ({family.library})" for family in supported_models())
     raise TypeError(
-        f"{type(model).__name__} has no vision tower that NeuroFlow knows; supported are SigLIP, SigLIP 2 and ViT of "
-        "transformers"
+        f"{type(model).__name__} has no vision tower that NeuroFlow knows; supported are {names}. "
+        f"neuroflow.register_adapter takes another. {missing_parts(model)}"
     )
 
 
-__all__ = ["ADAPTERS", "Anatomy", "Grid", "describe"]
+__all__ = ["FAMILIES", "Anatomy", "Family", "Grid", "describe", "register_adapter", "supported_models"]

@@ -13,26 +13,75 @@ class Anatomy:
     """The parts of one vision tower, found in a model's structure and never replaced.
 
     Args:
-        tower: the module whose forward takes a batch of frames.
-        projection: maps pixels to one vector a patch, before the positional embedding.
-        layers: the blocks, in order; each maps tokens [S, T, D] to tokens [S, T, D] as its first argument and result.
-        attentions: of each block, the module that calls transformers' attention interface.
-        mlps: of each block, the first and the last linear of its MLP.
-        norm: the module through which every token goes after the last block.
-        head: an attention pooling head with a learned probe, or None.
+        tower: the module that takes a batch of frames as the first argument of its `entries`.
+        projection: maps pixels to one vector a patch, before the positional embedding: [S, D, rows, columns],
+            [S, N, D], or [N of all frames, D]. None: the gate sees the tokens in front of the first block instead.
+        layers: the blocks, in order; each maps tokens to tokens as its first argument and result.
+        attentions: of each block, the module that calls transformers' attention interface, or that `attention` stands
+            in for.
+        mlps: of each block, where its MLP begins and ends: the MLP itself twice, or its first and last linear.
+        last: the last module through which every token goes by itself: the final norm, or else the last block.
         prefix: how many tokens before the patches are no patches (CLS, registers).
-        grid: (projection's output, the tower's arguments by name) -> (rows, columns) of patches; raises ValueError for
+        grids: the tower's arguments by name -> (rows, columns) of patches of each frame; raises ValueError for
             arguments that a sparse frame cannot honour.
         embedding: the model's output -> the frame's embedding [S, D].
+        pool: module and method that make the pooled output of all tokens [S, T, D]; None where there is no such thing,
+            or the first token is it.
+        needs_every_token: the tower goes on with a map of all patches, so that architecture B has no meaning.
+        entries: methods of the tower that take frames; the outermost one called is the pass.
+        tables: modules and methods whose result depends on nothing but weights and the shapes of the arguments, such
+            as positions interpolated to a size; it is kept.
+        rotary: the blocks' keyword argument that holds rotary positions, and a function (its value, take) -> the value
+            for packed tokens, where take(tensor [tokens without prefix, *], fill) gives the rows of packed tokens, and
+            rows of `fill` for a prefix.
+        attention: (module, attend, the forward's own arguments) -> what the forward of one of `attentions` returns,
+            for towers that do not call transformers' attention interface. `attend` is `Engine.attend` without its
+            first two arguments.
+        order: the tower's arguments by name -> of each frame, the row-major patch at each of its tokens, int64 [N];
+            None where tokens are in row-major order.
+        overrides: (module, method, function that takes the original first), in force while the tower runs.
     """
 
     tower: nn.Module
-    projection: nn.Module
+    projection: nn.Module | None
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     mlps: tuple[tuple[nn.Module, nn.Module], ...]
-    norm: nn.Module
-    head: nn.Module | None
+    last: nn.Module
     prefix: int
-    grid: Callable[[torch.Tensor, dict[str, Any]], Grid]
+    grids: Callable[[dict[str, Any]], list[Grid]]
     embedding: Callable[[Any], torch.Tensor]
+    pool: tuple[nn.Module, str] | None = None
+    needs_every_token: bool = False
+    entries: tuple[str, ...] = ("forward",)
+    tables: tuple[tuple[nn.Module, str], ...] = ()
+    rotary: tuple[str, Callable[[Any, Callable], Any]] | None = None
+    attention: Callable | None = None
+    order: Callable[[dict[str, Any]], list[torch.Tensor]] | None = None
+    overrides: tuple[tuple[nn.Module, str, Callable], ...] = ()
+
+
+def image_grids(projection: nn.Conv2d, pixels: torch.Tensor) -> list[Grid]:
+    """The grids of frames [S, C, H, W] that a convolution maps to patches."""
+    if pixels.ndim != 4:
+        raise ValueError(f"pixels have shape {list(pixels.shape)}; accepted is [S, {projection.in_channels}, H, W]")
+    rows, columns = (
+        (length + 2 * (0 if projection.padding == "valid" else projection.padding[axis]) - kernel) // stride + 1
+        for axis, (length, kernel, stride) in enumerate(
+            zip(pixels.shape[2:], projection.kernel_size, projection.stride, strict=True)
+        )
+    )
+    return [(rows, columns)] * pixels.shape[0]
+
+
+def refuse(arguments: dict[str, Any], *names: str) -> None:
+    """Raise for those of the arguments `names` that are given, as a sparse frame has no place for them."""
+    for name in names:
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} is given; accepted is None, as a sparse frame has no place for it")
+
+
+def cos_and_sin(value: tuple[torch.Tensor, torch.Tensor], take: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Anatomy.rotary` of towers that hand (cos, sin) to their blocks: what has no position is not turned."""
+    cos, sin = value
+    return take(cos, 1.0), take(sin, 0.0)

@@ -3,20 +3,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, Grid
-
-
-def _grid(projected: torch.Tensor, arguments: dict[str, Any]) -> Grid:
-    if "spatial_shapes" not in arguments:
-        return projected.shape[-2], projected.shape[-1]  # [S, D, rows, columns]
-    shapes = {tuple(shape) for shape in arguments["spatial_shapes"].tolist()}
-    rows, columns = next(iter(shapes))
-    if len(shapes) > 1 or rows * columns != projected.shape[1]:
-        raise ValueError(
-            f"spatial_shapes holds {sorted(shapes)} for {projected.shape[1]} patches a frame; accepted is one shape "
-            "for the whole batch, without padding"
-        )
-    return rows, columns
+from .anatomy import Anatomy, Grid, image_grids
 
 
 def _embedding(output: Any) -> torch.Tensor:
@@ -24,17 +11,27 @@ def _embedding(output: Any) -> torch.Tensor:
 
 
 def siglip(tower: nn.Module) -> Anatomy:
-    """SigLIP and SigLIP 2, vision side."""
+    """SigLIP, and SigLIP 2 of fixed resolution or NaFlex, vision side."""
+    projection = tower.embeddings.patch_embedding
+
+    def grids(arguments: dict[str, Any]) -> list[Grid]:
+        if "spatial_shapes" in arguments:
+            return [(rows, columns) for rows, columns in arguments["spatial_shapes"].tolist()]
+        return image_grids(projection, arguments["pixel_values"])
+
     layers = tuple(tower.encoder.layers)
+    head = getattr(tower, "head", None)
+    interpolates = hasattr(tower.embeddings, "interpolate_pos_encoding")
     return Anatomy(
         tower=tower,
-        projection=tower.embeddings.patch_embedding,
+        projection=projection,
         layers=layers,
         attentions=tuple(layer.self_attn for layer in layers),
         mlps=tuple((layer.mlp.fc1, layer.mlp.fc2) for layer in layers),
-        norm=tower.post_layernorm,
-        head=getattr(tower, "head", None),
+        last=tower.post_layernorm,
         prefix=0,
-        grid=_grid,
+        grids=grids,
         embedding=_embedding,
+        pool=None if head is None else (head, "forward"),
+        tables=((tower.embeddings, "interpolate_pos_encoding"),) if interpolates else (),
     )

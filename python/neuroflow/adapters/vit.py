@@ -1,20 +1,18 @@
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, Grid
-
-
-def _grid(projected: torch.Tensor, arguments: dict[str, Any]) -> Grid:
-    for name in ("bool_masked_pos", "attention_mask", "head_mask"):
-        if arguments.get(name) is not None:
-            raise ValueError(f"{name} is given; accepted is None, as a sparse frame has no place for it")
-    return projected.shape[-2], projected.shape[-1]  # [S, D, rows, columns]
+from .anatomy import Anatomy, Grid, image_grids, refuse
 
 
 def vit(tower: nn.Module) -> Anatomy:
-    """ViT. Up to transformers 5.8 its blocks are `encoder.layer`, with the MLP in two modules; from 5.9 `layers`."""
+    """ViT, DeiT with its distillation token, and I-JEPA, which has no CLS.
+
+    Up to transformers 5.8 (some to 5.16) their blocks are `encoder.layer`, with the MLP in two modules; later `layers`.
+    """
     if hasattr(tower, "layers"):
         layers = tuple(tower.layers)
         attentions = tuple(layer.attention for layer in layers)
@@ -23,15 +21,47 @@ def vit(tower: nn.Module) -> Anatomy:
         layers = tuple(tower.encoder.layer)
         attentions = tuple(layer.attention.attention for layer in layers)
         mlps = tuple((layer.intermediate.dense, layer.output.dense) for layer in layers)
+    projection = tower.embeddings.patch_embeddings.projection
+    prefix = sum(hasattr(tower.embeddings, token) for token in ("cls_token", "distillation_token"))
+
+    def grids(arguments: dict[str, Any]) -> list[Grid]:
+        refuse(arguments, "bool_masked_pos", "attention_mask", "head_mask")
+        return image_grids(projection, arguments["pixel_values"])
+
+    def embedding(output: Any) -> torch.Tensor:
+        return output.last_hidden_state[:, 0] if prefix else output.last_hidden_state.mean(1)
+
     return Anatomy(
         tower=tower,
-        projection=tower.embeddings.patch_embeddings.projection,
+        projection=projection,
         layers=layers,
         attentions=attentions,
         mlps=mlps,
-        norm=tower.layernorm,
-        head=None,
-        prefix=1,
-        grid=_grid,
-        embedding=lambda output: output.last_hidden_state[:, 0],
+        last=tower.layernorm,
+        prefix=prefix,
+        grids=grids,
+        embedding=embedding,
+        tables=((tower.embeddings, "interpolate_pos_encoding"),),
     )
+
+
+def vit_mae(tower: nn.Module) -> Anatomy:
+    """The encoder of ViT-MAE with nothing masked; patches stay in their order, which it shuffles otherwise."""
+    anatomy = vit(tower)
+
+    def grids(arguments: dict[str, Any]) -> list[Grid]:
+        if tower.config.mask_ratio:
+            raise ValueError(
+                f"mask_ratio is {tower.config.mask_ratio}; accepted is 0, as a video has no masked patches"
+            )
+        refuse(arguments, "noise")
+        return anatomy.grids(arguments)
+
+    def in_order(
+        random_masking: Callable, tokens: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        order = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
+        return tokens, torch.zeros(tokens.shape[:2], device=tokens.device), order
+
+    overrides = ((tower.embeddings, "random_masking", in_order),)
+    return dataclasses.replace(anatomy, grids=grids, overrides=overrides)

@@ -1,0 +1,32 @@
+from typing import Any
+
+import torch
+from torch import nn
+
+from .anatomy import Anatomy, Grid, image_grids
+
+
+def _embedding(output: Any) -> torch.Tensor:
+    return output.last_hidden_state.mean(1) if output.pooler_output is None else output.pooler_output
+
+
+def aimv2(tower: nn.Module) -> Anatomy:
+    """AIMv2, vision side, with or without its pooling head."""
+    layers = tuple(tower.encoder.layers)
+    projection = tower.embeddings.patch_embed
+
+    def grids(arguments: dict[str, Any]) -> list[Grid]:
+        return image_grids(projection, arguments["pixel_values"])
+
+    return Anatomy(
+        tower=tower,
+        projection=projection,
+        layers=layers,
+        attentions=tuple(layer.attention for layer in layers),
+        mlps=tuple((layer.ffn, layer.ffn) for layer in layers),
+        last=tower.rms_norm,
+        prefix=0,
+        grids=grids,
+        embedding=_embedding,
+        pool=(tower.head, "forward") if tower.use_head else None,
+    )

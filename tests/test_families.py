@@ -1,0 +1,129 @@
+"""What holds for every family of models: promises 1 and 2, fidelity, and patching without a trace."""
+
+import neuroflow
+import pytest
+import torch
+from models import FAMILIES, PATCH, clip, exact, inputs, tiny
+from neuroflow.adapters import describe
+
+CELLS = [(family, arch) for family, known in FAMILIES.items() for arch in known.architectures]
+
+
+def smooth_clip(frames=8, size=(48, 48)):
+    """A picture without edges that drifts slowly, and a soft spot that crosses it: [T, 3, H, W]."""
+    rows, columns = torch.meshgrid(*(torch.linspace(0, 1, length) for length in size), indexing="ij")
+    result = []
+    for time in torch.linspace(0, 1, frames):
+        waves = [torch.sin(3 * (k + 1) * rows + 4 * columns + 0.1 * time + k) for k in range(3)]
+        spot = torch.exp(-((rows - 0.2 - 0.5 * time) ** 2 + (columns - 0.5) ** 2) / 0.02)
+        result.append(torch.stack(waves) * 0.5 + spot)
+    return torch.stack(result)
+
+
+def outputs(model, family, frames):
+    torch.manual_seed(0)  # of ViT-MAE's shuffling
+    with torch.inference_mode():
+        return [model(**inputs(family, frame[None])) for frame in frames]
+
+
+def values(output):
+    """The tensors of a model's output that are about the frame, by name."""
+    if isinstance(output, torch.Tensor):
+        return {"output": output}
+    found = {name: output.get(name) for name in ("last_hidden_state", "pooler_output")}
+    found = {name: value for name, value in found.items() if value is not None}
+    if "ids_restore" in output:  # ViT-MAE shuffles its patches
+        patches = found["last_hidden_state"][:, 1:]
+        found["last_hidden_state"] = patches.gather(1, output.ids_restore[..., None].expand_as(patches))
+    return found
+
+
+def assert_close(actual, expected, tolerance):
+    ours, theirs = values(actual), values(expected)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name].shape == theirs[name].shape
+        assert (ours[name] - theirs[name]).abs().max() <= tolerance * theirs[name].abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_one_that_neuroflow_lists(family):
+    tower = describe(tiny(family)).tower
+    assert any(known.adapter(tower).tower is tower for known in neuroflow.supported_models() if known.knows(tower))
+
+
+@pytest.mark.parametrize("size", [(48, 48), (32, 64)])
+@pytest.mark.parametrize(("family", "arch"), CELLS)
+def test_threshold_zero_is_the_unpatched_model(family, arch, size):
+    if size != (48, 48) and not FAMILIES[family].sizes:
+        pytest.skip(f"{family} takes its native size only")
+    model, frames = tiny(family), clip(frames=3, size=size)
+    dense = outputs(model, family, frames)
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch=arch, threshold=0))
+    for ours, theirs in zip(outputs(model, family, frames), dense, strict=True):
+        assert type(ours) is type(theirs)
+        assert_close(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_of_a_smooth_clip_is_enough(family):
+    model, frames = tiny(family), smooth_clip()
+    embedding = describe(model).embedding
+    dense = [embedding(output) for output in outputs(model, family, frames)]
+    neuroflow.enable_cache(model, exact(arch="E", budget=0.5))
+    sparse = [embedding(output) for output in outputs(model, family, frames)]
+    stream = neuroflow.summary(model).streams["default"]
+    patches = stream.grid[0] * stream.grid[1]
+    assert patches == 48 * 48 // PATCH**2
+    assert int(stream.active.sum()) == patches // 2
+    assert min(torch.cosine_similarity(*pair).min() for pair in zip(sparse, dense, strict=True)) >= 0.98
+
+
+@pytest.mark.parametrize(("family", "arch"), CELLS)
+def test_disabling_leaves_no_trace(family, arch):
+    model, frames = tiny(family), clip(frames=3)
+    modules, attributes = list(model.modules()), [dict(vars(module)) for module in model.modules()]
+    before = outputs(model, family, frames)
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch=arch))
+    outputs(model, family, frames)
+    neuroflow.disable_cache(model)
+    assert not neuroflow.is_patched(model)
+    assert all(ours is theirs for ours, theirs in zip(model.modules(), modules, strict=True))
+    assert [vars(module).keys() for module in model.modules()] == [kept.keys() for kept in attributes]
+    configs = [
+        (vars(module).get("config"), kept.get("config")) for module, kept in zip(modules, attributes, strict=True)
+    ]
+    assert all(now is then for now, then in configs)
+    assert getattr(describe(model).attentions[0], "config", None) is None or (
+        describe(model).attentions[0].config._attn_implementation != "neuroflow"
+    )
+    for ours, theirs in zip(outputs(model, family, frames), before, strict=True):
+        assert_close(ours, theirs, 0)
+
+
+@pytest.mark.parametrize(("family", "arch"), CELLS)
+def test_batched_streams_equal_streams_alone(family, arch):
+    """Three streams that change by different amounts; one joins late, so key and partial frames share a batch."""
+    clips = {name: clip(frames=4, seed=seed, changed=3 * seed + 1).double() for seed, name in enumerate("abc")}
+    model = tiny(family).double()
+    embedding = describe(model).embedding
+    neuroflow.enable_cache(model, exact(arch=arch, threshold=1e-4, floor=2))
+
+    def run(frames, names):
+        with torch.inference_mode(), neuroflow.cache_context(model, *names):
+            output = model(**inputs(family, frames))
+        # B gives active tokens only, padded with zeros to the most that a stream has.
+        return embedding(output) if arch != "B" else output.last_hidden_state.sum(1)
+
+    alone = {name: [run(frame[None], [name]) for frame in frames[name == "c" :]] for name, frames in clips.items()}
+    active = {name: stream.active for name, stream in neuroflow.summary(model).streams.items()}
+    neuroflow.reset_cache(model)
+    together = {name: [] for name in clips}
+    for time in range(4):
+        names = ["a", "b"] if time == 0 else ["c", "a", "b"]
+        result = run(torch.stack([clips[name][time] for name in names]), names)
+        for name, row in zip(names, result.split(len(result) // len(names)), strict=True):
+            together[name].append(row)
+    for name in clips:
+        assert torch.equal(neuroflow.summary(model).streams[name].active, active[name])
+        torch.testing.assert_close(torch.cat(together[name]), torch.cat(alone[name]), rtol=0, atol=1e-9)
