@@ -209,6 +209,8 @@ class Engine:
         points: list[tuple[nn.Module, str, Callable]] = []
         for entry in anatomy.entries:
             points.append((anatomy.tower, entry, lambda *args, entry=entry, **kw: self.on_tower(entry, *args, **kw)))
+        for module, method, override in anatomy.overrides:  # of blocks too: inside of all that follows
+            points.append((module, method, lambda *args, to=override, **kwargs: self.on_override(to, *args, **kwargs)))
         if anatomy.rotary is not None:  # inside of what packs
             points += [(layer, "forward", self.on_rotary) for layer in anatomy.layers]
         points.append((anatomy.layers[0], "forward", self.on_first_layer))
@@ -216,8 +218,6 @@ class Engine:
             points.append((anatomy.projection, "forward", self.on_projection))
         for table in anatomy.tables:
             points.append((*table, lambda *args, table=table: self.on_table(table, *args)))
-        for module, method, override in anatomy.overrides:
-            points.append((module, method, lambda *args, to=override, **kwargs: self.on_override(to, *args, **kwargs)))
         with_linears = [*anatomy.layers]
         if anatomy.pool is not None:
             points.append((*anatomy.pool, self.on_pool))
