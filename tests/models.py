@@ -21,11 +21,15 @@ from transformers import (
     DINOv3ViTModel,
     IJepaConfig,
     IJepaModel,
+    SamVisionConfig,
+    SamVisionModel,
     Siglip2VisionConfig,
     Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
+    VitDetConfig,
+    VitDetModel,
     ViTMAEConfig,
     ViTMAEModel,
     ViTModel,
@@ -98,6 +102,9 @@ def _internvl(size):
 
 unpooled = functools.partial(functools.partial, add_pooling_layer=False)
 dinov2 = {"mlp_ratio": 2, "layerscale_value": 0.3}
+# Windows that do not tile 6 x 6 patches; of those of 5 x 5, one holds a single patch.
+sam = {"mlp_ratio": 2.0, "output_channels": 32, "window_size": 4, "global_attn_indexes": [1, 3]}
+vitdet = {"mlp_ratio": 2, "window_size": 5, "window_block_indices": [0, 2], "use_relative_position_embeddings": True}
 FAMILIES = {
     "siglip": of(SiglipVisionModel, SiglipVisionConfig, interpolated),
     "siglip2": Tiny(_siglip2, naflex),
@@ -115,6 +122,8 @@ FAMILIES = {
     "dinov3 gated": of(DINOv3ViTModel, DINOv3ViTConfig, plain, use_gated_mlp=True),
     "aimv2": of(Aimv2VisionModel, Aimv2VisionConfig, plain, sizes=False),
     "internvl": Tiny(_internvl, plain),
+    "sam": of(SamVisionModel, SamVisionConfig, plain, sizes=False, **sam)._replace(architectures="ACDE"),
+    "vitdet": of(VitDetModel, VitDetConfig, plain, **vitdet)._replace(architectures="ACDE"),
 }
 
 

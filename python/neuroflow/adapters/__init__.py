@@ -14,6 +14,7 @@ from .internvl import internvl
 from .missing import missing_parts
 from .siglip import siglip
 from .vit import vit, vit_mae
+from .windowed import sam, vitdet
 
 Adapter = Callable[[nn.Module], Anatomy]
 
@@ -55,6 +56,8 @@ FAMILIES = (
     Family("DINOv3 ViT", "transformers", ("DINOv3ViTEmbeddings",), dinov3),
     Family("AIMv2", "transformers", ("Aimv2VisionEmbeddings",), aimv2),
     Family("InternVL", "transformers", ("InternVLVisionEmbeddings",), internvl),
+    Family("SAM image encoder", "transformers", ("SamVisionEncoder",), sam, "ACDE"),
+    Family("ViTDet", "transformers", ("VitDetEmbeddings",), vitdet, "ACDE"),
 )
 _registered: dict[type[nn.Module], Family] = {}
 
@@ -84,7 +87,7 @@ def describe(model: nn.Module) -> Anatomy:
 
     Raises:
         TypeError: `model` is no module, has no vision tower of a supported family, or one that is built otherwise than
-            its adapter expects.
+            its adapter expects. ValueError: a ViTDet that cannot be sparse.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {model!r} ({type(model).__name__}); accepted is a torch.nn.Module")
