@@ -19,6 +19,7 @@ import neuroflow
 import torch
 import torch.nn.functional as F
 from neuroflow.adapters import describe as anatomy_of
+from neuroflow.adapters.anatomy import interpolation
 from neuroflow.cli.run import copy_sharing_weights
 from neuroflow.video.preprocess import Preprocessor
 from neuroflow.video.source import Source
@@ -71,7 +72,7 @@ def read_clip(path, size, count):
 def embeddings(model, pixels):
     """The tower's embeddings [S, D] of pixels [S, 3, H, W]."""
     anatomy = anatomy_of(model)
-    return anatomy.embedding(anatomy.tower(pixel_values=pixels, interpolate_pos_encoding=True)).float()
+    return anatomy.embedding(anatomy.tower(pixel_values=pixels, **interpolation(anatomy.tower, pixels))).float()
 
 
 def run(model, clips, config, *, dense=None):

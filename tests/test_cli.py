@@ -18,7 +18,7 @@ from neuroflow.video.results import Record, Results
 from neuroflow.video.scene import CAMERAS, CLASSES, TRAJECTORIES, Scene, scenes, write_scene
 from neuroflow.video.source import Source
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
+from transformers import SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,12 +27,11 @@ FRAMES = 8
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """The directory of tiny models, one of every family that the command meets."""
+    """The directory of tiny models; test_cli_models.py has one of every type that the command takes."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("models")
     SiglipVisionModel(SiglipVisionConfig(**TINY, image_size=64)).save_pretrained(root / "siglip")
     ViTModel(ViTConfig(**TINY, image_size=64)).save_pretrained(root / "vit")
-    CLIPVisionModel(CLIPVisionConfig(**TINY, image_size=64)).save_pretrained(root / "clip")
     partial = SiglipVisionModel(SiglipVisionConfig(**TINY, image_size=64))
     kept = {name: tensor for name, tensor in partial.state_dict().items() if "layers.1.mlp" not in name}
     partial.save_pretrained(root / "partial", state_dict=kept)
@@ -248,7 +247,6 @@ def test_bad_option_is_one_line(neuroflow_run, clip, options, words, monkeypatch
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("clip", "its type is clip_vision_model; supported types are siglip"),
         ("unknown", "cannot be loaded"),
         ("partial", "4 weights are missing"),
         ("/no/such/model", "no such directory"),

@@ -203,4 +203,4 @@ def test_tower_is_small_and_loads_as_any_other():
     model, _ = load_street()
     assert not tower.training and tower.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(tower.parameters(), model.parameters(), strict=True))
-    assert Preprocessor.from_pretrained(str(STREET), 224, 224) == Preprocessor(224, 224)
+    assert Preprocessor.from_pretrained(str(STREET), Preprocessor(224, 224)) == Preprocessor(224, 224)

@@ -53,7 +53,7 @@ SETTINGS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "rescal
 def test_the_models_own_settings_are_read(tmp_path, frame, change, expected):
     settings = {**SETTINGS, "image_processor_type": "SiglipImageProcessor", **change}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    pixels = Preprocessor.from_pretrained(str(tmp_path), 16, 32)(frame)[0].permute(1, 2, 0)
+    pixels = Preprocessor.from_pretrained(str(tmp_path), Preprocessor(16, 32))(frame)[0].permute(1, 2, 0)
     torch.testing.assert_close(pixels, expected(torch.from_numpy(frame.rgb(16, 32).copy()).float()))
 
 
@@ -65,6 +65,26 @@ def test_arithmetic_is_float32_step_by_step(frame):
     assert pixels.is_contiguous() and np.array_equal(pixels[0].permute(1, 2, 0).numpy(), expected)
 
 
-def test_without_settings_the_default_is_said(tmp_path):
-    with pytest.warns(UserWarning, match=r"no preprocessor_config.json: pixels are scaled to \[-1, 1\]"):
-        assert Preprocessor.from_pretrained(str(tmp_path), 16, 32) == Preprocessor(16, 32)
+def test_without_settings_the_usual_is_said(tmp_path):
+    usual = Preprocessor(16, 32, mean=(0.4815, 0.5, 0.5), std=(0.25, 0.5, 0.5))
+    with pytest.warns(UserWarning, match="no preprocessor_config.json: .* by mean 0.481 0.5 0.5, std 0.25 0.5 0.5"):
+        assert Preprocessor.from_pretrained(str(tmp_path), usual) == usual
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({}, (16, 32)),
+        ({"size": 24}, (24, 24)),
+        ({"size": [24, 40]}, (24, 40)),
+        ({"size": {"height": 24, "width": 40}, "crop_size": None}, (24, 40)),
+        ({"size": {"shortest_edge": 24}, "do_center_crop": False, "crop_size": 20}, (24, 24)),
+        ({"size": {"shortest_edge": 24}, "do_center_crop": True, "crop_size": {"height": 20, "width": 22}}, (20, 22)),
+        ({"size": {"shortest_edge": 24}, "crop_size": 20}, (20, 20)),
+        ({"size": {"longest_edge": 24}}, (16, 32)),
+    ],
+)
+def test_size_is_what_the_settings_end_with(tmp_path, settings, size):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    usual = Preprocessor(16, 32, mean=(0.1, 0.2, 0.3))
+    assert Preprocessor.from_pretrained(str(tmp_path), usual) == Preprocessor(*size, mean=usual.mean)

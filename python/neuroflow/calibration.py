@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .adapters import describe
+from .adapters.anatomy import interpolation
 from .cache import DEFAULT_STREAM
 from .config import NeuroFlowConfig
 from .patch import disable_cache, enable_cache, is_patched, summary
@@ -79,8 +80,8 @@ def calibrate(
     an iterable that decodes its frames anew in every pass needs memory for one of them.
 
     Args:
-        model: an unpatched model that takes pixels: SigLIP, SigLIP 2 of fixed resolution or ViT, in evaluation mode. It
-            is unpatched when this returns or raises.
+        model: an unpatched model in evaluation mode, of `neuroflow.supported_models`, that takes frames as
+            `pixel_values`, not patches as NaFlex does. It is unpatched when this returns or raises.
         frames: consecutive frames of one clip as the model takes `pixel_values`: [T, 3, H, W], or an iterable of
             [1, 3, H, W] that can be gone through more than once. They are brought to the model's device and dtype.
         config: the settings besides the threshold; `NeuroFlowConfig()` by default.
@@ -183,7 +184,8 @@ def _embeddings(model: nn.Module, frames: Iterable[torch.Tensor]) -> torch.Tenso
     for pixels in frames:
         if pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
             raise ValueError(f"frames holds a tensor {list(pixels.shape)}; accepted are [1, 3, H, W]")
-        output = anatomy.tower(pixel_values=pixels.to(weight.device, weight.dtype), interpolate_pos_encoding=True)
+        pixels = pixels.to(weight.device, weight.dtype)
+        output = anatomy.tower(pixel_values=pixels, **interpolation(anatomy.tower, pixels))
         embeddings.append(anatomy.embedding(output).float())
     return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
 

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,14 @@ def image_grids(projection: nn.Conv2d, pixels: torch.Tensor) -> list[Grid]:
         )
     )
     return [(rows, columns)] * pixels.shape[0]
+
+
+def interpolation(tower: nn.Module, pixels: torch.Tensor) -> dict[str, bool]:
+    """The argument that `tower` needs to take frames [S, 3, H, W] of another size than its own, where it has one."""
+    if "interpolate_pos_encoding" not in inspect.signature(type(tower).forward).parameters:
+        return {}
+    own = tower.config.image_size
+    return {"interpolate_pos_encoding": list(pixels.shape[2:]) != ([own, own] if isinstance(own, int) else list(own))}
 
 
 def refuse(arguments: dict[str, Any], *names: str) -> None:

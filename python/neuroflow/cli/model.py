@@ -1,15 +1,63 @@
 """Loading the vision tower of a transformers model, alone."""
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 import torch
 import transformers
-from transformers import AutoConfig, SiglipVisionModel, ViTModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
 from . import CommandError
 
-SUPPORTED = "supported types are siglip, siglip_vision_model (SigLIP, SigLIP 2 of fixed resolution) and vit (ViT)"
+STANDARD = tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD)  # 0.5
+IMAGENET = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+OPENAI = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
+
+
+class Tower(NamedTuple):
+    """How the towers of one type are loaded, and what they take.
+
+    Args:
+        normalisation: mean and standard deviation that its checkpoints usually ask for, of red, green and blue.
+        pools: it has a pooling layer that it can do without, and that many checkpoints lack.
+        prefix: a pattern of what its weights' names begin with in a larger model, where transformers does not know.
+        fixed: its configuration -> whether it takes one size only.
+    """
+
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]]
+    pools: bool = False
+    prefix: str | None = None
+    fixed: Callable[[PretrainedConfig], bool] = lambda config: False
+
+
+TOWERS = {
+    "siglip_vision_model": Tower(STANDARD),
+    "clip_vision_model": Tower(OPENAI),
+    "vit": Tower(STANDARD, pools=True),
+    "deit": Tower(IMAGENET, pools=True),
+    "ijepa": Tower(IMAGENET),
+    "vit_mae": Tower(IMAGENET),
+    "dinov2": Tower(IMAGENET),
+    "dinov2_with_registers": Tower(IMAGENET),
+    "dinov3_vit": Tower(IMAGENET),
+    "aimv2_vision_model": Tower(OPENAI, prefix=r"^vision_model\.", fixed=lambda config: not config.is_native),
+    "internvl_vision": Tower(IMAGENET),
+}
+SUPPORTED = f"supported, alone or in a larger model, are {', '.join(TOWERS)}"
+# Their processors cut frames into patches, and the towers take those.
+TAKE_PATCHES = ("siglip2_vision_model", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+IN_LARGER_MODEL = r"^(model\.)?vision_tower\."
 
 
 def load_tower(name: str, device: torch.device, dtype: torch.dtype) -> transformers.PreTrainedModel:
@@ -25,22 +73,45 @@ def load_tower(name: str, device: torch.device, dtype: torch.dtype) -> transform
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise CommandError(f"model {name}: no such directory; give a saved model, or a Hugging Face id")
     try:
-        model_type = AutoConfig.from_pretrained(name).model_type
-        if model_type in ("siglip", "siglip_vision_model"):
-            tower, loading = SiglipVisionModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
-        elif model_type == "vit":
-            options = {"add_pooling_layer": False, "dtype": dtype, "output_loading_info": True}
-            tower, loading = ViTModel.from_pretrained(name, **options)
-        else:
-            raise CommandError(f"model {name}: its type is {model_type}; {SUPPORTED}")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = getattr(config, "vision_config", None) or config
+        tower, missing = _load(name, config, dtype)
     except CommandError:
         raise
     # Hub, configuration and weights each fail in their own ways: no network, no such id, no config, a damaged file.
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CommandError(f"model {name}: cannot be loaded ({reason}); {SUPPORTED}") from None
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        message = f"model {name}: {len(missing)} weights are missing, {missing[0]} first; give a whole checkpoint"
+    if missing:
+        message = f"model {name}: {len(missing)} weights are missing, {min(missing)} first; give a whole checkpoint"
         raise CommandError(message)
     return tower.eval().to(device)
+
+
+def _load(
+    name: str, config: PretrainedConfig, dtype: torch.dtype
+) -> tuple[transformers.PreTrainedModel, set[str] | list[str]]:
+    """The tower, and the names of the weights that its checkpoint lacks."""
+    kind = config.model_type
+    if kind.removesuffix("_vision") in TAKE_PATCHES:
+        raise CommandError(
+            f"model {name}: its type, {kind}, takes patches that its processor cuts, and the command gives whole "
+            f"frames; neuroflow.enable_cache patches it in Python. {SUPPORTED}"
+        )
+    if kind not in TOWERS:
+        raise CommandError(f"model {name}: its type is {kind}; {SUPPORTED}")
+    if getattr(config, "mask_ratio", 0):
+        warnings.warn(
+            f"{name}: mask_ratio is 0 instead of {config.mask_ratio}, so that it sees all patches", stacklevel=2
+        )
+        config.mask_ratio = 0.0
+    prefixes = (IN_LARGER_MODEL, TOWERS[kind].prefix)
+    tower, loading = AutoModel.from_pretrained(
+        name,
+        config=config,
+        dtype=dtype,
+        key_mapping={prefix: "" for prefix in prefixes if prefix is not None},
+        output_loading_info=True,
+        **({"add_pooling_layer": False} if TOWERS[kind].pools else {}),
+    )
+    return tower, loading["missing_keys"]

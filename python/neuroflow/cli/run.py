@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 import neuroflow
 
+from ..adapters.anatomy import interpolation
 from ..models import STREET, ClassHead, load_classes
 from ..video.ahead import Prepared, ReadAhead, prepare
 from ..video.overlay import OverlayWriter
@@ -28,7 +29,7 @@ from ..video.preprocess import Preprocessor
 from ..video.results import Record, Results
 from ..video.source import Frame, Source, SourceError
 from . import CommandError
-from .model import load_tower
+from .model import TOWERS, load_tower
 from .report import Stages, format_report
 
 STREAM = "video"
@@ -103,10 +104,13 @@ def load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Preproce
     """
     name = str(STREET) if arguments.model is None else arguments.model
     model = load_tower(name, _device(arguments.device), getattr(torch, arguments.dtype))
-    height, width = _input_size(model, arguments.size)
+    mean, std = TOWERS[model.config.model_type].normalisation
+    usual = Preprocessor(*_pair(model.config.image_size), mean=mean, std=std)
+    preprocess = Preprocessor.from_pretrained(name, usual)
+    height, width = _input_size(model, preprocess, arguments.size)
     if arguments.model is None:
         print(EMBEDDED, file=sys.stderr)
-    return model, Preprocessor.from_pretrained(name, height, width)
+    return model, dataclasses.replace(preprocess, height=height, width=width)
 
 
 def encode_video(
@@ -135,9 +139,15 @@ def encode_video(
         max_frames: of the results, those of a run that is continued among them.
         results: where every frame's embedding and record go.
         overlay: an MP4 to write, of the frames beside their active patches.
+
+    Raises:
+        CommandError: a configuration that does not fit the model. SourceError: no frame.
     """
     dense = copy_sharing_weights(model) if compare else None
-    neuroflow.enable_cache(model, config)
+    try:
+        neuroflow.enable_cache(model, config)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
     records, stages = list(results.resumed) if results is not None else [], []
     start = 0
     if records:
@@ -259,10 +269,10 @@ def encode_frames(
 @torch.inference_mode()
 def _timed(model: PreTrainedModel, pixels: torch.Tensor) -> tuple[ModelOutput, float]:
     """The model's output and the milliseconds that it took."""
-    interpolate = tuple(pixels.shape[2:]) != _pair(model.config.image_size)
+    arguments = interpolation(model, pixels)
     _synchronise(pixels.device)
     start = time.perf_counter()
-    output = model(pixel_values=pixels, interpolate_pos_encoding=interpolate)
+    output = model(pixel_values=pixels, **arguments)
     _synchronise(pixels.device)
     return output, (time.perf_counter() - start) * 1e3
 
@@ -347,10 +357,17 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _input_size(model: PreTrainedModel, asked: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width of the model's input; asked: width and height."""
+def _input_size(model: PreTrainedModel, preprocess: Preprocessor, asked: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the model's input; preprocess: as its checkpoint has it, asked: width and height."""
+    if TOWERS[model.config.model_type].fixed(model.config):
+        height, width = _pair(model.config.image_size)
+        if asked not in (None, (width, height)):
+            raise CommandError(
+                f"--size {asked[0]}x{asked[1]}: the model takes {width}x{height} only; give that or none"
+            )
+        return height, width
     if asked is None:
-        return _pair(model.config.image_size)
+        return preprocess.height, preprocess.width
     patch_height, patch_width = _pair(model.config.patch_size)
     width, height = asked
     if width % patch_width or height % patch_height:

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,23 +27,25 @@ class Preprocessor:
     _reformatter: VideoReformatter = field(default_factory=VideoReformatter, init=False, repr=False, compare=False)
 
     @classmethod
-    def from_pretrained(cls, model: str, height: int, width: int) -> "Preprocessor":
+    def from_pretrained(cls, model: str, usual: "Preprocessor") -> "Preprocessor":
         """The settings in the `preprocessor_config.json` of a Hugging Face id or local directory.
 
-        Where there is none, pixels are scaled to [-1, 1], with a warning.
+        What it leaves open is as `usual` has it; where there is no such file, that is everything, with a warning.
         """
         try:
             settings, _ = ImageProcessingMixin.get_image_processor_dict(model)
         except (OSError, ValueError):
-            warnings.warn(f"{model} has no preprocessor_config.json: pixels are scaled to [-1, 1]", stacklevel=2)
-            return cls(height, width)
-        identity = {"rescale": 1.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+            usually = f"mean {_numbers(usual.mean)}, std {_numbers(usual.std)}"
+            warnings.warn(f"{model} has no preprocessor_config.json: pixels are normalised by {usually}", stacklevel=2)
+            return usual
+        rescaled, normalised = settings.get("do_rescale") is not False, settings.get("do_normalize") is not False
+        height, width = _final_size(settings) or (usual.height, usual.width)
         return cls(
             height,
             width,
-            settings.get("rescale_factor", cls.rescale) if settings.get("do_rescale", True) else identity["rescale"],
-            tuple(settings.get("image_mean") or cls.mean) if settings.get("do_normalize", True) else identity["mean"],
-            tuple(settings.get("image_std") or cls.std) if settings.get("do_normalize", True) else identity["std"],
+            settings.get("rescale_factor") or usual.rescale if rescaled else 1.0,
+            tuple(settings.get("image_mean") or usual.mean) if normalised else (0.0, 0.0, 0.0),
+            tuple(settings.get("image_std") or usual.std) if normalised else (1.0, 1.0, 1.0),
         )
 
     def __call__(self, frame: Frame) -> torch.Tensor:
@@ -55,3 +58,17 @@ class Preprocessor:
         pixels -= np.float32(self.mean)[:, None, None]
         pixels /= np.float32(self.std)[:, None, None]
         return torch.from_numpy(pixels[None])
+
+
+def _final_size(settings: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width after the crop or, without one, the resizing that `settings` ask for; None: not told."""
+    cropped = settings.get("do_center_crop") is not False and settings.get("crop_size")
+    size = cropped or settings.get("size")
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or (size.get("height"), size.get("width"))
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    return (height, width) if height and width else None
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.3g}" for value in values)
