@@ -35,6 +35,10 @@ from transformers import (
     ViTModel,
 )
 from transformers.models.internvl import InternVLVisionConfig, InternVLVisionModel
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from bench.vit_tiny import vit_tiny as vit_tiny
 
@@ -82,6 +86,18 @@ def naflex(frames):
     }
 
 
+def merged_pairs(frames):
+    """What Qwen's towers take for frames [3, H, W], of different sizes too: end to end, in blocks of 2 x 2 patches."""
+    windows, grids = [], []
+    for frame in frames:
+        rows, columns = frame.shape[1] // PATCH, frame.shape[2] // PATCH
+        patches = frame.unflatten(2, (columns // 2, 2, PATCH)).unflatten(1, (rows // 2, 2, PATCH))
+        patches = patches.permute(1, 4, 2, 5, 0, 3, 6).flatten(0, 3)  # [N, 3, PATCH, PATCH]
+        windows.append(patches[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1))  # a still lasts two moments
+        grids.append((1, rows, columns))
+    return {"hidden_states": torch.cat(windows), "grid_thw": torch.tensor(grids)}
+
+
 def of(model, config, inputs, sizes=True, **settings):
     """A transformers model of the sizes that all have here."""
 
@@ -98,6 +114,19 @@ def _siglip2(size):
 def _internvl(size):
     config = InternVLVisionConfig(**SIZES, image_size=[size] * 2, patch_size=[PATCH] * 2, layer_scale_init_value=0.3)
     return InternVLVisionModel(config)
+
+
+QWEN = {"depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": PATCH}
+QWEN |= {"out_hidden_size": 64, "spatial_merge_size": 2}
+
+
+def qwen2_5_config():
+    return Qwen2_5_VLVisionConfig(**QWEN, window_size=4 * PATCH, fullatt_block_indexes=[1, 3])
+
+
+def qwen3_config(size=48):
+    grid = (size // PATCH) ** 2
+    return Qwen3VLVisionConfig(**QWEN, num_position_embeddings=grid, deepstack_visual_indexes=[0, 2, 3])
 
 
 unpooled = functools.partial(functools.partial, add_pooling_layer=False)
@@ -124,6 +153,10 @@ FAMILIES = {
     "internvl": Tiny(_internvl, plain),
     "sam": of(SamVisionModel, SamVisionConfig, plain, sizes=False, **sam)._replace(architectures="ACDE"),
     "vitdet": of(VitDetModel, VitDetConfig, plain, **vitdet)._replace(architectures="ACDE"),
+    "qwen2.5-vl": Tiny(
+        lambda size: Qwen2_5_VisionTransformerPretrainedModel(qwen2_5_config()), merged_pairs, architectures="ACDE"
+    ),
+    "qwen3-vl": Tiny(lambda size: Qwen3VLVisionModel(qwen3_config(size)), merged_pairs, architectures="ACDE"),
 }
 
 

@@ -30,8 +30,11 @@ def values(output):
     """The tensors of a model's output that are about the frame, by name."""
     if isinstance(output, torch.Tensor):
         return {"output": output}
+    if isinstance(output, tuple):  # Qwen3-VL up to transformers 4.57
+        return {"pooler_output": output[0]} | {f"deepstack {k}": each for k, each in enumerate(output[1])}
     found = {name: output.get(name) for name in ("last_hidden_state", "pooler_output")}
     found = {name: value for name, value in found.items() if value is not None}
+    found |= {f"deepstack {k}": each for k, each in enumerate(output.get("deepstack_features") or [])}
     if "ids_restore" in output:  # ViT-MAE shuffles its patches
         patches = found["last_hidden_state"][:, 1:]
         found["last_hidden_state"] = patches.gather(1, output.ids_restore[..., None].expand_as(patches))
@@ -106,14 +109,14 @@ def test_batched_streams_equal_streams_alone(family, arch):
     """Three streams that change by different amounts; one joins late, so key and partial frames share a batch."""
     clips = {name: clip(frames=4, seed=seed, changed=3 * seed + 1).double() for seed, name in enumerate("abc")}
     model = tiny(family).double()
-    embedding = describe(model).embedding
     neuroflow.enable_cache(model, exact(arch=arch, threshold=1e-4, floor=2))
 
     def run(frames, names):
         with torch.inference_mode(), neuroflow.cache_context(model, *names):
             output = model(**inputs(family, frames))
-        # B gives active tokens only, padded with zeros to the most that a stream has.
-        return embedding(output) if arch != "B" else output.last_hidden_state.sum(1)
+        if arch == "B":  # active tokens only, padded with zeros to the most that a stream has
+            return output.last_hidden_state.sum(1)
+        return torch.cat([value.reshape(len(names), -1) for value in values(output).values()], 1)
 
     alone = {name: [run(frame[None], [name]) for frame in frames[name == "c" :]] for name, frames in clips.items()}
     active = {name: stream.active for name, stream in neuroflow.summary(model).streams.items()}
@@ -122,7 +125,7 @@ def test_batched_streams_equal_streams_alone(family, arch):
     for time in range(4):
         names = ["a", "b"] if time == 0 else ["c", "a", "b"]
         result = run(torch.stack([clips[name][time] for name in names]), names)
-        for name, row in zip(names, result.split(len(result) // len(names)), strict=True):
+        for name, row in zip(names, result.split(1), strict=True):
             together[name].append(row)
     for name in clips:
         assert torch.equal(neuroflow.summary(model).streams[name].active, active[name])

@@ -180,6 +180,11 @@ class Engine:
         depth = len(anatomy.layers)
         self.anatomy = anatomy
         self.config = config
+        if config.signal == "pixel" and anatomy.projection is None:
+            raise ValueError(
+                f"signal is 'pixel', which {type(anatomy.tower).__name__} does not show in the order of its tokens; "
+                "accepted is 'patch' or 'embedding'"
+            )
         # A frame without any token has no output; where there is a CLS token it needs no patch.
         self.floor = max(config.floor, 0 if anatomy.prefix else 1)
         self.mid_layer = depth // 2 - 1 if config.mid_layer is None else config.mid_layer
@@ -237,6 +242,8 @@ class Engine:
                 points.append((last, "forward", lambda *args, layer=layer: self.on_mlp_output(layer, *args)))
         else:
             points.append((anatomy.last, "forward", self.on_last))
+            for number, module in enumerate(anatomy.readers):
+                points.append((module, "forward", lambda *args, number=number: self.on_reader(number, *args)))
         if arch == "midlayer":
             points.append((anatomy.layers[self.mid_layer + 1], "forward", self.on_later_layer))
         return points
@@ -389,6 +396,13 @@ class Engine:
         outputs = frame.pad(outputs) if self.config.arch == "active" else frame.restored("output")
         return (outputs, *result[1:]) if isinstance(result, tuple) else outputs
 
+    def on_reader(self, number: int, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
+        frame = _frame.get()
+        if frame is None or (frame.partial and tokens.shape == frame.shape):
+            return forward(tokens)  # not packed yet, or no longer
+        frame.store(("read", number), tokens, self.config.blend)
+        return forward(frame.restored(("read", number)) if frame.packed else tokens)
+
     def on_pool(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         frame = _frame.get()
         if frame is None:
@@ -441,7 +455,7 @@ class Engine:
             frame.store(("key", layer), key.transpose(1, 2).flatten(2))
             frame.store(("value", layer), value.transpose(1, 2).flatten(2))
         watched = layer in self.watched and (context or not frame.packed)
-        if not frame.packed and product is None:
+        if not frame.packed and product is None and query.shape[0] == len(frame.states):
             if watched:
                 for stream in range(len(frame.states)):
                     self._watch(frame, stream, query[stream, :, 0], key[stream], kwargs["scaling"])
@@ -459,7 +473,7 @@ class Engine:
             # Packed tokens of one stream only see tokens of that stream, none of which is padding.
             if product is not None:
                 outputs.append(product(queries, keys, values, rows, key_rows, frame.grids[stream]))
-            elif frame.row_kernels:
+            elif frame.packed and frame.row_kernels:
                 lying = (heads[0].transpose(0, 1) for heads in (queries, keys, values))  # [*, heads, head_dim]
                 outputs.append(attend_rows(*lying, kwargs.get("scaling"))[None])
             else:

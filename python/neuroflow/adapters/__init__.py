@@ -12,6 +12,7 @@ from .clip import clip
 from .dino import dinov2, dinov3
 from .internvl import internvl
 from .missing import missing_parts
+from .qwen import qwen2_5_vl, qwen3_vl
 from .siglip import siglip
 from .vit import vit, vit_mae
 from .windowed import sam, vitdet
@@ -58,6 +59,8 @@ FAMILIES = (
     Family("InternVL", "transformers", ("InternVLVisionEmbeddings",), internvl),
     Family("SAM image encoder", "transformers", ("SamVisionEncoder",), sam, "ACDE"),
     Family("ViTDet", "transformers", ("VitDetEmbeddings",), vitdet, "ACDE"),
+    Family("Qwen2.5-VL", "transformers", ("Qwen2_5_VisionTransformerPretrainedModel",), qwen2_5_vl, "ACDE"),
+    Family("Qwen3-VL", "transformers", ("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel"), qwen3_vl, "ACDE"),
 )
 _registered: dict[type[nn.Module], Family] = {}
 

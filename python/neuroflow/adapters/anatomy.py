@@ -41,6 +41,7 @@ class Anatomy:
         order: the tower's arguments by name -> of each frame, the row-major patch at each of its tokens, int64 [N];
             None where tokens are in row-major order.
         overrides: (module, method, function that takes the original first), in force while the tower runs.
+        readers: modules that take all tokens from between two blocks, or after the last, and make features of them.
     """
 
     tower: nn.Module
@@ -60,6 +61,7 @@ class Anatomy:
     attention: Callable | None = None
     order: Callable[[dict[str, Any]], list[torch.Tensor]] | None = None
     overrides: tuple[tuple[nn.Module, str, Callable], ...] = ()
+    readers: tuple[nn.Module, ...] = ()
 
 
 def image_grids(projection: nn.Conv2d, pixels: torch.Tensor) -> list[Grid]:
