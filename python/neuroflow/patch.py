@@ -118,7 +118,7 @@ def encode(model: nn.Module, pixels: torch.Tensor, stream_ids: Sequence[Hashable
 
     Args:
         model: a patched model.
-        pixels: [S, 3, H, W], as the model takes `pixel_values`.
+        pixels: [S, 3, H, W], as the model takes `pixel_values`, or a tower its first argument.
         stream_ids: S names, each only once.
         kwargs: handed to the model.
 
@@ -128,8 +128,9 @@ def encode(model: nn.Module, pixels: torch.Tensor, stream_ids: Sequence[Hashable
     Raises:
         RuntimeError: the model is not patched. ValueError: S differs from the number of names, or a name comes twice.
     """
+    engine = _engine(model)
     with cache_context(model, *stream_ids):
-        return model(pixel_values=pixels, **kwargs)
+        return model(pixels, **kwargs) if model is engine.anatomy.tower else model(pixel_values=pixels, **kwargs)
 
 
 def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
