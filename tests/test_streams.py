@@ -366,6 +366,6 @@ def test_a_stream_holds_no_more_than_it_says():
     neuroflow.enable_cache(model)
     neuroflow.encode(model, frames, stream_ids=["a", "b", "c"])
     engine = vars(neuroflow.adapters.describe(model).tower)["_neuroflow_engine"]
-    for state in engine.streams.values():
+    for _, state in engine.streams.items():
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.held()}
         assert sum(held.values()) == state.state_bytes

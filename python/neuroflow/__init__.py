@@ -5,7 +5,9 @@ from .adapters import Anatomy, Family, register_adapter, supported_models
 from .calibration import Calibration, CalibrationError, LogitShift, calibrate
 from .config import NeuroFlowConfig
 from .patch import cache_context, disable_cache, enable_cache, encode, is_patched, reset_cache, summary
+from .saving import load_state, save_state
 from .state import StreamSummary, Summary
+from .streams import StreamCache
 
 __all__ = [
     "Anatomy",
@@ -14,6 +16,7 @@ __all__ = [
     "Family",
     "LogitShift",
     "NeuroFlowConfig",
+    "StreamCache",
     "StreamSummary",
     "Summary",
     "adapters",
@@ -23,8 +26,10 @@ __all__ = [
     "enable_cache",
     "encode",
     "is_patched",
+    "load_state",
     "register_adapter",
     "reset_cache",
+    "save_state",
     "summary",
     "supported_models",
 ]

@@ -44,6 +44,7 @@ from .rewrites import (
     row_kernels_serve,
 )
 from .state import Seen, StreamState, copied
+from .streams import StreamCache
 
 ATTENTION = "neuroflow"
 DEFAULT_STREAM = "default"
@@ -176,7 +177,7 @@ class Engine:
     None) it only calls that, so that parts of a patched model used by themselves behave as before.
     """
 
-    def __init__(self, anatomy: Anatomy, config: NeuroFlowConfig) -> None:
+    def __init__(self, anatomy: Anatomy, config: NeuroFlowConfig, streams: StreamCache) -> None:
         depth = len(anatomy.layers)
         self.anatomy = anatomy
         self.config = config
@@ -204,8 +205,9 @@ class Engine:
         self.layer_of = {module: layer for layer, module in enumerate(anatomy.attentions)}
         self.attention_name: str | None = None
         self.kept: dict[Hashable, tuple[list, Any]] = {}  # by `derived`
-        self.streams: dict[Hashable, StreamState] = {}
+        self.streams = streams
         self.named: ContextVar[tuple[Hashable, ...]] = ContextVar("neuroflow_streams", default=(DEFAULT_STREAM,))
+        self.numbered: ContextVar[tuple[int, ...] | None] = ContextVar("neuroflow_frame_ids", default=None)
         self._warned: set[str] = set()
 
     def points(self) -> list[tuple[nn.Module, str, Callable]]:
@@ -267,21 +269,34 @@ class Engine:
                 f"{name} holds {len(grids)} frames, and the context names {len(names)} stream(s); accepted is one "
                 "frame of each stream: neuroflow.encode(model, pixels, stream_ids=[...]) names them"
             )
-        states = [self.streams.get(name) or StreamState(name) for name in names]
         order = None if self.anatomy.order is None else self.anatomy.order(arguments)
-        frame = Frame(self, states, grids, order)
-        token = _frame.set(frame)
-        try:
-            with torch.no_grad():
-                output = forward(*args, **kwargs)
-        finally:
-            _frame.reset(token)
-        for state, finite, attention in zip(states, frame.finite, frame.attention, strict=True):
-            state.valid = finite
-            if attention is not None:
-                state.attention = attention / attention.mean()
-            self.streams[state.name] = state
+        with self.streams.used(names, [rows * columns for rows, columns in grids]) as states:
+            self._note_gaps(states)
+            frame = Frame(self, states, grids, order)
+            token = _frame.set(frame)
+            try:
+                with torch.no_grad():
+                    output = forward(*args, **kwargs)
+            finally:
+                _frame.reset(token)
+            for state, finite, attention in zip(states, frame.finite, frame.attention, strict=True):
+                state.valid = finite
+                if attention is not None:
+                    state.attention = attention / attention.mean()
         return output
+
+    def _note_gaps(self, states: list[StreamState]) -> None:
+        """A frame that does not follow the last one of its stream is a key frame."""
+        frame_ids = self.numbered.get()
+        if frame_ids is None:
+            return
+        for state, frame_id in zip(states, frame_ids, strict=True):
+            if state.valid and state.frame_id is not None and frame_id != state.frame_id + 1:
+                state.valid = False
+                self.warn_once(
+                    f"stream {state.name!r}: frames are missing or out of order; what follows is a key frame"
+                )
+            state.frame_id = frame_id
 
     def on_projection(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
         frame = _frame.get()
@@ -309,18 +324,18 @@ class Engine:
             return project_windows(projection, windows)
         weights = self.derived(projection, "projection", object)  # another object for other weights
         seen, state.seen = state.seen, None
-        changed, projected = None, None
-        if seen is not None and seen.windows.shape == windows.shape and seen.windows.dtype == windows.dtype:
-            projected = seen.projected
-            if seen.weights is weights:
-                changed = policies.changed(seen.windows, windows)
+        if seen is None or seen.windows.shape != windows.shape or seen.windows.dtype != windows.dtype:
+            seen = Seen(None, None, None)
+        changed = policies.changed(seen.windows, windows) if seen.weights is weights else None
+        kept, projected = seen.windows, seen.projected
         if changed is None or changed.numel() > DENSE_PROJECTION * windows.shape[1]:
-            projected = copied(project_windows(projection, windows), projected)
+            kept, projected = copied(windows, kept), copied(project_windows(projection, windows), projected)
         elif changed.numel():
             ends = torch.tensor([0, changed.numel()], dtype=torch.int32)
-            fresh = project_windows(projection, gather_rows(windows, changed, ends, changed.numel()))
-            scatter_rows_(projected, fresh, changed, ends)
-        state.seen = Seen(windows, projected, weights)
+            fresh = gather_rows(windows, changed, ends, changed.numel())
+            scatter_rows_(kept, fresh, changed, ends)
+            scatter_rows_(projected, project_windows(projection, fresh), changed, ends)
+        state.seen = Seen(kept, projected, weights)
         return projected
 
     def on_table(self, table: tuple[nn.Module, str], compute: Callable, *args: Any) -> Any:

@@ -13,11 +13,17 @@ from .adapters import describe
 from .cache import ATTENTION, Engine
 from .config import NeuroFlowConfig
 from .state import StreamSummary, Summary
+from .streams import StreamCache
 
 _ENGINE = "_neuroflow_engine"
 
 
-def _engine(model: nn.Module) -> Engine:
+def engine_of(model: nn.Module) -> Engine:
+    """The engine behind a patched model.
+
+    Raises:
+        RuntimeError: the model is not patched. TypeError: a model that no adapter knows.
+    """
     engine = vars(describe(model).tower).get(_ENGINE)
     if engine is None:
         raise RuntimeError(f"{type(model).__name__} is not patched; call neuroflow.enable_cache(model) first")
@@ -33,7 +39,9 @@ def is_patched(model: nn.Module) -> bool:
     return _ENGINE in vars(describe(model).tower)
 
 
-def enable_cache(model: nn.Module, config: NeuroFlowConfig | str | Path | None = None) -> None:
+def enable_cache(
+    model: nn.Module, config: NeuroFlowConfig | str | Path | None = None, streams: StreamCache | None = None
+) -> None:
     """Patch `model`'s vision tower in place, so that only surprising patches are encoded.
 
     The model is called as before and returns its own output class. It runs without gradients, attention weights are not
@@ -41,13 +49,15 @@ def enable_cache(model: nn.Module, config: NeuroFlowConfig | str | Path | None =
     frame are those of its active tokens, packed [1, M, D].
 
     Args:
-        model: a transformers model with a SigLIP, SigLIP 2 or ViT vision tower, in evaluation mode.
+        model: a model with a vision tower of one of `supported_models()`, in evaluation mode.
         config: `NeuroFlowConfig()` by default, or the path of a saved one. Calling again with an equal one does
             nothing.
+        streams: keeps the streams within its limits; by default there are none.
 
     Raises:
-        TypeError: a model that no adapter knows. RuntimeError: the model is patched with another configuration.
-        ValueError: a `mid_layer` that the model does not have, or a file that holds no configuration.
+        TypeError: a model that no adapter knows. RuntimeError: the model is patched with another configuration, or
+            other limits. ValueError: an architecture or a `mid_layer` that the model cannot have, or a file that holds
+            no configuration.
     """
     if config is None:
         config = NeuroFlowConfig()
@@ -59,12 +69,11 @@ def enable_cache(model: nn.Module, config: NeuroFlowConfig | str | Path | None =
     anatomy = describe(model)
     patched = vars(anatomy.tower).get(_ENGINE)
     if patched is not None:
-        if patched.config == config:
+        if patched.config == config and streams in (None, patched.streams):
             return
-        raise RuntimeError(
-            f"{type(model).__name__} is already patched, with {patched.config}; call neuroflow.disable_cache first"
-        )
-    engine = Engine(anatomy, config)
+        other = f"with {patched.config}" if patched.config != config else "with another StreamCache"
+        raise RuntimeError(f"{type(model).__name__} is already patched, {other}; call neuroflow.disable_cache first")
+    engine = Engine(anatomy, config, StreamCache() if streams is None else streams)
     for module, method, replacement in engine.points():
         setattr(module, method, functools.partial(replacement, getattr(module, method)))
     if anatomy.attention is None:
@@ -103,7 +112,7 @@ def cache_context(model: nn.Module, *streams: Hashable) -> Iterator[None]:
     Raises:
         RuntimeError: the model is not patched. ValueError: no name, or one name twice.
     """
-    engine = _engine(model)
+    engine = engine_of(model)
     if not streams or len(set(streams)) < len(streams):
         raise ValueError(f"streams is {streams!r}; accepted is at least one name, each only once")
     token = engine.named.set(streams)
@@ -113,28 +122,45 @@ def cache_context(model: nn.Module, *streams: Hashable) -> Iterator[None]:
         engine.named.reset(token)
 
 
-def encode(model: nn.Module, pixels: torch.Tensor, stream_ids: Sequence[Hashable], **kwargs: Any) -> Any:
+def encode(
+    model: nn.Module,
+    pixels: torch.Tensor,
+    stream_ids: Sequence[Hashable],
+    frame_ids: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> Any:
     """Encode one frame of each of several streams in one packed pass.
 
     Args:
         model: a patched model.
         pixels: [S, 3, H, W], as the model takes `pixel_values`, or a tower its first argument.
         stream_ids: S names, each only once.
+        frame_ids: S numbers, where the frames of each stream are counted. One that does not follow the last is a key
+            frame, as frames were lost, or come out of order.
         kwargs: handed to the model.
 
     Returns:
         the model's own output class, for a batch of S.
 
     Raises:
-        RuntimeError: the model is not patched. ValueError: S differs from the number of names, or a name comes twice.
+        RuntimeError: the model is not patched. ValueError: S differs from the number of names or of frame_ids, or a
+            name comes twice.
     """
-    engine = _engine(model)
-    with cache_context(model, *stream_ids):
-        return model(pixels, **kwargs) if model is engine.anatomy.tower else model(pixel_values=pixels, **kwargs)
+    if frame_ids is not None and len(frame_ids) != len(stream_ids):
+        raise ValueError(
+            f"frame_ids holds {len(frame_ids)} numbers for {len(stream_ids)} streams; accepted is one each"
+        )
+    engine = engine_of(model)
+    token = engine.numbered.set(None if frame_ids is None else tuple(frame_ids))
+    try:
+        with cache_context(model, *stream_ids):
+            return model(pixels, **kwargs) if model is engine.anatomy.tower else model(pixel_values=pixels, **kwargs)
+    finally:
+        engine.numbered.reset(token)
 
 
 def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
-    """Forget one stream, or all of them: the next frame is a key frame.
+    """Forget one stream, or all of them, and give back their memory: the next frame is a key frame.
 
     Without `stream`, what was derived from the weights is forgotten too. That happens by itself when they change, but
     not when they are written through `.data`, as some adapters are merged: torch does not count such changes.
@@ -142,14 +168,14 @@ def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
     Raises:
         RuntimeError: the model is not patched. KeyError: a stream that was never seen.
     """
-    engine = _engine(model)
+    engine = engine_of(model)
     if stream is None:
-        engine.streams.clear()
+        engine.streams.close(name for name, _ in engine.streams.items())
         engine.kept.clear()
     elif stream in engine.streams:
-        del engine.streams[stream]
+        engine.streams.close([stream])
     else:
-        raise KeyError(f"stream is {stream!r}; known are {list(engine.streams)}")
+        raise KeyError(f"stream is {stream!r}; known are {[name for name, _ in engine.streams.items()]}")
 
 
 def summary(model: nn.Module) -> Summary:
@@ -158,7 +184,7 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         RuntimeError: the model is not patched.
     """
-    engine = _engine(model)
+    engine = engine_of(model)
     streams = {
         name: StreamSummary(
             frames=state.frames,
@@ -171,4 +197,4 @@ def summary(model: nn.Module) -> Summary:
         )
         for name, state in engine.streams.items()
     }
-    return Summary(arch=engine.config.arch, streams=streams)
+    return Summary(arch=engine.config.arch, streams=streams, limit_bytes=engine.streams.limit_bytes)

@@ -47,8 +47,7 @@ def patch_windows(convolution: nn.Conv2d, pixels: torch.Tensor) -> torch.Tensor:
     rows, columns = pixels.shape[2] // height, pixels.shape[3] // width
     windows = pixels[:, :, : rows * height, : columns * width].unflatten(3, (columns, width))
     windows = windows.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)  # [S, rows, columns, C, height, width]
-    # A copy even where a view would do: the caller may go on to fill `pixels` with the next frame.
-    return windows.clone(memory_format=torch.contiguous_format).flatten(3).flatten(1, 2)
+    return windows.flatten(3).flatten(1, 2)
 
 
 def project_windows(convolution: nn.Conv2d, windows: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ class Seen(NamedTuple):
     for the weights that projected them.
     """
 
-    windows: torch.Tensor
-    projected: torch.Tensor
+    windows: torch.Tensor | None
+    projected: torch.Tensor | None
     weights: object
 
 
@@ -47,13 +47,20 @@ class StreamState:
         self.since_key_frame = 0
         self.nonfinite = 0
         self.skipped = 0.0
+        self.frame_id: int | None = None  # of the last frame, where the caller numbers them
+        self.used = 0.0  # when, in seconds of a clock that only goes on
+        self.state_bytes = 0  # what `held` holds, as of the last frame
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
 
     def start_over(self, signature: tuple, grid: Grid, device: torch.device) -> None:
         """Make room for a key frame of another size, dtype or device."""
         self.signature, self.grid = signature, grid
         self.tensors.clear()
         self.attention = None
-        self.age = torch.zeros(grid[0] * grid[1], dtype=torch.int32, device=device)
+        self.age = torch.zeros(self.patches, dtype=torch.int32, device=device)
 
     def put(self, name: Hashable, value: torch.Tensor) -> None:
         """Replace a cache in full; value [1, rows, D]."""
@@ -65,7 +72,7 @@ class StreamState:
         self.active = torch.full(self.age.shape, key_frame, device=self.age.device)
         if not key_frame:
             self.active[active] = True
-            self.skipped += 1 - active.numel() / self.age.numel()
+            self.skipped += 1 - active.numel() / self.patches
         self.age = (self.age + 1).masked_fill(self.active, 0)
         self.frames += 1
         self.key_frames += key_frame
@@ -76,10 +83,6 @@ class StreamState:
         seen = [] if self.seen is None else [self.seen.windows, self.seen.projected]
         patches = [tensor for tensor in (self.age, self.active, self.attention) if tensor is not None]
         return [*self.tensors.values(), *seen, *patches]
-
-    @property
-    def state_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.held())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,17 +109,26 @@ class StreamSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a patched model holds and has saved; `str()` gives a table."""
+    """What a patched model holds and has saved; `str()` gives a table.
+
+    Args:
+        streams: by name, the least recently used first.
+        limit_bytes: what all of them together can come to hold, by the limits of the model's `StreamCache`; None where
+            it has none.
+    """
 
     arch: str
     streams: dict[Hashable, StreamSummary]
+    limit_bytes: int | None
 
     @property
     def state_bytes(self) -> int:
         return sum(stream.state_bytes for stream in self.streams.values())
 
     def __str__(self) -> str:
-        lines = [f"NeuroFlow {self.arch}: {len(self.streams)} stream(s), {self.state_bytes / 2**20:.1f} MiB of state"]
+        limit = "" if self.limit_bytes is None else f" of at most {self.limit_bytes / 2**20:.1f}"
+        state = f"{self.state_bytes / 2**20:.1f}{limit} MiB of state"
+        lines = [f"NeuroFlow {self.arch}: {len(self.streams)} stream(s), {state}"]
         lines += [
             f"  {name}: {stream.frames} frames ({stream.key_frames} key), grid {stream.grid[0]}x{stream.grid[1]}, "
             f"{stream.skipped:.1%} of patches skipped, {stream.nonfinite} frames with NaN/Inf, "
