@@ -37,6 +37,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2Config,
     Qwen2VLConfig,
+    Siglip2VisionConfig,
     SiglipConfig,
     SiglipModel,
     ViTConfig,
@@ -63,8 +64,10 @@ TYPES = {
     "dinov3_vit": ("dinov3", 0.485),
     "aimv2_vision_model": ("aimv2", 0.48145466),
     "internvl_vision": ("internvl", 0.485),
+    "sam_vision_model": ("sam", 0.485),
+    "vitdet": ("vitdet", 0.485),
 }
-FIXED = ("aimv2_vision_model",)
+FIXED = ("aimv2_vision_model", "sam_vision_model")
 
 
 @pytest.fixture(scope="session")
@@ -140,13 +143,14 @@ def test_every_type_that_can_takes_another_size(neuroflow, models, clip, tmp_pat
     assert "64x32, 32 patches" in table and np.load(out)["cosine"].min() > 0.9999
 
 
+@pytest.mark.parametrize("name", FIXED)
 @pytest.mark.parametrize("command", ["run", "calibrate"])
 def test_a_size_that_the_tower_does_not_take_is_answered_before_the_first_frame(
-    neuroflow, models, clip, tmp_path, monkeypatch, command
+    neuroflow, models, clip, tmp_path, monkeypatch, command, name
 ):
     monkeypatch.setattr(Source, "__iter__", lambda self: pytest.fail("a frame was decoded"))
     target = ("--target-skip", 0.5, "--out", tmp_path / "c.json") if command == "calibrate" else ()
-    model = models("aimv2_vision_model")[0]
+    model = models(name)[0]
     code, table, message = neuroflow(command, clip, "--model", model, "--size", "64x32", *target)
     assert code == 2 and table == ""
     assert "--size 64x32: the model takes 48x48 only; give that or none" in error(message)
@@ -216,8 +220,8 @@ def test_the_tower_comes_out_of_a_larger_model(kind, tmp_path):
     loaded = load_tower(str(tmp_path), *CPU)
     expected = dict(describe(model).tower.named_parameters())
     assert loaded.config.model_type in TOWERS and not loaded.training
-    assert describe(loaded).tower is loaded
-    found = dict(loaded.named_parameters())
+    found = dict(describe(loaded).tower.named_parameters())
+    assert len(found) == len(list(loaded.parameters()))
     assert found.keys() == {name for name in expected if not name.startswith("pooler.")}
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
@@ -246,7 +250,7 @@ def test_vit_mae_sees_every_patch_and_says_so(neuroflow, models, clip, tmp_path)
     [
         (BeitConfig(), "its type is beit; supported"),
         (LlamaConfig(), "its type is llama; supported"),
-        (tiny("siglip2").config, "its type, siglip2_vision_model, takes patches that its processor cuts"),
+        (Siglip2VisionConfig(), "its type, siglip2_vision_model, takes patches that its processor cuts"),
         (Qwen2VLConfig(), "takes patches that its processor cuts"),
     ],
 )
@@ -286,3 +290,7 @@ def test_settings_that_do_not_fit_the_model_are_one_line(neuroflow, models, clip
     model = models("clip_vision_model")[0]
     code, table, message = neuroflow("run", clip, "--model", model, "--config", tmp_path / "config.json")
     assert code == 2 and table == "" and "mid_layer is 30; accepted is less than 3" in error(message)
+    code, table, message = neuroflow("run", clip, "--model", models("sam_vision_model")[0], "--arch", "active")
+    assert (
+        code == 2 and table == "" and "arch is 'active'; SamVisionEncoder makes a map of all patches" in error(message)
+    )

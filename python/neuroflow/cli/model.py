@@ -53,6 +53,8 @@ TOWERS = {
     "dinov3_vit": Tower(IMAGENET),
     "aimv2_vision_model": Tower(OPENAI, prefix=r"^vision_model\.", fixed=lambda config: not config.is_native),
     "internvl_vision": Tower(IMAGENET),
+    "sam_vision_model": Tower(IMAGENET, fixed=lambda config: True),
+    "vitdet": Tower(IMAGENET),
 }
 SUPPORTED = f"supported, alone or in a larger model, are {', '.join(TOWERS)}"
 # Their processors cut frames into patches, and the towers take those.
