@@ -13,13 +13,17 @@ SOURCES := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/neuroflow/*.h)
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[video,bench,test]'
 	touch $@
 
+# timm for its tests, out of the way of everything else: it needs torchvision, which changes what transformers does.
+.venv/timm: | .venv/installed
+	$(BIN)/pip install --quiet --no-deps --target $@ timm torchvision==0.28.0
+
 demo: .venv/installed
 	$(BIN)/neuroflow demo --out-dir demo
 
-test: .venv/installed lint
+test: .venv/installed .venv/timm lint
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-slow: .venv/installed
+test-slow: .venv/installed .venv/timm
 	$(BIN)/python -m pytest
 
 lint: .venv/installed

@@ -1,4 +1,6 @@
+import importlib
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,14 @@ from neuroflow_kernels import unavailable, use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/test_triton.py runs the ops' tests again like this
 DATA = Path(os.environ.get("NEUROFLOW_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+if find_spec("torchvision"):
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        # Built for CUDA, it has none of its ops beside a CPU build of torch, and cannot be imported without these two.
+        for op in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """Models that the tests share: tiny random ones of every family, and the real ViT-Ti as a Hugging Face directory."""
 
 import functools
+import importlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import neuroflow
@@ -70,6 +72,10 @@ def interpolated(pixels):
     return {"pixel_values": pixels, "interpolate_pos_encoding": True}
 
 
+def first(pixels):
+    return {"x": pixels}
+
+
 def naflex(frames):
     """What SigLIP 2 takes for frames [3, H, W], of different sizes too, padded to the longest."""
     windows, shapes = [], []
@@ -116,6 +122,17 @@ def _internvl(size):
     return InternVLVisionModel(config)
 
 
+def of_timm(model, **settings):
+    """A tower of timm, of the sizes that all have here; it takes any size if `dynamic_img_size` is among `settings`."""
+    module = {"VisionTransformer": "vision_transformer", "VisionTransformerDistilled": "deit", "Eva": "eva"}[model]
+    sizes = {"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2, "num_classes": 10, "patch_size": PATCH}
+
+    def make(size):
+        return getattr(importlib.import_module(f"timm.models.{module}"), model)(size, **sizes | settings)
+
+    return Tiny(make, first, settings.get("dynamic_img_size", False))
+
+
 QWEN = {"depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": PATCH}
 QWEN |= {"out_hidden_size": 64, "spatial_merge_size": 2}
 
@@ -158,6 +175,26 @@ FAMILIES = {
     ),
     "qwen3-vl": Tiny(lambda size: Qwen3VLVisionModel(qwen3_config(size)), merged_pairs, architectures="ACDE"),
 }
+rope = {"use_rot_pos_emb": True, "num_reg_tokens": 2, "no_embed_class": True}
+perception = {"use_rot_pos_emb": True, "rope_grid_indexing": "xy", "rope_grid_offset": 1.0}
+TIMM = {
+    "timm vit": of_timm("VisionTransformer"),
+    "timm vit, averaged": of_timm("VisionTransformer", global_pool="avg", qk_norm=True, dynamic_img_size=True),
+    "timm deit": of_timm("VisionTransformerDistilled"),
+    "timm siglip": of_timm("VisionTransformer", class_token=False, global_pool="map"),
+    "timm clip": of_timm("VisionTransformer", pre_norm=True, scale_attn_norm=True, scale_mlp_norm=True),
+    "timm dinov2": of_timm(
+        "VisionTransformer", reg_tokens=3, no_embed_class=True, init_values=0.3, dynamic_img_size=True, global_pool=""
+    ),
+    "timm eva02": of_timm("Eva", use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True, qkv_fused=False),
+    "timm dinov3": of_timm(
+        "Eva", **rope, rope_type="dinov3", rope_rotate_half=True, init_values=0.3, dynamic_img_size=True
+    ),
+    "timm pe": of_timm("Eva", **perception, attn_type="rope", use_pre_transformer_norm=True, global_pool="map"),
+    "timm rope mixed": of_timm("Eva", **rope, rope_type="mixed", attn_type="rope", qk_norm=True),
+}
+if find_spec("timm") and find_spec("torchvision"):  # which it needs; tests/test_timm.py sees to both
+    FAMILIES |= TIMM
 
 
 def tiny(family, size=48):

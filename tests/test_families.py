@@ -114,6 +114,8 @@ def test_batched_streams_equal_streams_alone(family, arch):
     def run(frames, names):
         with torch.inference_mode(), neuroflow.cache_context(model, *names):
             output = model(**inputs(family, frames))
+        if arch == "B" and isinstance(output, torch.Tensor):
+            return describe(model).embedding(output)
         if arch == "B":  # active tokens only, padded with zeros to the most that a stream has
             return output.last_hidden_state.sum(1)
         return torch.cat([value.reshape(len(names), -1) for value in values(output).values()], 1)
@@ -130,3 +132,33 @@ def test_batched_streams_equal_streams_alone(family, arch):
     for name in clips:
         assert torch.equal(neuroflow.summary(model).streams[name].active, active[name])
         torch.testing.assert_close(torch.cat(together[name]), torch.cat(alone[name]), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_context_is_the_model_that_sees_old_tokens_where_patches_are_inactive(family):
+    """Against the unpatched model itself, every block of which is given its last input at the inactive patches."""
+    if family in ("vit_mae", "vitdet", "qwen3-vl"):
+        pytest.skip("shuffles its patches, or has blocks that take maps, or goes on with the tokens of several blocks")
+    model, frames = tiny(family), clip(frames=4)
+    neuroflow.enable_cache(model, exact(arch="E", threshold=1e-4))
+    sparse, active = [], []
+    for frame in frames:
+        sparse += outputs(model, family, frame[None])
+        active.append(neuroflow.summary(model).streams["default"].active.flatten())
+    neuroflow.disable_cache(model)
+
+    anatomy, held, active = describe(model), {}, iter(active)
+
+    def mixed(module, tokens):
+        fresh = torch.cat((torch.ones(anatomy.prefix, dtype=torch.bool), now)).view(tokens.shape[:-1])
+        held[module] = torch.where(fresh[..., None], tokens, held.get(module, tokens))
+        return held[module]
+
+    for layer in anatomy.layers:
+        layer.register_forward_pre_hook(lambda module, args: (mixed(module, args[0]), *args[1:]))
+    anatomy.last.register_forward_hook(lambda module, args, output: mixed(anatomy, output))
+    for frame, ours in zip(frames, sparse, strict=True):
+        now = next(active) if anatomy.order is None else next(active)[anatomy.order(inputs(family, frame[None]))[0]]
+        (theirs,) = outputs(model, family, frame[None])
+        assert_close(ours, theirs, 1e-5)
+    assert 0 < now.sum() < now.numel()

@@ -75,7 +75,7 @@ class Frame:
         self.order = order
         self.patches = [rows * columns for rows, columns in grids]  # of each stream
         self.counts = [engine.anatomy.prefix + count for count in self.patches]  # of tokens
-        self.positions: Any = None
+        self.positions: tuple[Any, Any] | None = None  # of the last block's: for all tokens, for the packed ones
         self.projected: torch.Tensor | None = None
         self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
         self.attention: list[torch.Tensor | None] = [None] * len(states)
@@ -115,9 +115,9 @@ class Frame:
 
     def pack_positions(self, value: Any) -> Any:
         """The value of the blocks' argument for rotary positions, for the packed tokens."""
-        if self.positions is None:
-            self.positions = self.engine.anatomy.rotary[1](value, self._take)
-        return self.positions
+        if self.positions is None or self.positions[0] is not value:
+            self.positions = value, self.engine.anatomy.rotary[1](value, self._take)
+        return self.positions[1]
 
     def _take(self, table: torch.Tensor, fill: float) -> torch.Tensor:
         prefix = self.engine.anatomy.prefix
@@ -186,8 +186,8 @@ class Engine:
                 f"signal is 'pixel', which {type(anatomy.tower).__name__} does not show in the order of its tokens; "
                 "accepted is 'patch' or 'embedding'"
             )
-        # A frame without any token has no output; where there is a CLS token it needs no patch.
-        self.floor = max(config.floor, 0 if anatomy.prefix else 1)
+        # A frame without any token has no output; where it is a CLS token's it needs no patch.
+        self.floor = max(config.floor, 0 if anatomy.prefix and anatomy.pool is None else 1)
         self.mid_layer = depth // 2 - 1 if config.mid_layer is None else config.mid_layer
         if config.arch == "midlayer" and self.mid_layer >= depth - 1:
             raise ValueError(f"mid_layer is {self.mid_layer}; accepted is less than {depth - 1}, the last block")
@@ -224,7 +224,7 @@ class Engine:
         if anatomy.projection is not None:
             points.append((anatomy.projection, "forward", self.on_projection))
         for table in anatomy.tables:
-            points.append((*table, lambda *args, table=table: self.on_table(table, *args)))
+            points.append((*table, lambda *args, table=table, **kw: self.on_table(table, *args, **kw)))
         with_linears = [*anatomy.layers]
         if anatomy.pool is not None:
             points.append((*anatomy.pool, self.on_pool))
@@ -338,11 +338,12 @@ class Engine:
         state.seen = Seen(kept, projected, weights)
         return projected
 
-    def on_table(self, table: tuple[nn.Module, str], compute: Callable, *args: Any) -> Any:
+    def on_table(self, table: tuple[nn.Module, str], compute: Callable, *args: Any, **kwargs: Any) -> Any:
         if _frame.get() is None:
-            return compute(*args)
-        shapes = [(arg.shape, arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]
-        return self.derived(table[0], (*table, *shapes), lambda: compute(*args))
+            return compute(*args, **kwargs)
+        given = [*args, *kwargs.items()]
+        shapes = [(arg.shape, arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in given]
+        return self.derived(table[0], (*table, *shapes), lambda: compute(*args, **kwargs))
 
     def on_override(self, override: Callable, original: Callable, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs) if _frame.get() is None else override(original, *args, **kwargs)

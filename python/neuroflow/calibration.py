@@ -185,7 +185,7 @@ def _embeddings(model: nn.Module, frames: Iterable[torch.Tensor]) -> torch.Tenso
         if pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
             raise ValueError(f"frames holds a tensor {list(pixels.shape)}; accepted are [1, 3, H, W]")
         pixels = pixels.to(weight.device, weight.dtype)
-        output = anatomy.tower(pixel_values=pixels, **interpolation(anatomy.tower, pixels))
+        output = anatomy.tower(pixels, **interpolation(anatomy.tower, pixels))
         embeddings.append(anatomy.embedding(output).float())
     return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
 
