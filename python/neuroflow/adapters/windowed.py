@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .anatomy import Anatomy, Grid, image_grids
+from .anatomy import Anatomy, Grid, image_grids, refuse
 
 
 def sam(tower: nn.Module) -> Anatomy:
@@ -73,6 +73,7 @@ def vitdet(tower: nn.Module) -> Anatomy:
     projection = tower.embeddings.projection
 
     def grids(arguments: dict[str, Any]) -> list[Grid]:
+        refuse(arguments, "head_mask")
         return image_grids(projection, arguments["pixel_values"])
 
     def embedding(output: Any) -> torch.Tensor:
@@ -114,10 +115,8 @@ def _channels_first(value: Any) -> Any:
     return value.permute(0, 3, 1, 2) if isinstance(value, torch.Tensor) and value.ndim == 4 else value
 
 
-def _block(
-    layer: nn.Module, forward: Callable, tokens: torch.Tensor, output_attentions: bool = False
-) -> tuple[torch.Tensor, None]:
-    """ViTDet's block for tokens [S, rows, columns, D] or [1, M, D]."""
+def _block(layer: nn.Module, forward: Callable, tokens: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, None]:
+    """ViTDet's block for tokens [S, rows, columns, D] or [1, M, D]; it has no use for a head mask that is None."""
     tokens = tokens + layer.drop_path(layer.attention(layer.norm1(tokens))[0])
     return tokens + layer.drop_path(layer.mlp(layer.norm2(tokens))), None
 
@@ -172,8 +171,8 @@ def _in_windows(
     row, column = at // width, at % width
     across = -(-width // size)  # windows side by side
     windows, window, counts = (row // size * across + column // size).unique(return_inverse=True, return_counts=True)
-    order = window.argsort()
-    slots = nn.utils.rnn.pad_sequence(order.split(counts.tolist()), batch_first=True)  # [W, M], queries by window
+    order = window.argsort()  # only windows that hold a query are served
+    slots = nn.utils.rnn.pad_sequence(order.split(counts.tolist()), batch_first=True)  # [W, M] queries
 
     steps = torch.arange(size, device=device)
     rows_in = (windows // across * size)[:, None] + steps  # [W, size]
