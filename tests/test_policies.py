@@ -61,7 +61,8 @@ def test_attention_of_the_pooled_output_is_what_the_stream_keeps():
             anatomy = neuroflow.adapters.describe(model)
             attention = anatomy.attentions[-1]
             seen = {}
-            hook = anatomy.attentions[-1].q_proj.register_forward_hook(lambda *a, seen=seen: seen.update(q=a[2]))
+            projection = attention.q_proj if hasattr(attention, "q_proj") else attention.query  # to transformers 5.8
+            hook = projection.register_forward_hook(lambda *a, seen=seen: seen.update(q=a[2]))
             with torch.inference_mode():
                 model(**inputs(family, frames[2:]))
             hook.remove()
