@@ -3,8 +3,11 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/neuroflow/*.h)
+# Releases of transformers between which towers were rebuilt, the newest last; `make compat COMPAT=5.5.0` tests one.
+COMPAT ?= 4.57.6 5.5.0 5.17.0 5.23.0
+STRUCTURAL := families architectures streams rewrites reference_vectors policies vit_tiny baselines adapters
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow compat $(COMPAT:%=compat-%) lint format bench clean
 
 .venv/installed: pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -25,6 +28,17 @@ test: .venv/installed .venv/timm lint
 
 test-slow: .venv/installed .venv/timm
 	$(BIN)/python -m pytest
+
+.venv/compat/%/installed: | .venv/installed
+	$(BIN)/pip install --quiet --upgrade --target $(@D) transformers==$*
+	touch $@
+
+compat: $(COMPAT:%=compat-%)
+
+$(COMPAT:%=compat-%): compat-%: .venv/compat/%/installed
+	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -c \
+	  'import transformers as t; print("transformers", t.__version__); assert t.__version__ == "$*"'
+	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -m pytest -rs $(STRUCTURAL:%=tests/test_%.py)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
