@@ -1,5 +1,7 @@
 """Argument checks at the ops' public edge: each message names the argument, what it was, and what is accepted."""
 
+import itertools
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -48,6 +50,12 @@ def fraction(name: str, value: float) -> float:
 def count(name: str, value: int) -> int:
     require(isinstance(value, (int, torch.SymInt)) and value >= 0, name, value, "an integer, 0 or more")
     return value
+
+
+def ascending(name: str, value: Sequence[int]) -> None:
+    numbers = isinstance(value, (list, tuple)) and all(isinstance(number, int) for number in value)
+    fits = numbers and value and value[0] > 0 and all(low < high for low, high in itertools.pairwise(value))
+    require(fits, name, value, "a list or tuple of ascending integers above 0")
 
 
 def per_stream(

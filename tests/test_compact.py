@@ -104,6 +104,34 @@ def test_surprise_need_not_be_contiguous(backend, generator):
     assert_selects(compact(surprise, threshold=0.5), expected, 36)
 
 
+def filled(surprise, selections, ladder):
+    """As `definition`, with the most surprising of all the others, up to a number of the ladder."""
+    streams, tokens = surprise.shape
+    values = surprise.nan_to_num(math.inf, math.inf).flatten().tolist()
+    chosen = {row for selection in selections for row in selection}
+    enough = next((rung for rung in ladder if rung >= len(chosen)), len(values))
+    others = sorted(set(range(len(values))) - chosen, key=lambda row: (-values[row], row))
+    chosen.update(others[: max(enough - len(chosen), 0)])
+    return [sorted(row for row in chosen if row // tokens == stream) for stream in range(streams)]
+
+
+@pytest.mark.parametrize("rule", [{"threshold": 0.7}, {"budget": 2}, {"threshold": 9.0}, {"threshold": 0.0}], ids=str)
+@pytest.mark.parametrize("ladder", [[1], [8, 16, 24], [5, 70], (4, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 30), (3, 11), (2, 1), (4, 64)], ids=str)
+def test_ladder(backend, generator, shape, ladder, rule):
+    surprise = draw(generator, *shape)
+    surprise[-1, -1] = torch.nan
+    plain = {name: [value] * shape[0] for name, value in rule.items()}
+    expected = filled(surprise, definition(surprise, **plain, floor=2), ladder)
+    assert_selects(compact(surprise, **rule, floor=2, ladder=ladder), expected, surprise.numel())
+
+
+def test_a_ladder_never_drops_an_active_token(backend):
+    """Not for one of another stream that is as surprising, or NaN."""
+    surprise = torch.tensor([[torch.nan, torch.inf, torch.nan, 0.0], [0.1, 0.2, 0.3, 0.4]])
+    assert_selects(compact(surprise, budget=1, floor=0, ladder=[3]), [[0, 1], [7]], 8)
+
+
 def test_large(generator):
     """Enough streams and tokens for several threads."""
     surprise = torch.rand(6, 12000, generator=generator)
@@ -123,7 +151,7 @@ def test_opcheck(generator, rule):
 def test_compile(generator):
     surprise = torch.rand(2, 9, generator=generator)
     compiled = torch.compile(compact, fullgraph=True, backend="aot_eager")
-    for rule in ({"threshold": 0.5}, {"budget": 3}):
+    for rule in ({"threshold": 0.5}, {"budget": 3}, {"threshold": 0.5, "ladder": (4, 8, 12)}):
         for actual, expected in zip(compiled(surprise, **rule), compact(surprise, **rule), strict=True):
             assert torch.equal(actual, expected)
 
@@ -141,6 +169,10 @@ def test_compile(generator):
         ("budget", {"budget": torch.zeros(2, 1)}),
         ("floor", {"threshold": 0.1, "floor": -1}),
         ("floor", {"threshold": 0.1, "floor": 1.5}),
+        ("ladder", {"threshold": 0.1, "ladder": []}),
+        ("ladder", {"threshold": 0.1, "ladder": [2, 2]}),
+        ("ladder", {"threshold": 0.1, "ladder": [0, 2]}),
+        ("ladder", {"threshold": 0.1, "ladder": [1.5]}),
     ],
 )
 def test_errors_name_the_argument(name, arguments):

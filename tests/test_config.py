@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import neuroflow
 import pytest
@@ -29,16 +30,27 @@ def test_a_budget_takes_the_place_of_the_threshold():
         ("reference", "last"),
         ("max_age", 0),
         ("mid_layer", -1),
+        ("ladder", ()),
+        ("ladder", (8, 8)),
+        ("ladder", (0, 8)),
     ],
 )
 def test_values_outside_are_named(name, value):
-    with pytest.raises(ValueError, match=rf"^{name} is {value!r}; accepted is "):
+    with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}; accepted is "):
         neuroflow.NeuroFlowConfig(**{name: value})
 
 
 def test_threshold_and_budget_exclude_each_other():
     with pytest.raises(ValueError, match="budget is 5; accepted is None beside a threshold"):
         neuroflow.NeuroFlowConfig(threshold=0.1, budget=5)
+
+
+def test_a_ladder_excludes_dilation_and_survives_a_file(tmp_path):
+    with pytest.raises(ValueError, match="None beside a dilation"):
+        neuroflow.NeuroFlowConfig(ladder=(8, 16), dilation=1)
+    config = neuroflow.NeuroFlowConfig(ladder=[8, 16])
+    config.save(tmp_path / "config.json")
+    assert neuroflow.NeuroFlowConfig.load(tmp_path / "config.json") == config
 
 
 def test_configurations_are_values():

@@ -1,4 +1,7 @@
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 
 from .. import checks
 from ..dispatch import Operator
@@ -41,6 +44,7 @@ def compact(
     threshold: torch.Tensor | float | None = None,
     budget: torch.Tensor | int | None = None,
     floor: int = 4,
+    ladder: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Row numbers of the active tokens, packed from the left.
 
@@ -53,18 +57,43 @@ def compact(
         threshold: a number or a float tensor [S]; exactly one of threshold and budget is given.
         budget: tokens per stream, a number or an integer tensor [S]; more than N means N.
         floor: the least number of active tokens in a stream (N where N is smaller).
+        ladder: the tokens of all streams together are one of these numbers, ascending, or all S * N: the first that is
+            enough, filled up with the most surprising tokens that the rule left, of whichever stream. So that what is
+            compiled or captured for a few numbers of tokens serves every frame, without padding and without a copy to
+            the host.
 
     Returns:
         index [S * N] int32: rows of the flattened [S * N], ascending within each stream, stream after stream, -1 past
         the last; cu_seqlens [S + 1] int32: stream s owns index[cu_seqlens[s] : cu_seqlens[s + 1]].
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype or device that does not fit, or a ladder that does not ascend.
 
-    Source: Schmitt 2026, the gate; the tie rule is ours.
+    Source: Schmitt 2026, the gate; the tie rule and the ladder are ours.
     """
     checks.rank("surprise", surprise, "[S, N]", torch.float32)
     streams, tokens = surprise.shape
     checks.require(streams * tokens < 2**31, "surprise", surprise, "at most 2**31 - 1 tokens, as rows are int32")
     rule = rule_arguments(streams, surprise.device, threshold, budget, floor)
+    if ladder is not None:
+        checks.ascending("ladder", ladder)
+        return _filled(surprise, *_operator(surprise.contiguous(), *rule), ladder)
     return _operator(surprise.contiguous(), *rule)
+
+
+def _filled(
+    surprise: torch.Tensor, index: torch.Tensor, cu_seqlens: torch.Tensor, ladder: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The active tokens `index`, and as many more as the next number of `ladder` asks for."""
+    streams, tokens = surprise.shape
+    rungs = torch.tensor([*ladder, streams * tokens], dtype=torch.int32, device=surprise.device)
+    enough = rungs[torch.searchsorted(rungs[:-1], cu_seqlens[-1:])].clamp_max(streams * tokens)
+    # Those that are active come before any other; -1 past the last of them goes to a place of its own.
+    active = torch.zeros(streams * tokens + 1, dtype=torch.bool, device=surprise.device)
+    active[index] = True
+    most = torch.finfo(surprise.dtype).max
+    order = surprise.flatten().nan_to_num(most, most).masked_fill(active[:-1], torch.inf)
+    index, _ = _operator(order[None], None, enough, 0)
+    starts = torch.arange(1, streams + 1, dtype=torch.int32, device=surprise.device) * tokens
+    ordered = index.masked_fill(index < 0, streams * tokens)
+    return index, F.pad(torch.searchsorted(ordered, starts, out_int32=True), (1, 0))

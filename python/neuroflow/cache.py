@@ -255,6 +255,7 @@ class Engine:
             self._warned.add(message)
             warnings.warn(f"neuroflow: {message}", RuntimeWarning, stacklevel=2)
 
+    @torch.compiler.disable(reason="which patches are encoded, and so every shape, is decided frame by frame")
     def on_tower(self, entry: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         if _frame.get() is not None and _frame.get().engine is self:
             return forward(*args, **kwargs)  # one entry calls another
@@ -590,7 +591,7 @@ class Engine:
             for row in scores:
                 row[row.topk(min(self.floor, patches)).indices] = torch.inf
             scores, budget = scores.view(1, -1), budget * streams
-        index, cu_seqlens = compact(scores, config.threshold, budget, self.floor)
+        index, cu_seqlens = compact(scores, config.threshold, budget, self.floor, config.ladder)
         index = index[: int(cu_seqlens[-1])]
         starts = torch.arange(streams + 1, dtype=torch.int32, device=index.device) * patches
         bounds = torch.searchsorted(index, starts).tolist()

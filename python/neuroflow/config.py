@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -49,6 +50,8 @@ class NeuroFlowConfig:
             the caches have drifted, and weighs that by the attention that the pooled output pays the patch.
         normalise_motion: subtract the frame's mean surprise first, for cameras that move.
         dilation: patches up to this many away from an active one are active too.
+        ladder: the active patches of a pass, over all its streams of one size, are one of these numbers, ascending, or
+            all: the most surprising of the others fill up to the next. For what is compiled or captured by shape.
         max_age: a patch that was not encoded in this many frames is encoded whatever its score; None sets no limit.
         refresh: how `max_age` is kept. "key", by a key frame that many frames after the last one, which clears every
             error that the caches hold; "rolling", by the oldest few patches of every frame, which never costs much at
@@ -77,6 +80,7 @@ class NeuroFlowConfig:
     score: Score = "staleness"
     normalise_motion: bool = False
     dilation: int = 0
+    ladder: tuple[int, ...] | None = None
     max_age: int | None = 128
     refresh: Refresh = "key"
     cut_share: float | None = 0.5
@@ -105,6 +109,12 @@ class NeuroFlowConfig:
         for name in ("floor", "dilation"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 0, name, value, "an integer, 0 or more")
+        if self.ladder is not None:
+            object.__setattr__(self, "ladder", tuple(self.ladder))
+            whole = all(isinstance(rung, int) and rung > 0 for rung in self.ladder)
+            ascends = whole and self.ladder and all(low < high for low, high in itertools.pairwise(self.ladder))
+            _require(ascends, "ladder", self.ladder, "None or ascending integers above 0")
+            _require(not self.dilation, "ladder", self.ladder, "None beside a dilation, which adds patches to it")
         aged = self.max_age is None or (isinstance(self.max_age, int) and self.max_age >= 1)
         _require(aged, "max_age", self.max_age, "None or a number of frames, 1 or more")
         _require(self.cut_share is None or 0 < self.cut_share <= 1, "cut_share", self.cut_share, "None or 0 to 1")
