@@ -37,6 +37,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2Config,
     Qwen2VLConfig,
+    SamConfig,
+    SamModel,
     Siglip2VisionConfig,
     SiglipConfig,
     SiglipModel,
@@ -201,6 +203,11 @@ def larger(kind):
         tower = InternVLVisionConfig(**SIZES, image_size=[SIDE] * 2, patch_size=[8] * 2)
         language = Qwen2Config(**text, num_key_value_heads=4)
         return InternVLForConditionalGeneration(InternVLConfig(vision_config=tower, text_config=language))
+    if kind == "sam":
+        decoder = {"hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 4, "iou_head_hidden_dim": 32}
+        prompts = {"hidden_size": 32, "image_size": SIDE, "patch_size": 8}
+        tower = {**vision, "output_channels": 32, "global_attn_indexes": [1]}
+        return SamModel(SamConfig(vision_config=tower, prompt_encoder_config=prompts, mask_decoder_config=decoder))
     if kind == "vit_mae":
         return ViTMAEForPreTraining(ViTMAEConfig(**vision, decoder_hidden_size=64, decoder_num_hidden_layers=1))
     model, config = {
@@ -212,7 +219,9 @@ def larger(kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*mask_ratio is 0")
-@pytest.mark.parametrize("kind", ["siglip", "clip", "aimv2", "llava", "internvl", "vit", "deit", "vit_mae", "dinov2"])
+@pytest.mark.parametrize(
+    "kind", ["siglip", "clip", "aimv2", "llava", "internvl", "sam", "vit", "deit", "vit_mae", "dinov2"]
+)
 def test_the_tower_comes_out_of_a_larger_model(kind, tmp_path):
     torch.manual_seed(0)
     model = larger(kind)
