@@ -1,6 +1,9 @@
 """Vision transformers over video, at the cost of the patches that changed."""
 
-from . import adapters
+from . import (
+    adapters,
+    interface,  # noqa: F401 - registers the attention implementation
+)
 from .adapters import Anatomy, Family, register_adapter, supported_models
 from .calibration import Calibration, CalibrationError, LogitShift, calibrate
 from .config import NeuroFlowConfig

@@ -24,8 +24,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from neuroflow_kernels import attend_rows, compact, ema_surprise_, gather_rows, linear_rows, scatter_rows_
@@ -167,14 +165,14 @@ class Frame:
         return nn.utils.rnn.pad_sequence(tokens[0].split(self.lengths), batch_first=True)
 
 
-_frame: ContextVar[Frame | None] = ContextVar("neuroflow_frame", default=None)
+current_frame: ContextVar[Frame | None] = ContextVar("neuroflow_frame", default=None)
 
 
 class Engine:
     """The streams of one patched tower, and the functions that stand at its points.
 
-    Every `on_*` method takes the original forward of its point first. Outside of a pass through the tower (`_frame` is
-    None) it only calls that, so that parts of a patched model used by themselves behave as before.
+    Every `on_*` method takes the original forward of its point first. Outside of a pass through the tower
+    (`current_frame` is None) it only calls that, so that parts of a patched model used by themselves behave as before.
     """
 
     def __init__(self, anatomy: Anatomy, config: NeuroFlowConfig, streams: StreamCache) -> None:
@@ -204,6 +202,7 @@ class Engine:
         self.signatures = {entry: inspect.signature(getattr(anatomy.tower, entry)) for entry in anatomy.entries}
         self.layer_of = {module: layer for layer, module in enumerate(anatomy.attentions)}
         self.attention_name: str | None = None
+        self.adopted = False  # patched by itself, as its attention implementation asked for
         self.kept: dict[Hashable, tuple[list, Any]] = {}  # by `derived`
         self.streams = streams
         self.named: ContextVar[tuple[Hashable, ...]] = ContextVar("neuroflow_streams", default=(DEFAULT_STREAM,))
@@ -257,7 +256,7 @@ class Engine:
 
     @torch.compiler.disable(reason="which patches are encoded, and so every shape, is decided frame by frame")
     def on_tower(self, entry: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        if _frame.get() is not None and _frame.get().engine is self:
+        if current_frame.get() is not None and current_frame.get().engine is self:
             return forward(*args, **kwargs)  # one entry calls another
         signature, names = self.signatures[entry], self.named.get()
         arguments = signature.bind(*args, **kwargs).arguments
@@ -266,6 +265,9 @@ class Engine:
             raise ValueError(f"{name} is {arguments.get(name)!r}; accepted is a tensor, one frame of each stream")
         grids = self.anatomy.grids(arguments)
         if len(grids) != len(names):
+            if self.adopted and names == (DEFAULT_STREAM,):
+                self.warn_once(f"{name} holds {len(grids)} frames of streams without names; such batches run unpatched")
+                return forward(*args, **kwargs)
             raise ValueError(
                 f"{name} holds {len(grids)} frames, and the context names {len(names)} stream(s); accepted is one "
                 "frame of each stream: neuroflow.encode(model, pixels, stream_ids=[...]) names them"
@@ -274,12 +276,12 @@ class Engine:
         with self.streams.used(names, [rows * columns for rows, columns in grids]) as states:
             self._note_gaps(states)
             frame = Frame(self, states, grids, order)
-            token = _frame.set(frame)
+            token = current_frame.set(frame)
             try:
                 with torch.no_grad():
                     output = forward(*args, **kwargs)
             finally:
-                _frame.reset(token)
+                current_frame.reset(token)
             for state, finite, attention in zip(states, frame.finite, frame.attention, strict=True):
                 state.valid = finite
                 if attention is not None:
@@ -300,7 +302,7 @@ class Engine:
             state.frame_id = frame_id
 
     def on_projection(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
-        frame = _frame.get()
+        frame = current_frame.get()
         if frame is None:
             return forward(pixels)
         projection = self.anatomy.projection
@@ -340,23 +342,23 @@ class Engine:
         return projected
 
     def on_table(self, table: tuple[nn.Module, str], compute: Callable, *args: Any, **kwargs: Any) -> Any:
-        if _frame.get() is None:
+        if current_frame.get() is None:
             return compute(*args, **kwargs)
         given = [*args, *kwargs.items()]
         shapes = [(arg.shape, arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in given]
         return self.derived(table[0], (*table, *shapes), lambda: compute(*args, **kwargs))
 
     def on_override(self, override: Callable, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs) if _frame.get() is None else override(original, *args, **kwargs)
+        return original(*args, **kwargs) if current_frame.get() is None else override(original, *args, **kwargs)
 
     def on_rotary(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        frame, name = _frame.get(), self.anatomy.rotary[0]
+        frame, name = current_frame.get(), self.anatomy.rotary[0]
         if frame is not None and frame.packed and kwargs.get(name) is not None:
             kwargs[name] = frame.pack_positions(kwargs[name])
         return forward(*args, **kwargs)
 
     def on_attention(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        frame = _frame.get()
+        frame = current_frame.get()
         if frame is None:
             return forward(*args, **kwargs)
         return self.anatomy.attention(module, functools.partial(self.attend, frame, module), *args, **kwargs)
@@ -372,7 +374,7 @@ class Engine:
         return self.kept[key][1]
 
     def on_first_layer(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        frame = _frame.get()
+        frame = current_frame.get()
         if frame is not None:
             self._gate(frame, tokens)
             if self.config.arch in ("active", "dual", "context"):
@@ -380,29 +382,29 @@ class Engine:
         return forward(tokens, *args, **kwargs)
 
     def on_later_layer(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        frame = _frame.get()
+        frame = current_frame.get()
         return forward(tokens if frame is None else self._pack(frame, tokens), *args, **kwargs)
 
     def on_linear(self, module: nn.Linear, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
-        frame = _frame.get()
+        frame = current_frame.get()
         if frame is None or not frame.row_kernels or not are_few(tokens):
             return forward(tokens)
         rows = linear_rows(tokens.flatten(0, -2), module.weight, module.bias)
         return rows.unflatten(0, tokens.shape[:-1])
 
     def on_mlp_input(self, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
-        frame = _frame.get()
+        frame = current_frame.get()
         return forward(frame.pack(tokens) if frame is not None and frame.partial else tokens)
 
     def on_mlp_output(self, layer: int, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
-        frame, increments = _frame.get(), forward(tokens)
+        frame, increments = current_frame.get(), forward(tokens)
         if frame is None:
             return increments
         frame.store(("increment", layer), increments)
         return frame.restored(("increment", layer)) if frame.partial else increments
 
     def on_last(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        frame, result = _frame.get(), forward(*args, **kwargs)
+        frame, result = current_frame.get(), forward(*args, **kwargs)
         if frame is None:
             return result
         outputs = result[0] if isinstance(result, tuple) else result
@@ -414,14 +416,14 @@ class Engine:
         return (outputs, *result[1:]) if isinstance(result, tuple) else outputs
 
     def on_reader(self, number: int, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
-        frame = _frame.get()
+        frame = current_frame.get()
         if frame is None or (frame.partial and tokens.shape == frame.shape):
             return forward(tokens)  # not packed yet, or no longer
         frame.store(("read", number), tokens, self.config.blend)
         return forward(frame.restored(("read", number)) if frame.packed else tokens)
 
     def on_pool(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        frame = _frame.get()
+        frame = current_frame.get()
         if frame is None:
             return forward(tokens, *args, **kwargs)
         if self.config.arch == "active" and frame.packed:
@@ -619,21 +621,3 @@ class Engine:
         elif self.config.reference == "refreshed":
             ends = torch.tensor([0, index.numel()], dtype=torch.int32, device=index.device)
             scatter_rows_(state.tensors["reference"], gather_rows(h, index, ends, index.numel()), index, ends)
-
-
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    frame = _frame.get()
-    if frame is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
-    return frame.engine.attend(frame, module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

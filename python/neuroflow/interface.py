@@ -1,0 +1,70 @@
+"""The attention implementation "neuroflow" of transformers.
+
+Patched towers call it. A model that is loaded with it, as by a framework that offers a choice of attention and no more,
+is patched by itself when its tower first calls it.
+"""
+
+import os
+import sys
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .adapters import describe
+from .cache import ATTENTION, current_frame
+from .patch import enable_cache, engine_of, is_patched
+
+_asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    frame = current_frame.get()
+    if frame is not None:
+        return frame.engine.attend(frame, module, query, key, value, attention_mask, **kwargs)
+    if module not in _asked:
+        _asked.add(module)
+        _adopt(module)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.compiler.disable
+def _adopt(module: nn.Module) -> None:
+    """Patch the tower that is calling its attention `module`, if it is one that NeuroFlow knows, from now on."""
+    caller = sys._getframe()
+    while caller is not None:
+        owner, caller = caller.f_locals.get("self"), caller.f_back
+        if not isinstance(owner, nn.Module):
+            continue
+        try:
+            anatomy = describe(owner)
+        except TypeError:
+            continue
+        if module in anatomy.attentions and not is_patched(owner):
+            _asked.update(anatomy.attentions)  # once: `disable_cache` is for good
+            config = os.environ.get("NEUROFLOW_CONFIG")
+            enable_cache(owner, config)
+            engine_of(owner).adopted = True
+            warnings.warn(
+                f"neuroflow: {type(owner).__name__} has the attention implementation {ATTENTION!r}, so it is patched "
+                f"from its next frame on, with {'the default settings' if config is None else config}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
