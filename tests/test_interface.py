@@ -16,12 +16,14 @@ def saved(tmp_path):
     return tmp_path / "model"
 
 
-def test_a_model_loaded_with_it_patches_itself(saved):
+def test_a_model_loaded_with_it_patches_itself(saved, tmp_path, monkeypatch):
+    exact(threshold=1e-4).save(tmp_path / "config.json")
+    monkeypatch.setenv("NEUROFLOW_CONFIG", str(tmp_path / "config.json"))
     dense = SiglipVisionModel.from_pretrained(saved).eval()
     model = SiglipVisionModel.from_pretrained(saved, attn_implementation="neuroflow").eval()
     frames = clip(frames=4, changed=1)
     with torch.inference_mode():
-        with pytest.warns(RuntimeWarning, match="SiglipVisionModel has .* so it is patched .* the default settings"):
+        with pytest.warns(RuntimeWarning, match=r"SiglipVisionModel has .* so it is patched .*config\.json"):
             first = model(pixel_values=frames[:1]).pooler_output
         assert torch.equal(first, dense(pixel_values=frames[:1]).pooler_output)
         for frame in frames[1:]:
@@ -32,13 +34,11 @@ def test_a_model_loaded_with_it_patches_itself(saved):
     assert torch.cosine_similarity(pooled, dense(pixel_values=frames[3:]).pooler_output).item() > 0.9
 
 
-def test_the_settings_come_from_a_file(saved, tmp_path, monkeypatch):
-    exact(arch="C", threshold=1e-4).save(tmp_path / "config.json")
-    monkeypatch.setenv("NEUROFLOW_CONFIG", str(tmp_path / "config.json"))
+def test_without_a_file_the_settings_are_the_default_ones(saved):
     model = SiglipVisionModel.from_pretrained(saved, attn_implementation="neuroflow").eval()
-    with pytest.warns(RuntimeWarning, match=r"with .*config\.json"):
+    with pytest.warns(RuntimeWarning, match="with the default settings"):
         model(pixel_values=clip(frames=1))
-    assert neuroflow.summary(model).arch == "dual"
+    assert describe(model).tower._neuroflow_engine.config == neuroflow.NeuroFlowConfig()
 
 
 def test_batches_without_names_run_unpatched(saved):
