@@ -154,9 +154,12 @@ def test_context_is_the_model_that_sees_old_tokens_where_patches_are_inactive(fa
         held[module] = torch.where(fresh[..., None], tokens, held.get(module, tokens))
         return held[module]
 
+    def mixed_output(module, args, output):  # some blocks of transformers 4 return tuples
+        return (mixed(anatomy, output[0]), *output[1:]) if isinstance(output, tuple) else mixed(anatomy, output)
+
     for layer in anatomy.layers:
         layer.register_forward_pre_hook(lambda module, args: (mixed(module, args[0]), *args[1:]))
-    anatomy.last.register_forward_hook(lambda module, args, output: mixed(anatomy, output))
+    anatomy.last.register_forward_hook(mixed_output)
     for frame, ours in zip(frames, sparse, strict=True):
         now = next(active) if anatomy.order is None else next(active)[anatomy.order(inputs(family, frame[None]))[0]]
         (theirs,) = outputs(model, family, frame[None])
