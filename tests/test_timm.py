@@ -61,7 +61,7 @@ def test_forward_features_takes_sparse_frames(family):
                 tokens = model.forward_features(frame)
             with neuroflow.cache_context(model, "output"):
                 output = model(frame)
-            assert model.forward_head(tokens).equal(output)
+            assert model.forward_head(x=tokens).equal(output)
     streams = neuroflow.summary(model).streams
     assert streams["tokens"].active.sum() == streams["output"].active.sum() == 4
 

@@ -422,10 +422,11 @@ class Engine:
         frame.store(("read", number), tokens, self.config.blend)
         return forward(frame.restored(("read", number)) if frame.packed else tokens)
 
-    def on_pool(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def on_pool(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame.get()
         if frame is None:
-            return forward(tokens, *args, **kwargs)
+            return forward(*args, **kwargs)
+        tokens, *args = args
         if self.config.arch == "active" and frame.packed:
             lengths = frame.lengths
         else:
