@@ -123,8 +123,12 @@ def test_what_is_pooled_of_patches_has_at_least_one(settings):
     assert all(output.isfinite().all() for output in outputs)
 
 
+def eva(**settings):
+    return timm_class("models.eva", "Eva")(48, 8, embed_dim=64, depth=4, num_heads=4, **settings).eval()
+
+
 def gated():
-    model = vision_transformer()
+    model = vision_transformer(depth=4)
     for block in model.blocks:
         block.attn.gate = nn.Linear(64, 64)
     return model
@@ -132,17 +136,32 @@ def gated():
 
 def grouped():
     """Two heads of queries to each of keys and values."""
-    settings = {"attn_type": "rope", "qkv_fused": False, "qk_norm": True, "num_kv_heads": 2, "use_rot_pos_emb": True}
-    return timm_class("models.eva", "Eva")(48, 8, embed_dim=64, depth=2, num_heads=4, **settings).eval()
+    return eva(attn_type="rope", qkv_fused=False, qk_norm=True, num_kv_heads=2, use_rot_pos_emb=True)
+
+
+def post_normed():
+    return vision_transformer(depth=4, block_fn=timm_class("models.vision_transformer", "ResPostBlock"))
+
+
+def eva_post_normed():
+    return eva(use_post_norm=True, global_pool="token")
+
+
+def checkpointed():
+    model = vision_transformer(depth=4)
+    model.set_grad_checkpointing()
+    return model
 
 
 @needs_timm
-@pytest.mark.parametrize("make", [gated, grouped])
-def test_rarer_kinds_of_attention(make):
+@pytest.mark.parametrize("arch", "AE")
+@pytest.mark.parametrize("make", [gated, grouped, post_normed, eva_post_normed, checkpointed])
+def test_rarer_settings(make, arch):
+    """An unchanged frame has an unchanged output, whichever of its patches are encoded again."""
     model, frame = make(), clip(frames=1)
     with torch.inference_mode():
         dense = model(frame)
-        neuroflow.enable_cache(model, exact(budget=0.5))
+        neuroflow.enable_cache(model, exact(arch=arch, budget=0.5))
         for _ in range(2):
             torch.testing.assert_close(model(frame), dense, rtol=1e-5, atol=1e-5 * float(dense.abs().max()))
 

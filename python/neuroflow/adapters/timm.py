@@ -13,7 +13,7 @@ ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention")
 
 
 def vision_transformer(tower: nn.Module) -> Anatomy:
-    """timm's VisionTransformer and its DeiT with a distillation token, of timm 1.0 or later.
+    """timm's VisionTransformer, its DeiT with a distillation token, and Eva, of timm 1.0 or later.
 
     `forward` and `forward_features` take sparse frames; `forward_intermediates`, and what is built on it, runs as in
     the unpatched model. `forward_head` called by itself takes every row that it gets for a token, also those that pad
