@@ -268,7 +268,7 @@ def active_of(model, skip):
     return max(round(patches_of(model) * (1 - skip)), 4)
 
 
-def frames(model, active, noise=False):
+def frames(model, active, noise=False, seed=0):
     """Endless frames [1, 3, size, size] of random pixels, of which the same `active` patches are new in each.
 
     They are the same ones because an average over past frames would find others active for long after they changed.
@@ -276,7 +276,7 @@ def frames(model, active, noise=False):
     noise: add a sensor's noise to every frame, so that no patch has quite the pixels that it had. Without it all but
         the active ones do, as on video whose encoder found them unchanged.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     patch = model.config.patch_size
     side = model.config.image_size // patch
     windows = torch.rand(side * side, 3, patch, patch, generator=generator) * 2 - 1

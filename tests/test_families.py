@@ -1,5 +1,8 @@
 """What holds for every family of models: promises 1 and 2, fidelity, and patching without a trace."""
 
+import re
+from pathlib import Path
+
 import neuroflow
 import pytest
 import torch
@@ -53,6 +56,24 @@ def assert_close(actual, expected, tolerance):
 def test_every_family_is_one_that_neuroflow_lists(family):
     tower = describe(tiny(family)).tower
     assert any(known.adapter(tower).tower is tower for known in neuroflow.supported_models() if known.knows(tower))
+
+
+def test_the_readme_lists_every_cell_and_every_cell_is_tested_here():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| (\w+) " + r"\| (yes|no) " * 5 + r"\|$", readme, re.MULTILINE)
+    listed = {
+        (name, library): {arch for arch, cell in zip("ABCDE", cells, strict=True) if cell == "yes"}
+        for name, library, *cells in rows
+    }
+    known = neuroflow.supported_models()
+    assert listed == {(family.name, family.library): set(family.architectures) for family in known}
+    tested = {}
+    for name in FAMILIES:
+        tower = describe(tiny(name)).tower
+        family = next(family for family in known if family.knows(tower))
+        tested.setdefault((family.name, family.library), set()).update(FAMILIES[name].architectures)
+    installed = {library for _, library in tested}  # timm is tested in a process of its own
+    assert tested == {family: cells for family, cells in listed.items() if family[1] in installed}
 
 
 @pytest.mark.parametrize("size", [(48, 48), (32, 64)])

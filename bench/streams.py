@@ -1,0 +1,130 @@
+"""Many streams in one pass beside as many passes: `python -m bench.streams`.
+
+Models with random weights, on random frames of each stream, of whose patches 16 % are new from frame to frame. Both
+ways take turns, a step being one frame of every stream; a speed-up is the median of ratios within a turn. Both must give
+every stream the same embedding in the same run, up to rounding.
+"""
+
+import argparse
+import itertools
+import statistics
+
+import neuroflow
+import torch
+from transformers import ViTConfig, ViTModel
+
+from bench import cases
+from bench.run import machine, timed
+from bench.tables import table, write
+
+STREAMS = 8
+SKIP = 0.84
+SIZE = 224
+
+
+def vit_tiny():
+    """The shape of ViT-Ti/16."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+    return ViTModel(ViTConfig(**sizes, image_size=SIZE, patch_size=16), add_pooling_layer=False).eval()
+
+
+MODELS = {"ViT-Ti": vit_tiny, "SigLIP base": lambda: cases.tower(SIZE, torch.float32)}
+
+
+def clips(model, streams, skip):
+    """Endless frames [S, 3, H, W] of so many streams, each of which shows something else."""
+    active = cases.active_of(model, skip)
+    own = [cases.frames(model, active, seed=stream) for stream in range(streams)]
+    return (torch.cat(frames) for frames in zip(*own, strict=True))
+
+
+def together(model, names):
+    return lambda frames: embedding(model, neuroflow.encode(model, frames, names))
+
+
+def apart(model, names):
+    def encode(frames):
+        rows = [neuroflow.encode(model, frame, [name]) for frame, name in zip(frames.split(1), names, strict=True)]
+        return torch.cat([embedding(model, row) for row in rows])
+
+    return encode
+
+
+def embedding(model, output):
+    return neuroflow.adapters.describe(model).embedding(output)
+
+
+@torch.inference_mode()
+def measure(name, dtype, arch, streams, skip, turns):
+    model = MODELS[name]().to(dtype)
+    names = list(range(streams))
+    frames = clips(model, streams, skip)
+    first = next(frames)
+    config = {"score": "surprise", "threshold": 1e-3, "cut_share": None, "cut_surprise": None, "max_age": None}
+    ways = {}
+    for way in (together, apart):
+        copied = cases.patched(model, arch, **config)
+        ways[way] = way(copied, names)
+        ways[way](first)
+    times = {way: [] for way in ways}
+    for step, shown in enumerate(itertools.islice(frames, turns + 2)):
+        found = {}
+        for way, encode in sorted(ways.items(), key=lambda _: step % 2, reverse=bool(step % 2)):
+            found[way], taken = timed(lambda encode=encode, shown=shown: encode(shown), "cpu")
+            if step >= 2:  # the first steps fill what later ones find
+                times[way].append(taken)
+        error = cases.distance(found[together].float(), found[apart].float())
+        if error > cases.TOLERANCE[dtype]:
+            raise SystemExit(f"{name}, {dtype}, {arch}: the two ways differ by {error:.1e}")
+    ratios = [separate / packed for packed, separate in zip(times[together], times[apart], strict=True)]
+    summary = neuroflow.summary(copied)
+    return {
+        "model": f"{name}, {SIZE} px",
+        "dtype": cases.name_of(dtype),
+        "arch": arch,
+        "streams": streams,
+        "skipped": 1 - statistics.mean(float(stream.active.float().mean()) for stream in summary.streams.values()),
+        "apart": statistics.median(times[apart]) / streams,
+        "together": statistics.median(times[together]) / streams,
+        "ratio": statistics.median(ratios),
+    }
+
+
+def format_row(row):
+    return [
+        row["model"],
+        row["dtype"],
+        row["arch"],
+        str(row["streams"]),
+        f"{row['skipped']:.0%}",
+        f"{row['apart']:.1f} ms",
+        f"{row['together']:.1f} ms",
+        f"{row['ratio']:.2f}x",
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--arch", nargs="+", default=["C", "E"])
+    parser.add_argument("--streams", type=int, default=STREAMS)
+    parser.add_argument("--skip", type=float, default=SKIP)
+    parser.add_argument("--turns", type=int, default=12)
+    arguments = parser.parse_args()
+    rows = []
+    for name, dtype, arch in itertools.product(arguments.model, (torch.float32, torch.bfloat16), arguments.arch):
+        rows.append(measure(name, dtype, arch, arguments.streams, arguments.skip, arguments.turns))
+        print(*format_row(rows[-1]), sep="  ", flush=True)
+    names = ["model", "dtype", "arch", "streams", "skipped", "apart, a frame", "together, a frame", "speed-up"]
+    settings = {"machine": machine(), "turns": arguments.turns}
+    text = f"""# Many streams in one pass
+
+{__doc__.partition(chr(10) * 2)[2].strip()}
+
+{table(names, [format_row(row) for row in rows])}"""
+    write("streams", settings, rows, text)
+
+
+if __name__ == "__main__":
+    main()
