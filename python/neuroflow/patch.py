@@ -1,10 +1,12 @@
 """Patching a model in place: on the instance, never on the class, and undone without a trace."""
 
 import contextlib
+import copy
 import functools
+import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from .config import NeuroFlowConfig
 from .state import StreamSummary, Summary
 from .streams import StreamCache
 
+Model = TypeVar("Model", bound=nn.Module)
 _ENGINE = "_neuroflow_engine"
 
 
@@ -73,7 +76,12 @@ def enable_cache(
             return
         other = f"with {patched.config}" if patched.config != config else "with another StreamCache"
         raise RuntimeError(f"{type(model).__name__} is already patched, {other}; call neuroflow.disable_cache first")
-    engine = Engine(anatomy, config, StreamCache() if streams is None else streams)
+    install(Engine(anatomy, config, StreamCache() if streams is None else streams))
+
+
+def install(engine: Engine) -> None:
+    """Put an engine in place of the methods that it stands at; `disable_cache` takes it out."""
+    anatomy = engine.anatomy
     for module, method, replacement in engine.points():
         setattr(module, method, functools.partial(replacement, getattr(module, method)))
     if anatomy.attention is None:
@@ -198,3 +206,9 @@ def summary(model: nn.Module) -> Summary:
         for name, state in engine.streams.items()
     }
     return Summary(arch=engine.config.arch, streams=streams, limit_bytes=engine.streams.limit_bytes)
+
+
+def copy_sharing_weights(model: Model) -> Model:
+    """The same model a second time, at no cost in memory; one can be patched, the other not."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import itertools
 import sys
@@ -23,6 +22,7 @@ import neuroflow
 
 from ..adapters.anatomy import interpolation
 from ..models import STREET, ClassHead, load_classes
+from ..patch import copy_sharing_weights
 from ..video.ahead import Prepared, ReadAhead, prepare
 from ..video.overlay import OverlayWriter
 from ..video.preprocess import Preprocessor
@@ -288,12 +288,6 @@ def every(source: Source, stride: int, start: int = 0) -> Iterator[Frame]:
         if frame.index >= start:
             start = frame.index + stride
             yield frame
-
-
-def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model a second time, at no cost in memory; one can be patched, the other not."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def caption(record: Record) -> str:
