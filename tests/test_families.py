@@ -100,7 +100,10 @@ def test_half_of_a_smooth_clip_is_enough(family):
     patches = stream.grid[0] * stream.grid[1]
     assert patches == 48 * 48 // PATCH**2
     assert int(stream.active.sum()) == patches // 2
-    assert min(torch.cosine_similarity(*pair).min() for pair in zip(sparse, dense, strict=True)) >= 0.98
+    distance = max(1 - torch.cosine_similarity(*pair).min() for pair in zip(sparse, dense, strict=True))
+    repeated = max(1 - torch.cosine_similarity(dense[0], later).min() for later in dense)
+    assert distance <= 0.02
+    assert distance <= 0.5 * repeated
 
 
 @pytest.mark.parametrize(("family", "arch"), CELLS)
