@@ -310,6 +310,21 @@ def test_inference_mode_and_no_grad_may_alternate():
         assert not output.requires_grad
 
 
+def test_summary_shows_the_surprise_of_the_last_frame(tmp_path):
+    model, frames = tiny("siglip"), clip(frames=4, changed=9)
+    neuroflow.enable_cache(model, exact(threshold=1e-4, floor=0, max_age=3))
+    for t, frame in enumerate(frames):
+        model(pixel_values=frame[None])
+        stream = neuroflow.summary(model).streams["default"]
+        if t in (0, 3):
+            assert stream.surprise.isnan().all()
+        else:
+            assert torch.equal(stream.surprise > 1e-4, stream.active) and stream.active.sum() == 9
+    neuroflow.save_state(model, tmp_path / "state")
+    neuroflow.load_state(model, tmp_path / "state")
+    assert neuroflow.summary(model).streams["default"].surprise.isnan().all()
+
+
 def test_summary_counts_and_prints():
     model, frames = tiny("siglip"), clip(frames=5, changed=9)
     neuroflow.enable_cache(model, exact(threshold=1e-4, floor=0))
@@ -318,9 +333,9 @@ def test_summary_counts_and_prints():
     summary = neuroflow.summary(model)
     stream = summary.streams["cam-7"]
     assert stream.skipped == pytest.approx(4 / 5 * 27 / 36)
-    # projection, reference, output, keys and values of 4 blocks, and 8x8 pixels of 3 colours, in float32; age in int32
-    # and active in bool
-    assert summary.state_bytes == stream.state_bytes == 36 * 64 * 4 * (3 + 2 * 4) + 36 * 8 * 8 * 3 * 4 + 36 * 5
+    # projection, reference, output, keys and values of 4 blocks, and 8x8 pixels of 3 colours, in float32; age in int32,
+    # active in bool and surprise in float32
+    assert summary.state_bytes == stream.state_bytes == 36 * 64 * 4 * (3 + 2 * 4) + 36 * 8 * 8 * 3 * 4 + 36 * 9
     assert "cam-7: 5 frames (1 key), grid 6x6, 60.0% of patches skipped" in str(summary)
 
 

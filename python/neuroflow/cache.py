@@ -530,7 +530,7 @@ class Engine:
             if not finite:
                 self.warn_once(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
             self._refresh(state, h, index)
-            state.account(index, finite)
+            state.account(index, surprise, finite)
             frame.finite.append(finite)
             if index is not None and frame.order is not None:
                 index = frame.order[stream].argsort()[index].sort().values.int()

@@ -201,6 +201,7 @@ def summary(model: nn.Module) -> Summary:
             nonfinite=state.nonfinite,
             grid=state.grid,
             active=state.active.view(state.grid),
+            surprise=state.surprise.view(state.grid),
             state_bytes=state.state_bytes,
         )
         for name, state in engine.streams.items()

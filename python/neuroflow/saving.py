@@ -17,6 +17,7 @@ from .patch import engine_of
 from .state import StreamState
 
 COUNTERS = ("frames", "key_frames", "since_key_frame", "nonfinite", "skipped", "frame_id", "valid")
+PATCHES = ("age", "active", "surprise", "attention")  # what there is one value of for each patch
 
 
 def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] | None = None) -> None:
@@ -38,7 +39,7 @@ def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] |
         if name not in engine.streams:
             raise KeyError(f"stream is {name!r}; open are {[name for name, _ in engine.streams.items()]}")
         with engine.streams.used((name,), [engine.streams[name].patches]) as [state]:
-            parts = state.tensors | {"age": state.age, "active": state.active, "attention": state.attention}
+            parts = state.tensors | {name: getattr(state, name) for name in PATCHES}
             parts = {key: tensor for key, tensor in parts.items() if tensor is not None}
             for key, tensor in parts.items():
                 tensors[f"{number}.{_text(key)}"] = tensor.detach().cpu().clone()
@@ -92,7 +93,8 @@ def _state(
         setattr(state, counter, about[counter])
     prefix = f"{number}."
     own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    state.age, state.active, state.attention = own.pop("age"), own.pop("active"), own.pop("attention", None)
+    for name in PATCHES:
+        setattr(state, name, own.pop(name, None))
     state.tensors = {_key(text): tensor for text, tensor in own.items()}
     return state
 

@@ -42,6 +42,7 @@ class StreamState:
         self.seen: Seen | None = None
         self.attention: torch.Tensor | None = None  # [N] of mean 1, what the pooled output paid each patch
         self.active: torch.Tensor | None = None  # [N] bool, of the last frame
+        self.surprise: torch.Tensor | None = None  # [N] float32, of the last frame
         self.frames = 0
         self.key_frames = 0
         self.since_key_frame = 0
@@ -66,10 +67,11 @@ class StreamState:
         """Replace a cache in full; value [1, rows, D]."""
         self.tensors[name] = copied(value, self.tensors.get(name))
 
-    def account(self, active: torch.Tensor | None, finite: bool) -> None:
-        """Note that a frame encodes the patches `active`, int32 rows; None for all, as a key frame."""
+    def account(self, active: torch.Tensor | None, surprise: torch.Tensor | None, finite: bool) -> None:
+        """Note that a frame encodes the patches `active`, int32 rows, None for all, as a key frame; surprise: [N]."""
         key_frame = active is None
         self.active = torch.full(self.age.shape, key_frame, device=self.age.device)
+        self.surprise = torch.full(self.age.shape, torch.nan, device=self.age.device) if key_frame else surprise
         if not key_frame:
             self.active[active] = True
             self.skipped += 1 - active.numel() / self.patches
@@ -81,7 +83,7 @@ class StreamState:
 
     def held(self) -> list[torch.Tensor]:
         seen = [] if self.seen is None else [self.seen.windows, self.seen.projected]
-        patches = [tensor for tensor in (self.age, self.active, self.attention) if tensor is not None]
+        patches = [tensor for tensor in (self.age, self.active, self.surprise, self.attention) if tensor is not None]
         return [*self.tensors.values(), *seen, *patches]
 
 
@@ -95,6 +97,8 @@ class StreamSummary:
         nonfinite: frames with a NaN or Inf in a patch.
         grid: rows and columns of patches.
         active: bool [rows, columns], which patches the last frame encoded.
+        surprise: float32 [rows, columns], 1 - cosine of each patch of the last frame to its reference, inf at patches
+            with NaN; NaN throughout after a key frame, which starts with new references.
         state_bytes: what the stream holds.
     """
 
@@ -104,6 +108,7 @@ class StreamSummary:
     nonfinite: int
     grid: Grid
     active: torch.Tensor
+    surprise: torch.Tensor
     state_bytes: int
 
 
