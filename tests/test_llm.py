@@ -348,10 +348,10 @@ def test_what_does_not_fit_the_model_is_named_and_leaves_it_as_it_was():
         enable_bypass(model, BypassConfig(4, (1,), 0.5))
     with pytest.raises(ValueError, match=r"cache_layers is \(2, 7\); accepted is layers of the model, 0 to 3"):
         enable_bypass(model, BypassConfig(1, (2, 7), 0.5))
-    with pytest.raises(TypeError, match="config is 0.5"):
+    with pytest.raises(TypeError, match=r"config is 0\.5"):
         enable_bypass(model, 0.5)
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
-    with pytest.raises(RuntimeError, match="is not patched; call neuroflow.llm.enable_bypass first"):
+    with pytest.raises(RuntimeError, match=r"is not patched; call neuroflow\.llm\.enable_bypass first"):
         bypass_summary(model)
     other = torch.nn.Linear(2, 2)
     for call in (lambda: enable_bypass(other, BypassConfig(1, (2,), 0.5)), lambda: disable_bypass(other)):

@@ -35,7 +35,7 @@ Target = Literal["attention", "mlp"]
 
 
 class Family(NamedTuple):
-    """What a family's causal models call the decoder, its layers, a layer's attention and that one's last projection."""
+    """What a family's causal models call the decoder, its layers, their attention and its last projection."""
 
     decoder: str = "model"
     layers: str = "layers"
