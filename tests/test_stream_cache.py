@@ -38,11 +38,16 @@ def open_streams(model):
 
 
 def test_the_least_recently_used_stream_is_closed():
-    model, frames = patched(neuroflow.StreamCache(max_streams=3)), clip(frames=3).double()
+    cache = neuroflow.StreamCache(max_streams=3)
+    model, frames = patched(cache), clip(frames=3).double()
     for name in "abc":
         encode(model, frames[:1], [name])
     encode(model, frames[1:2], ["a"])
+    kept = []
+    hook = describe(model).layers[0].register_forward_pre_hook(lambda *_: kept.append(len(cache)))
     encode(model, frames[:1], ["d"])
+    hook.remove()
+    assert kept == [2]  # with the one that opens, three
     assert open_streams(model) == ["c", "a", "d"]
     encode(model, frames[1:], ["b", "c"])
     assert open_streams(model) == ["d", "b", "c"]
@@ -239,17 +244,20 @@ def test_a_stream_in_use_is_waited_for():
         assert go_on.wait(10)
 
     hook = describe(model).layers[1].register_forward_pre_hook(pause)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         first = pool.submit(encode, model, frames[1:], ["a"])
         assert entered.wait(10)
         hook.remove()
-        second = pool.submit(neuroflow.reset_cache, model, "a")
-        encode(model, frames[:1], ["b"])  # others go on
+        second = pool.submit(encode, model, frames[1:], ["a"])
+        third = pool.submit(neuroflow.reset_cache, model, "a")
+        for _ in range(5):
+            encode(model, frames[:1], ["b"])  # others go on
         assert not second.done()
+        assert not third.done()
         go_on.set()
-        first.result(10)
-        second.result(10)
-    assert open_streams(model) == ["b"]
+        for waiting in (first, second, third):
+            waiting.result(10)
+    assert open_streams(model)[0] == "b"
 
 
 def test_tasks_have_contexts_of_their_own():
