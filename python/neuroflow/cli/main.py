@@ -47,6 +47,41 @@ examples:
   neuroflow calibrate clip.mp4 --model ./my-vit --target-skip 0.84 --max-age 60 --out config.json
 """
 
+EVAL_VIDEO_DESCRIPTION = """\
+Name labelled clips without training on them, with the unpatched model and with every architecture and threshold side by
+side, from the same decoded frames: top-1, top-3, their 95 % intervals, patches skipped and cosine to dense.
+
+FOLDER is laid out as UCF-101: a folder for each class, named after it, that holds its clips, video files or directories
+of images. A clip is named by the mean embedding of its first frames, which are consecutive (or --stride apart), not
+spread over it: a gate compares each frame with the one before. Classes are embedded by the model's own text tower
+(SigLIP, SigLIP 2 of fixed resolution, CLIP), or come from a file. Without --model it is the package's own tower and its
+classes. A damaged clip is reported and left out.
+"""
+
+EVAL_VIDEO_EXAMPLES = """\
+examples:
+  neuroflow eval video UCF-101 --testlist testlist01.txt --model google/siglip-base-patch16-224 --preset published
+  neuroflow eval video clips --model ./my-siglip --arch C E --threshold 0.05 0.1 --template "a photo of {}." "{}"
+  neuroflow eval video clips --model ./my-vit --classes classes.npz --out result.json --plots plots
+  neuroflow eval video clips --model ./my-vit --classes classes.npz --out result.json --resume
+"""
+
+EVAL_LAWS_DESCRIPTION = """\
+Measure on one clip what reuse does to a model, by architecture: saturation (fidelity over patches skipped), degradation
+(fidelity as positions are stretched to larger inputs), active shift beside staleness of the cache, the representation
+gap by block, the entropy of the pooling head's attention, and how stable the cached tokens are where the gate calls for
+a patch and where it does not.
+
+SOURCE is a video file or a directory of images, MODEL as for `neuroflow run`. Saturation goes through all thresholds,
+the other laws take the first. The frames are kept in memory.
+"""
+
+EVAL_LAWS_EXAMPLES = """\
+examples:
+  neuroflow eval laws clip.mp4 --model ./my-siglip --preset published --arch C E --plots plots
+  neuroflow eval laws clip.mp4 --model ./my-siglip --threshold 0.1 0.05 0.2 --sizes 224 448 672 --out laws.json
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -66,6 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .demo import demo as command
         elif arguments.command == "calibrate":
             from .calibrate import calibrate as command
+        elif arguments.command == "eval" and arguments.evaluation == "video":
+            from .eval import video as command
+        elif arguments.command == "eval" and arguments.evaluation == "laws":
+            from .eval import laws_of_reuse as command
         else:
             from .run import run as command
     except ModuleNotFoundError as error:
@@ -88,9 +127,10 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="neuroflow", description="Vision transformers over video, at the cost of what changed.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,calibrate,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,calibrate,eval,demo}")
     _add_run(commands)
     _add_calibrate(commands)
+    _add_eval(commands)
     demo = commands.add_parser(
         "demo",
         help="draw labelled scenes, classify them dense and patched, show the table",
@@ -145,8 +185,85 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
     _add_frames(calibrate, 120, "of N frames at most (default: 120)")
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", metavar="SOURCE", help="file, directory, webcam or address")
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure what reuse costs: accuracy on labelled clips, the laws of reuse",
+        description="Measure what reuse costs.",
+    )
+    evaluations = evaluate.add_subparsers(dest="evaluation", required=True, metavar="{video,laws}")
+    video = evaluations.add_parser(
+        "video",
+        help="top-1 and top-3 on labelled clips, dense beside every architecture",
+        description=EVAL_VIDEO_DESCRIPTION,
+        epilog=EVAL_VIDEO_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model(video, "FOLDER", "class folders that hold clips")
+    video.add_argument("--testlist", type=Path, metavar="FILE", help="the clips that count, one a line: Class/clip.avi")
+    video.add_argument(
+        "--classes", type=Path, metavar="FILE", help=".npz or .safetensors with names and embeddings [C, D] of classes"
+    )
+    template = "a video of a person doing {}."
+    video.add_argument(
+        "--template",
+        type=_template,
+        nargs="+",
+        default=[template],
+        metavar="T",
+        help=f"prompts with {{}} for the class, averaged (default: {template!r})",
+    )
+    _add_systems(video)
+    _add_frames(video, 16, "the first N of each clip (default: 16)")
+    _add_findings(video)
+    laws = evaluations.add_parser(
+        "laws",
+        help="what reuse does to fidelity, tokens, blocks and pooling head, on one clip",
+        description=EVAL_LAWS_DESCRIPTION,
+        epilog=EVAL_LAWS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model(laws)
+    laws.add_argument(
+        "--sizes",
+        type=_size,
+        nargs="+",
+        metavar="WxH",
+        help="of the degradation law (default: the model's own, and twice that)",
+    )
+    _add_systems(laws)
+    _add_frames(laws, 32, "of N frames at most (default: 32)")
+    _add_findings(laws)
+
+
+def _add_systems(command: argparse.ArgumentParser) -> None:
+    systems = command.add_argument_group("what is compared with dense", "every architecture at every threshold")
+    base = systems.add_mutually_exclusive_group()
+    base.add_argument(
+        "--preset", choices=("published",), help="the published gate, as C at 0.05, 0.1 and 0.2 unless given otherwise"
+    )
+    base.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings that `calibrate` or NeuroFlowConfig.save wrote"
+    )
+    systems.add_argument(
+        "--arch", nargs="+", help="context (E), dual (C), active (B), mlp (A), midlayer (D) (default: C E)"
+    )
+    systems.add_argument(
+        "--threshold", type=float, nargs="+", metavar="T", help="encode patches of a higher score; 0 encodes all"
+    )
+
+
+def _add_findings(command: argparse.ArgumentParser) -> None:
+    output = command.add_argument_group("what is written")
+    output.add_argument("--out", type=Path, metavar="FILE", help="a .json file of everything that was found")
+    output.add_argument("--resume", action="store_true", help="continue the --out of the same command")
+    output.add_argument("--plots", type=Path, metavar="DIR", help="pictures, with matplotlib (the bench extra)")
+
+
+def _add_model(
+    command: argparse.ArgumentParser, source: str = "SOURCE", what: str = "file, directory, webcam or address"
+) -> None:
+    command.add_argument("source", metavar=source, help=what)
     command.add_argument(
         "--model", metavar="MODEL", help="Hugging Face id or local directory (default: the package's own)"
     )
@@ -203,6 +320,12 @@ def _share(text: str) -> float:
         if 0 < float(text) < 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+
+
+def _template(text: str) -> str:
+    if "{}" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has no {{}} for the class")
+    return text
 
 
 def _count(text: str) -> int:

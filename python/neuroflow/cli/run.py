@@ -107,7 +107,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Preproce
     mean, std = TOWERS[model.config.model_type].normalisation
     usual = Preprocessor(*_pair(model.config.image_size), mean=mean, std=std)
     preprocess = Preprocessor.from_pretrained(name, usual)
-    height, width = _input_size(model, preprocess, arguments.size)
+    height, width = input_size(model, preprocess, arguments.size)
     if arguments.model is None:
         print(EMBEDDED, file=sys.stderr)
     return model, dataclasses.replace(preprocess, height=height, width=width)
@@ -351,7 +351,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _input_size(model: PreTrainedModel, preprocess: Preprocessor, asked: tuple[int, int] | None) -> tuple[int, int]:
+def input_size(model: PreTrainedModel, preprocess: Preprocessor, asked: tuple[int, int] | None) -> tuple[int, int]:
     """Height and width of the model's input; preprocess: as its checkpoint has it, asked: width and height."""
     if TOWERS[model.config.model_type].fixed(model.config):
         height, width = _pair(model.config.image_size)
