@@ -76,6 +76,12 @@ def merged_pairs(frames):
     return {"hidden_states": torch.cat(windows), "grid_thw": torch.tensor(grids)}
 
 
+def clips(frames):
+    """What video models take for frames [S, 3, H, W]: their four quarters one after another, each of which fades."""
+    quarters = frames.unflatten(3, (2, -1)).unflatten(2, (2, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    return {"pixel_values": torch.stack((quarters, quarters / 2), 2).flatten(1, 2)}  # [S, 8, 3, H / 2, W / 2]
+
+
 def installed(name):
     """The class `name` of transformers; skips the test where the installed release has none."""
     if not hasattr(transformers, name):
@@ -106,6 +112,16 @@ def _siglip2(size):
 def _internvl(size):
     config = {"image_size": [size] * 2, "patch_size": [PATCH] * 2, "layer_scale_init_value": 0.3}
     return installed("InternVLVisionModel")(installed("InternVLVisionConfig")(**SIZES, **config))
+
+
+def of_clips(name, **settings):
+    """`name`Model of transformers, for `clips` in tubelets of 2 frames, as many as the frames have patches."""
+
+    def make(size):
+        config = installed(f"{name}Config")(**SIZES, image_size=size // 2, num_frames=8, **settings)
+        return installed(f"{name}Model")(config)
+
+    return Tiny(make, clips, sizes=False)
 
 
 def of_timm(model, **settings):
@@ -154,6 +170,8 @@ FAMILIES = {
     "internvl": Tiny(_internvl, plain),
     "sam": of("SamVision", plain, sizes=False, **sam)._replace(architectures="ACDE"),
     "vitdet": of("VitDet", plain, **vitdet)._replace(architectures="ACDE"),
+    "videomae": of_clips("VideoMAE", patch_size=PATCH, tubelet_size=2),
+    "vivit": of_clips("Vivit", tubelet_size=[2, PATCH, PATCH]),
     "qwen2.5-vl": Tiny(
         lambda size: Qwen2_5_VisionTransformerPretrainedModel(qwen2_5_config()), merged_pairs, architectures="ACDE"
     ),

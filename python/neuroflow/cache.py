@@ -314,7 +314,8 @@ class Engine:
             frame.pixels = torch.cat(windows)
         rows = [self._project(*of) for of in zip(frame.states, windows, strict=True)]  # [1, N, D] each
         projected = rows[0] if len(rows) == 1 else torch.cat(rows)
-        frame.projected = projected.transpose(1, 2).unflatten(2, frame.grids[0])
+        counts = [length // size for length, size in zip(pixels.shape[2:], projection.kernel_size, strict=True)]
+        frame.projected = projected.transpose(1, 2).unflatten(2, counts)
         return frame.projected
 
     def _project(self, state: StreamState, windows: torch.Tensor) -> torch.Tensor:
@@ -543,7 +544,7 @@ class Engine:
             signals = split(frame.pixels, frame.patches)
         elif self.config.signal == "embedding" or frame.projected is None:
             signals = [own[:, self.anatomy.prefix :] for own in split(tokens, frame.counts)]
-        elif frame.projected.ndim == 4:
+        elif frame.projected.ndim > 3:
             signals = split(frame.projected.flatten(2).transpose(1, 2), frame.patches)
         else:
             signals = split(frame.projected, frame.patches)

@@ -28,30 +28,36 @@ def are_few(tokens: torch.Tensor) -> bool:
 
 
 def is_patch_projection(module: nn.Module) -> bool:
-    """Whether `project_windows` can stand in for `module`: a convolution over windows that tile the image."""
+    """Whether `project_windows` can stand in for `module`: a convolution over windows that tile the image or clip."""
     return (
-        isinstance(module, nn.Conv2d)
+        isinstance(module, nn.Conv2d | nn.Conv3d)
         and module.stride == module.kernel_size
-        and module.padding in ("valid", (0, 0))
-        and module.dilation == (1, 1)
+        and module.padding in ("valid", (0, 0), (0, 0, 0))
+        and set(module.dilation) == {1}
         and module.groups == 1
     )
 
 
-def patch_windows(convolution: nn.Conv2d, pixels: torch.Tensor) -> torch.Tensor:
-    """The windows that the convolution sees, one row a patch: [S, C, H, W] -> [S, N, C * height * width]."""
-    if pixels.ndim != 4 or pixels.shape[1] != convolution.in_channels:
-        accepted = f"{convolution.in_channels} channels, [S, {convolution.in_channels}, H, W]"
+def patch_windows(convolution: nn.Conv2d | nn.Conv3d, pixels: torch.Tensor) -> torch.Tensor:
+    """The windows that the convolution sees, one row a patch: [S, C, H, W] -> [S, N, C * height * width].
+
+    Those of a clip [S, C, T, H, W] are tubelets, [S, N, C * frames * height * width].
+    """
+    axes = len(convolution.kernel_size)
+    if pixels.ndim != 2 + axes or pixels.shape[1] != convolution.in_channels:
+        lengths = ", ".join("THW"[-axes:])
+        accepted = f"{convolution.in_channels} channels, [S, {convolution.in_channels}, {lengths}]"
         raise ValueError(f"pixel_values has shape {list(pixels.shape)}; accepted is {accepted}")
-    height, width = convolution.kernel_size
-    rows, columns = pixels.shape[2] // height, pixels.shape[3] // width
-    windows = pixels[:, :, : rows * height, : columns * width].unflatten(3, (columns, width))
-    windows = windows.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)  # [S, rows, columns, C, height, width]
-    return windows.flatten(3).flatten(1, 2)
+    windows, within = pixels, range(3, 3 + 2 * axes, 2)
+    for axis, size in zip(within, convolution.kernel_size, strict=True):
+        count = windows.shape[axis - 1] // size
+        windows = windows.narrow(axis - 1, 0, count * size).unflatten(axis - 1, (count, size))
+    windows = windows.permute(0, *(axis - 1 for axis in within), 1, *within)  # [S, rows, columns, C, height, width]
+    return windows.flatten(1 + axes).flatten(1, axes)
 
 
-def project_windows(convolution: nn.Conv2d, windows: torch.Tensor) -> torch.Tensor:
-    """The convolution as a matrix product: `patch_windows` [*, C * height * width] -> [*, D].
+def project_windows(convolution: nn.Conv2d | nn.Conv3d, windows: torch.Tensor) -> torch.Tensor:
+    """The convolution as a matrix product: `patch_windows` [*, values of a window] -> [*, D].
 
     The rows are contiguous, which is the order that the gate and the blocks read; a convolution leaves the channels
     outermost.

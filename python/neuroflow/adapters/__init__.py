@@ -15,6 +15,7 @@ from .missing import missing_parts
 from .qwen import qwen2_5_vl, qwen3_vl
 from .siglip import siglip
 from .timm import vision_transformer
+from .tubelets import tubelets
 from .vit import vit, vit_mae
 from .windowed import sam, vitdet
 
@@ -62,6 +63,8 @@ FAMILIES = (
     Family("ViTDet", "transformers", ("VitDetEmbeddings",), vitdet, "ACDE"),
     Family("Qwen2.5-VL", "transformers", ("Qwen2_5_VisionTransformerPretrainedModel",), qwen2_5_vl, "ACDE"),
     Family("Qwen3-VL", "transformers", ("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel"), qwen3_vl, "ACDE"),
+    Family("VideoMAE", "transformers", ("VideoMAEEmbeddings",), tubelets),
+    Family("ViViT", "transformers", ("VivitEmbeddings",), tubelets),
     Family("VisionTransformer", "timm", ("VisionTransformer", "VisionTransformerDistilled"), vision_transformer),
     Family("Eva", "timm", ("Eva",), vision_transformer),
 )

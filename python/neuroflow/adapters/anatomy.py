@@ -16,7 +16,8 @@ class Anatomy:
     Args:
         tower: the module that takes a batch of frames as the first argument of its `entries`.
         projection: maps pixels to one vector a patch, before the positional embedding: [S, D, rows, columns],
-            [S, N, D], or [N of all frames, D]. None: the gate sees the tokens in front of the first block instead.
+            [S, D, times, rows, columns], [S, N, D], or [N of all frames, D]. None: the gate sees the tokens in front of
+            the first block instead.
         layers: the blocks, in order; each maps tokens to tokens as its first argument and result.
         attentions: of each block, the module that calls transformers' attention interface, or that `attention` stands
             in for.
