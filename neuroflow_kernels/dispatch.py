@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -138,23 +138,57 @@ def _triton_or_reference(op: "Operator", *args: object) -> object:
     return _implementation("reference" if reason else "triton", op.name, op.module)(*args)
 
 
+def _function(setup: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    """An implementation that is not called through torch's dispatcher, and so not through the op's gradient there."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(implementation: Callable, *args: object) -> torch.Tensor:
+            return implementation(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+            setup(ctx, inputs[1:], output)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
+            return None, *backward(ctx, *gradients)
+
+    return Function
+
+
 class Operator:
     """One op of the namespace `neuroflow`: schema and fake, called through whichever backend is due.
 
     The file `ops/<module>.py` that makes it has a namesake in `reference/` and, with `triton`, in `triton/`, which
     define a function of the op's name with the schema's arguments in order. An op without `triton` is one that a GPU
     library does better than a kernel of ours; there the reference calls that.
+
+    `gradient`, where the op has one, is what `torch.autograd.Function` calls setup_context and backward. It holds for
+    every backend, those called by name too.
     """
 
     registry: ClassVar[dict[str, "Operator"]] = {}
 
-    def __init__(self, module: str, schema: str, fake: Callable, triton: bool = True) -> None:
+    def __init__(
+        self,
+        module: str,
+        schema: str,
+        fake: Callable,
+        triton: bool = True,
+        gradient: tuple[Callable, Callable] | None = None,
+    ) -> None:
         self.module = module.rpartition(".")[2]
         self.triton = triton
         self.name = schema.partition("(")[0]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, _implementation("reference", self.name, self.module), "CompositeExplicitAutograd")
         torch.library.register_fake(f"neuroflow::{self.name}", fake, lib=_library)
+        self.gradient = None
+        if gradient is not None:
+            setup, backward = gradient
+            torch.library.register_autograd(f"neuroflow::{self.name}", backward, setup_context=setup, lib=_library)
+            self.gradient = _function(setup, backward)
         self.overload = getattr(torch.ops.neuroflow, self.name).default
         Operator.registry[self.name] = self
 
@@ -170,4 +204,5 @@ class Operator:
             raise BackendUnavailable(f"backend {backend!r} cannot serve {self.name} on {device}: {reason}")
         if backend in ("cpp", "cuda"):
             return self.overload(*args)
-        return _implementation(backend, self.name, self.module)(*args)
+        implementation = _implementation(backend, self.name, self.module)
+        return implementation(*args) if self.gradient is None else self.gradient.apply(implementation, *args)

@@ -146,11 +146,55 @@ def test_cu_seqlens_out_of_range():
         gather_rows(torch.zeros(2, 5, 3), torch.zeros(2).int(), torch.tensor([0, 1, 3]).int(), 3)
 
 
+@pytest.mark.parametrize("rows", [5, 2, 8, 13])
 @pytest.mark.parametrize("norm", [False, True])
-def test_opcheck(generator, norm):
-    x = torch.randn(2, 5, 7, generator=generator)
+def test_gradients(backend, generator, norm, rows):
+    """Rows that are cut off or are padding have none; 13 are more than the index holds."""
+    torch.use_deterministic_algorithms(False)  # of poisoned memory, gradcheck's own too
+    x = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    index, cu_seqlens = select(generator, (2, 5, 4), [2, 3])
+    weights = layer_norm(generator, 4, torch.float64) if norm else {}
+    eps = {"eps": weights.pop("eps")} if norm else {}
+    inputs = x, *(value.requires_grad_() for value in weights.values())
+
+    def gathered(x, *values):
+        return gather_rows(x, index, cu_seqlens, rows, **dict(zip(weights, values, strict=True)), **eps)
+
+    assert torch.autograd.gradcheck(gathered, inputs)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_gradients_of_padding_stay_finite(backend, generator, norm):
+    """Where x begins with NaN and nothing is added to the variance."""
+    x = torch.randn(1, 3, 4, generator=generator)
+    x[0, 0] = torch.nan
+    x.requires_grad_()
+    norm = {"norm_weight": torch.ones(4), "norm_bias": torch.zeros(4), "eps": 0.0} if norm else {}
+    index, cu_seqlens = torch.tensor([2, -1, -1]).int(), torch.tensor([0, 1]).int()
+    gather_rows(x, index, cu_seqlens, 5, **norm).square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad[0, :2].eq(0).all() and (norm or x.grad[0, 2].ne(0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_in_16_bits(backend, generator, dtype):
+    x = torch.randn(2, 9, 64, generator=generator).to(dtype).requires_grad_()
+    index, cu_seqlens = select(generator, (2, 9, 64), [5, 1])
+    norm = layer_norm(generator, 64, dtype)
+    gather_rows(x, index, cu_seqlens, **norm).square().sum().backward()
+    wide = x.detach().double().requires_grad_()
+    norm = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in norm.items()}
+    gather_rows(wide, index, cu_seqlens, **norm).square().sum().backward()
+    assert x.grad.dtype == dtype
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_opcheck(generator, norm, gradient):
+    x = torch.randn(2, 5, 7, generator=generator, requires_grad=gradient)
     index, cu_seqlens = select(generator, (2, 5, 7), [2, 3])
-    weights = (torch.ones(7), torch.zeros(7)) if norm else (None, None)
+    weights = (torch.ones(7, requires_grad=gradient), torch.zeros(7)) if norm else (None, None)
     torch.library.opcheck(torch.ops.neuroflow.gather_rows.default, (x, index, cu_seqlens, 6, *weights, 1e-5))
 
 

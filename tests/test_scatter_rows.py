@@ -111,6 +111,33 @@ def test_index_out_of_range(name, value, blend):
     assert name == "reference" or torch.equal(cache, torch.ones(2, 5, 3))  # refused before the first row
 
 
+@pytest.mark.parametrize("rows", [5, 2, 8])
+@pytest.mark.parametrize("blend", BLENDS)
+def test_gradients(backend, generator, blend, rows):
+    torch.use_deterministic_algorithms(False)  # of poisoned memory, gradcheck's own too
+    cache, _, index, cu_seqlens = draw(generator, (2, 5, 4), [2, 3], torch.float64)
+    packed = torch.randn(rows, 4, generator=generator, dtype=torch.float64)
+    inputs = cache.requires_grad_(), packed.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, fresh: scatter_rows_(x.clone(), fresh, index, cu_seqlens, blend), inputs)
+
+
+def test_gradients_through_an_update_in_place(backend, generator):
+    """What was computed from the cache before keeps its own gradient, and a leaf is refused as torch refuses it."""
+    cache, packed, index, cu_seqlens = draw(generator, (1, 4, 3), [2])
+    leaf = cache.requires_grad_()
+    own = leaf * 2
+    before = own.sum()
+    assert scatter_rows_(own, packed, index, cu_seqlens) is own
+    (before + 10 * own.sum()).backward()
+    written = torch.zeros(4, dtype=torch.bool)
+    written[index[:2].long()] = True
+    assert leaf.grad[0, written].eq(2).all() and leaf.grad[0, ~written].eq(22).all()
+    with pytest.raises(RuntimeError, match="leaf"):
+        scatter_rows_(leaf, packed, index, cu_seqlens)
+    with torch.no_grad():
+        assert scatter_rows_(leaf, packed, index, cu_seqlens) is leaf
+
+
 @pytest.mark.parametrize("blend", [1.0, 0.5])
 def test_opcheck(generator, blend):
     torch.library.opcheck(torch.ops.neuroflow.scatter_rows_.default, (*draw(generator, (2, 5, 7), [2, 3]), blend))

@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 
 from .. import checks
@@ -16,11 +18,41 @@ def _fake(
     return x.new_empty((rows, x.shape[2]))
 
 
+def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    x, index, cu_seqlens, _, norm_weight, _, ctx.eps = inputs
+    ctx.shape = x.shape
+    ctx.save_for_backward(index, cu_seqlens, None if norm_weight is None else x, norm_weight)
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+    index, cu_seqlens, x, weight = ctx.saved_tensors
+    index, gradient = index[: gradient.shape[0]], gradient[: index.shape[0]]
+    # Masked instead of cut to the count, which would be waited for on a GPU.
+    filled = (torch.arange(index.shape[0], device=index.device) < cu_seqlens[-1])[:, None]
+    index = index.where(filled[:, 0], 0)
+    gradient = gradient.where(filled, 0)
+    of_weight = of_bias = None
+    if weight is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        active = x.flatten(0, 1).index_select(0, index).to(wide)
+        variance, mean = torch.var_mean(active, 1, correction=0, keepdim=True)
+        scale = (variance + ctx.eps).rsqrt()
+        normal = ((active - mean) * scale).where(filled, 0)
+        of_weight = (gradient.to(wide) * normal).sum(0).to(x.dtype)
+        of_bias = gradient.sum(0, dtype=wide).to(x.dtype)
+        of_normal = gradient.to(wide) * weight.to(wide)
+        centred = of_normal - of_normal.mean(1, keepdim=True) - normal * (of_normal * normal).mean(1, keepdim=True)
+        gradient = (scale * centred).where(filled, 0).to(x.dtype)
+    of_x = gradient.new_zeros(ctx.shape).flatten(0, 1).index_add(0, index, gradient).view(ctx.shape)
+    return of_x, None, None, None, of_weight, of_bias, None
+
+
 _operator = Operator(
     __name__,
     "gather_rows(Tensor x, Tensor index, Tensor cu_seqlens, SymInt rows, Tensor? norm_weight, Tensor? norm_bias, "
     "float eps) -> Tensor",
     _fake,
+    gradient=(_setup_context, _backward),
 )
 
 
@@ -35,6 +67,8 @@ def gather_rows(
     eps: float = 1e-6,
 ) -> torch.Tensor:
     """Copy the active rows of `x` into a packed tensor, through a LayerNorm where its weights are given.
+
+    Gradients flow to `x` and the LayerNorm's weights.
 
     Args:
         x: [S, N, D] in float32, bfloat16, float16 or float64.
