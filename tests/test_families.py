@@ -106,6 +106,64 @@ def test_half_of_a_smooth_clip_is_enough(family):
     assert distance <= 0.5 * repeated
 
 
+PARTS = [
+    ("clip", "pre_layrnorm"),
+    ("dinov2", "layer_scale1"),
+    ("dinov2", "layer_scale2"),
+    ("dinov2 with registers", "register_tokens"),
+    ("dinov2 with registers", "layer_scale1"),
+    ("dinov3", "register_tokens"),
+    ("dinov3", "layer_scale2"),
+    ("internvl", "lambda_1"),
+]
+
+
+@pytest.mark.parametrize(("family", "part"), PARTS)
+def test_a_part_left_out_would_be_seen(family, part, monkeypatch):
+    """What the comparison above rests on: these parts decide over the output of a partial frame."""
+    model, frames = tiny(family), clip(frames=3)
+
+    def sparse():
+        neuroflow.enable_cache(model, exact(arch="E", threshold=1e-4))
+        found = outputs(model, family, frames)[-1].last_hidden_state
+        neuroflow.disable_cache(model)
+        return found
+
+    whole = sparse()
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.endswith(part):
+                monkeypatch.setattr(module, "forward", lambda tokens: tokens)
+        for name, parameter in model.named_parameters():
+            if name.endswith(part):
+                parameter.zero_()
+    assert (sparse() - whole).norm() > 0.01 * whole.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_captured(family):
+    """As the unpatched model's where every patch is encoded; of the active tokens where not."""
+    if family == "vit_mae":
+        pytest.skip("shuffles its patches")
+    model, frames = tiny(family), clip(frames=2)
+    with torch.inference_mode():
+        try:
+            dense = model(**inputs(family, frames[:1]), output_hidden_states=True).hidden_states
+        except (AttributeError, TypeError):
+            pytest.skip(f"{family} captures no hidden states in this release")
+        neuroflow.enable_cache(model, exact(arch="E", threshold=1e-4))
+        first, second = (
+            model(**inputs(family, frame[None]), output_hidden_states=True).hidden_states for frame in frames
+        )
+    anatomy, stream = describe(model), neuroflow.summary(model).streams["default"]
+    assert len(first) == len(second) == len(dense) == len(anatomy.layers) + 1
+    for ours, theirs in zip(first, dense, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    tokens = anatomy.prefix + int(stream.active.sum())
+    assert second[0].shape == dense[0].shape
+    assert [tuple(state.shape[:-1]) for state in second[1:-1]] == [(1, tokens)] * (len(anatomy.layers) - 1)
+
+
 @pytest.mark.parametrize(("family", "arch"), CELLS)
 def test_disabling_leaves_no_trace(family, arch):
     model, frames = tiny(family), clip(frames=3)

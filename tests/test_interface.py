@@ -82,6 +82,9 @@ def test_a_text_tower_beside_it_stays_as_it_is():
     model = CLIPModel._from_config(config, attn_implementation="neuroflow").eval()
     model.load_state_dict(dense.state_dict())
     words, pixels = torch.tensor([[5, 7, 9, 2]]), clip(frames=1, size=(32, 32))
+    with torch.inference_mode():
+        model.text_model(input_ids=words)
+    assert not neuroflow.is_patched(model)
     with torch.inference_mode(), pytest.warns(RuntimeWarning, match="is patched"):
         ours = [model(input_ids=words, pixel_values=pixels) for _ in range(2)][-1]
         theirs = dense(input_ids=words, pixel_values=pixels)

@@ -20,7 +20,7 @@ from .adapters import describe
 from .cache import ATTENTION, current_frame
 from .patch import enable_cache, engine_of, is_patched
 
-_asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # each once, so that `disable_cache` is for good
 
 
 def _attention(
@@ -53,7 +53,6 @@ def _adopt(module: nn.Module) -> None:
         except TypeError:
             continue
         if module in anatomy.attentions and not is_patched(owner):
-            _asked.update(anatomy.attentions)  # once: `disable_cache` is for good
             config = os.environ.get("NEUROFLOW_CONFIG")
             enable_cache(owner, config)
             engine_of(owner).adopted = True
