@@ -142,7 +142,7 @@ def _attention(
     cos, sin = (table.float()[:, None] for table in position_embeddings)  # [rows, 1, head_dim]
     turned = (_turned(query, cos, sin), _turned(key, cos, sin), value)
     heads = (each.transpose(0, 1)[None] for each in turned)  # [1, heads, rows, head_dim]
-    outputs, _ = attend(*heads, None, product=product, scaling=module.scaling, is_causal=False)
+    outputs, _ = attend(*heads, None, product=product, scaling=module.scaling)
     return module.proj(outputs.reshape(tokens.shape))
 
 

@@ -131,7 +131,7 @@ def _attention(
         )
     if key.shape[1] < module.num_heads:
         key, value = (tokens.repeat_interleave(module.num_heads // key.shape[1], 1) for tokens in (key, value))
-    outputs, _ = attend(query, key, value, None, scaling=module.scale, is_causal=False)
+    outputs, _ = attend(query, key, value, None, scaling=module.scale)
     outputs = _through(module, "norm", outputs.flatten(2))
     if getattr(module, "gate", None) is not None:
         outputs = outputs * module.gate(x).sigmoid()

@@ -132,7 +132,7 @@ def _attention(heads: int, layers: tuple[nn.Module, ...], attentions: tuple[nn.M
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # [S, heads, T, head_dim] each
         size = sizes[module]
         product = functools.partial(_in_windows, module, size) if size else functools.partial(_everywhere, module)
-        attended, weights = attend(query, key, value, None, product=product, scaling=module.scale, is_causal=False)
+        attended, weights = attend(query, key, value, None, product=product, scaling=module.scale)
         return module.proj(attended.flatten(2)).reshape(hidden_states.shape), weights
 
     return attention
