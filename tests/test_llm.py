@@ -239,14 +239,27 @@ def test_every_prompt_another_batch_and_another_cache_start_over():
     disable_bypass(model)
     _, cache = forced(model, ids[:, :-1])
     enable_bypass(model, BypassConfig(1, (0, 2), ALWAYS))
+    forced(model, ids[:, :-1], prompt=10)  # as long as the other
     assert torch.equal(step_of(cache, 2), plain[:, -1:])
     cache.crop(-1)
     assert torch.equal(step_of(cache, 2), plain[:, -1:])
     step_of(cache, 2)
-    assert bypass_summary(model).steps == 2
+    assert bypass_summary(model).steps == 4
     cache.batch_select_indices(torch.tensor([0]))
     step_of(cache, 1)
-    assert bypass_summary(model).steps == 2
+    assert bypass_summary(model).steps == 4
+
+
+def test_what_is_added_to_a_conversation_is_a_prompt():
+    model = tiny("phi3")
+    ids = ids_of(rows=2)
+    plain = forced(model, ids)[0]
+    _, cache = forced(model, ids[:, :9])
+    enable_bypass(model, BypassConfig(1, (0, 2), ALWAYS))
+    with torch.no_grad():
+        found = [model(part, past_key_values=cache).logits for part in (ids[:, 9:10], ids[:, 10:])]
+    torch.testing.assert_close(torch.cat(found, 1), plain[:, -3:])
+    assert bypass_summary(model).steps == 0
 
 
 def test_a_prompt_of_one_token_is_a_prompt():
