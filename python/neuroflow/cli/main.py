@@ -83,6 +83,26 @@ examples:
 """
 
 
+EVAL_LLM_DESCRIPTION = """\
+Let layers of a language model repeat what they gave the step before where a gate layer's attention output hardly
+changed, and measure what that loses and saves.
+
+MODEL is a Phi-3, Llama, Qwen2, Qwen3 or GPT-2, with its tokenizer. Each FILE is a class of prompt, named by its file
+name: code.txt, structured.txt, prose.txt. Windows of it go through token by token, as in decoding. For every pair of
+gate and cached layers and every threshold: the share of steps in which the cached layers repeat, percentiles of the
+gate's cosine, perplexity beside dense, drift (the share of tokens that differ from the plain model's when it continues
+the first half of each window greedily), divergence of the last hidden state (the distance to dense as a share of its
+length), and milliseconds a token, both in turns.
+"""
+
+EVAL_LLM_EXAMPLES = """\
+examples:
+  neuroflow eval llm --model microsoft/Phi-3-mini-4k-instruct --text code.txt structured.txt prose.txt --dtype bfloat16
+  neuroflow eval llm --model ./my-llama --text prose.txt --pairs 1:12 3:5 --thresholds 0.7 0.9 --out result.json
+  neuroflow eval llm --model ./my-llama --text prose.txt --pairs 1:8,9,10 --target mlp --out result.json --resume
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
@@ -105,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .eval import video as command
         elif arguments.command == "eval" and arguments.evaluation == "laws":
             from .eval import laws_of_reuse as command
+        elif arguments.command == "eval":
+            from .eval_llm import eval_llm as command
         else:
             from .run import run as command
     except ModuleNotFoundError as error:
@@ -188,10 +210,10 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser(
         "eval",
-        help="measure what reuse costs: accuracy on labelled clips, the laws of reuse",
+        help="measure what reuse costs: accuracy on labelled clips, the laws of reuse, language models",
         description="Measure what reuse costs.",
     )
-    evaluations = evaluate.add_subparsers(dest="evaluation", required=True, metavar="{video,laws}")
+    evaluations = evaluate.add_subparsers(dest="evaluation", required=True, metavar="{video,laws,llm}")
     video = evaluations.add_parser(
         "video",
         help="top-1 and top-3 on labelled clips, dense beside every architecture",
@@ -234,6 +256,54 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     _add_systems(laws)
     _add_frames(laws, 32, "of N frames at most (default: 32)")
     _add_findings(laws)
+    _add_eval_llm(evaluations)
+
+
+def _add_eval_llm(evaluations: argparse._SubParsersAction) -> None:
+    llm = evaluations.add_parser(
+        "llm",
+        help="perplexity and drift of a language model whose layers repeat themselves between decode steps",
+        description=EVAL_LLM_DESCRIPTION,
+        epilog=EVAL_LLM_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    llm.add_argument("--model", required=True, metavar="MODEL", help="Hugging Face id or local directory")
+    llm.add_argument(
+        "--text", type=Path, nargs="+", required=True, metavar="FILE", help="a text for each class of prompt, UTF-8"
+    )
+    llm.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    llm.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    bypass = llm.add_argument_group("what repeats, and when", "every pair at every threshold")
+    bypass.add_argument(
+        "--pairs",
+        type=_layers,
+        nargs="+",
+        metavar="G:C",
+        help="gate layer and cached layers, 1:24 or 1:24,31, counted from 0; where C lies before G it goes by the last "
+        "step's decision (default: 1 with the layer at three quarters, and with the last)",
+    )
+    bypass.add_argument(
+        "--thresholds",
+        type=float,
+        nargs="+",
+        default=[0.65, 0.7, 0.8, 0.9],
+        metavar="T",
+        help="repeat where the cosine is at least this (default: 0.65 0.7 0.8 0.9)",
+    )
+    bypass.add_argument(
+        "--target", default="attention", choices=("attention", "mlp"), help="what repeats (default: attention)"
+    )
+    length = llm.add_argument_group("how much is read")
+    length.add_argument(
+        "--tokens", type=_window, default=256, metavar="N", help="tokens of a window of text (default: 256)"
+    )
+    length.add_argument("--windows", type=_count, default=4, metavar="N", help="windows of each text (default: 4)")
+    length.add_argument(
+        "--new-tokens", type=_count, default=64, metavar="N", help="continue each prompt so far (default: 64)"
+    )
+    output = llm.add_argument_group("what is written")
+    output.add_argument("--out", type=Path, metavar="FILE", help="a .json file of it all, with divergence by layer")
+    output.add_argument("--resume", action="store_true", help="continue the --out of the same command")
 
 
 def _add_systems(command: argparse.ArgumentParser) -> None:
@@ -326,6 +396,22 @@ def _template(text: str) -> str:
     if "{}" not in text:
         raise argparse.ArgumentTypeError(f"{text!r} has no {{}} for the class")
     return text
+
+
+def _layers(text: str) -> tuple[int, tuple[int, ...]]:
+    """A gate layer and the layers that repeat."""
+    gate, colon, cached = text.partition(":")
+    numbers = [gate, *cached.split(",")]
+    if not colon or not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair of layers; give 1:24 or 1:24,31")
+    return int(gate), tuple(map(int, numbers[1:]))
+
+
+def _window(text: str) -> int:
+    count = int(text)
+    if count < 4:
+        raise argparse.ArgumentTypeError(f"{text} is not 4 or more")
+    return count
 
 
 def _count(text: str) -> int:

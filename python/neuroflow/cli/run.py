@@ -103,7 +103,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Preproce
         CommandError: it cannot be loaded, the device cannot be used, or the size does not fit.
     """
     name = str(STREET) if arguments.model is None else arguments.model
-    model = load_tower(name, _device(arguments.device), getattr(torch, arguments.dtype))
+    model = load_tower(name, torch_device(arguments.device), getattr(torch, arguments.dtype))
     mean, std = TOWERS[model.config.model_type].normalisation
     usual = Preprocessor(*_pair(model.config.image_size), mean=mean, std=std)
     preprocess = Preprocessor.from_pretrained(name, usual)
@@ -270,14 +270,15 @@ def encode_frames(
 def _timed(model: PreTrainedModel, pixels: torch.Tensor) -> tuple[ModelOutput, float]:
     """The model's output and the milliseconds that it took."""
     arguments = interpolation(model, pixels)
-    _synchronise(pixels.device)
+    synchronise(pixels.device)
     start = time.perf_counter()
     output = model(pixel_values=pixels, **arguments)
-    _synchronise(pixels.device)
+    synchronise(pixels.device)
     return output, (time.perf_counter() - start) * 1e3
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -340,7 +341,12 @@ def gate_config(arguments: argparse.Namespace) -> neuroflow.NeuroFlowConfig:
         raise CommandError(str(error)) from None
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """The device that --device names.
+
+    Raises:
+        CommandError: it cannot be used.
+    """
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
