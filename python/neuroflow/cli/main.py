@@ -102,6 +102,24 @@ examples:
   neuroflow eval llm --model ./my-llama --text prose.txt --pairs 1:8,9,10 --target mlp --out result.json --resume
 """
 
+TRACK_DESCRIPTION = """\
+Follow what moves in a video: patches that differ from a slow background become components, which an embedding each and
+their places turn into tracks. Needs no detector and no training, and a camera that stands still.
+
+SOURCE is as for `neuroflow run`, MODEL too, of those with an output token for each patch. A component has at least 2
+patches, so that small things need a larger --size. Tracks depend on every frame before: a run that is stopped leaves
+nothing behind, and starts over.
+"""
+
+TRACK_EXAMPLES = """\
+examples:
+  neuroflow track clip.mp4 --out tracks.json --overlay overlay.mp4
+  neuroflow track clip.mp4 --model ./my-siglip --labels texts.safetensors --size 640x352 --out tracks.json
+
+--labels FILE holds a tensor `embeddings` [K, D] and, in its metadata, `names`, a JSON list of K:
+  safetensors.torch.save_file({"embeddings": texts}, "texts.safetensors", {"names": json.dumps(names)})
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -127,10 +145,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .eval import laws_of_reuse as command
         elif arguments.command == "eval":
             from .eval_llm import eval_llm as command
+        elif arguments.command == "track":
+            from .track import track as command
         else:
             from .run import run as command
     except ModuleNotFoundError as error:
-        if error.name not in ("av", "PIL"):
+        if error.name not in ("av", "PIL", "scipy"):
             raise
         print(f"neuroflow: error: {error.name} is missing; install the video extra: neuroflow[video]", file=sys.stderr)
         return 2
@@ -149,10 +169,11 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="neuroflow", description="Vision transformers over video, at the cost of what changed.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,calibrate,eval,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,calibrate,eval,track,demo}")
     _add_run(commands)
     _add_calibrate(commands)
     _add_eval(commands)
+    _add_track(commands)
     demo = commands.add_parser(
         "demo",
         help="draw labelled scenes, classify them dense and patched, show the table",
@@ -205,6 +226,37 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
     calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="the configuration to write, JSON")
     _add_gate(calibrate)
     _add_frames(calibrate, 120, "of N frames at most (default: 120)")
+
+
+def _add_track(commands: argparse._SubParsersAction) -> None:
+    track = commands.add_parser(
+        "track",
+        help="follow what moves",
+        description=TRACK_DESCRIPTION,
+        epilog=TRACK_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model(track)
+    motion = track.add_argument_group("what moves")
+    motion.add_argument(
+        "--threshold",
+        type=_above_zero,
+        default=1.6,
+        metavar="T",
+        help="patches of more motion move: lower finds fainter things, and more noise (default: 1.6)",
+    )
+    motion.add_argument(
+        "--ema-decay",
+        type=_share,
+        default=0.01,
+        metavar="A",
+        help="weight of a new frame in the background: what stops is kept for about 1/A frames (default: 0.01)",
+    )
+    motion.add_argument("--labels", type=Path, metavar="FILE", help="embeddings to name objects by, .safetensors")
+    _add_frames(track, None, "stop after N frames")
+    output = track.add_argument_group("what is written")
+    output.add_argument("--out", type=Path, metavar="FILE", help="boxes and tracks, .json")
+    output.add_argument("--overlay", type=Path, metavar="FILE", help="an .mp4 of the frames under boxes and ids")
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
@@ -412,6 +464,13 @@ def _window(text: str) -> int:
     if count < 4:
         raise argparse.ArgumentTypeError(f"{text} is not 4 or more")
     return count
+
+
+def _above_zero(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
 
 
 def _count(text: str) -> int:

@@ -1,5 +1,6 @@
-"""The picture that shows what was encoded: a frame beside the same frame with its inactive patches darkened."""
+"""Pictures to look at: a frame beside the same frame with its inactive patches darkened, or under boxes."""
 
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from .source import Frame
 PANEL_HEIGHT = 448
 CAPTION_HEIGHT = 32
 BRIGHTNESS = 0.25
+BOX_HEIGHT = 720  # of pictures under boxes, at most
+COLOURS = ("#ffb000", "#fe6100", "#dc267f", "#785ef0", "#648fff", "#00b894", "#f1f1f1", "#ffe066")
 
 
 class OverlayWriter(VideoWriter):
@@ -44,3 +47,35 @@ class OverlayWriter(VideoWriter):
         font = ImageFont.load_default(size=15)
         ImageDraw.Draw(text).text((12, CAPTION_HEIGHT / 2), caption, (236, 238, 240), font, anchor="lm")
         self.write(np.concatenate([np.concatenate([panel, darkened], 1), np.asarray(text)]))
+
+
+class BoxWriter(VideoWriter):
+    """An MP4 of frames under boxes. The first frame's shape is every frame's."""
+
+    def __init__(self, path: Path, rate: Fraction) -> None:
+        super().__init__(path, rate)
+        self._shape = (0, 0)
+        self._reformatter = VideoReformatter()
+
+    def draw(self, frame: Frame, boxes: Iterable[tuple[int, tuple[float, float, float, float], str]]) -> None:
+        """Append one frame.
+
+        Args:
+            frame: the frame, of any size.
+            boxes: number, edges and text of each: left, top, right and bottom in pixels of the frame. A number has
+                the same colour throughout.
+        """
+        height, width = frame.size
+        if not any(self._shape):
+            shrink = min(BOX_HEIGHT / height, 1)
+            self._shape = (max(round(height * shrink / 2), 1) * 2, max(round(width * shrink / 2), 1) * 2)
+        picture = Image.fromarray(np.ascontiguousarray(frame.rgb(*self._shape, self._reformatter)))
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+        scale = np.array([self._shape[1] / width, self._shape[0] / height] * 2)
+        for number, edges, text in boxes:
+            colour = COLOURS[number % len(COLOURS)]
+            left, top, right, bottom = (np.array(edges) * scale).tolist()
+            draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=2)
+            draw.rectangle(draw.textbbox((left + 2, top + 1), text, font), fill=(16, 18, 22))
+            draw.text((left + 2, top + 1), text, colour, font)
+        self.write(np.asarray(picture))
