@@ -362,7 +362,9 @@ class Engine:
         frame = current_frame.get()
         if frame is None:
             return forward(*args, **kwargs)
-        return self.anatomy.attention(module, functools.partial(self.attend, frame, module), *args, **kwargs)
+        return self.anatomy.attention(
+            module, functools.partial(self.attend, frame, module, is_causal=False), *args, **kwargs
+        )
 
     def derived(self, module: nn.Module, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute` makes of the weights of `module`: kept until they change."""
