@@ -49,7 +49,8 @@ def enable_cache(
 
     The model is called as before and returns its own output class. It runs without gradients, attention weights are not
     returned for partial frames (an "eager" attention implementation becomes "sdpa"), and hidden states of a partial
-    frame are those of its active tokens, packed [1, M, D].
+    frame are those of its active tokens, packed [1, M, D]. Under "active" (B) so is the last one, [S, most active, D],
+    padded with zeros: what averages it outside of the tower has to leave those out.
 
     Args:
         model: a model with a vision tower of one of `supported_models()`, in evaluation mode.
