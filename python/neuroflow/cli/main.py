@@ -47,6 +47,46 @@ examples:
   neuroflow calibrate clip.mp4 --model ./my-vit --target-skip 0.84 --max-age 60 --out config.json
 """
 
+
+TRACK_DESCRIPTION = """\
+Follow what moves in a video: patches that differ from a slow background become components, which an embedding each and
+their places turn into tracks. Needs no detector and no training, and a camera that stands still.
+
+SOURCE is as for `neuroflow run`, MODEL too, of those with an output token for each patch. A component has at least 2
+patches, so that small things need a larger --size. Tracks depend on every frame before: a run that is stopped leaves
+nothing behind, and starts over.
+"""
+
+TRACK_EXAMPLES = """\
+examples:
+  neuroflow track clip.mp4 --out tracks.json --overlay overlay.mp4
+  neuroflow track clip.mp4 --model ./my-siglip --labels texts.safetensors --size 640x352 --out tracks.json
+
+--labels FILE holds a tensor `embeddings` [K, D] and, in its metadata, `names`, a JSON list of K:
+  safetensors.torch.save_file({"embeddings": texts}, "texts.safetensors", {"names": json.dumps(names)})
+"""
+
+DISTILL_DESCRIPTION = """\
+Teach a tower to give, from the active patches alone, what it gives for whole frames: architecture B, which costs the
+least of all and without training keeps little of the output.
+
+VIDEOS is a directory; one video in five, by name, is held out, and after every epoch the mean cosine of the sparse
+student to the unpatched teacher is measured there. A student may forget what the videos do not show: --outside is a
+directory of pictures of other things, on which training is ended once too much is forgotten. In folders named like the
+model's classes (a classes.safetensors beside its weights, as the package's own has) the pictures known are those named
+rightly; otherwise those whose embedding by the student is nearest to the teacher's of the same picture.
+The best epoch's weights are written, with the settings of the gate: `neuroflow run --weights FILE` takes both.
+What stands in front of the first block is never trained, as the gate reads it.
+"""
+
+DISTILL_EXAMPLES = """\
+examples:
+  neuroflow distill videos/ --outside pictures/ --out street-b.safetensors
+  neuroflow distill videos/ --outside pictures/ --out street-b.safetensors --resume
+  neuroflow distill videos/ --model ./my-vit --train last-4 --rate 5e-6 --epochs 3 --device cuda --out b.safetensors
+  neuroflow run clip.mp4 --weights street-b.safetensors --compare
+"""
+
 EVAL_VIDEO_DESCRIPTION = """\
 Name labelled clips without training on them, with the unpatched model and with every architecture and threshold side by
 side, from the same decoded frames: top-1, top-3, their 95 % intervals, patches skipped and cosine to dense.
@@ -102,24 +142,6 @@ examples:
   neuroflow eval llm --model ./my-llama --text prose.txt --pairs 1:8,9,10 --target mlp --out result.json --resume
 """
 
-TRACK_DESCRIPTION = """\
-Follow what moves in a video: patches that differ from a slow background become components, which an embedding each and
-their places turn into tracks. Needs no detector and no training, and a camera that stands still.
-
-SOURCE is as for `neuroflow run`, MODEL too, of those with an output token for each patch. A component has at least 2
-patches, so that small things need a larger --size. Tracks depend on every frame before: a run that is stopped leaves
-nothing behind, and starts over.
-"""
-
-TRACK_EXAMPLES = """\
-examples:
-  neuroflow track clip.mp4 --out tracks.json --overlay overlay.mp4
-  neuroflow track clip.mp4 --model ./my-siglip --labels texts.safetensors --size 640x352 --out tracks.json
-
---labels FILE holds a tensor `embeddings` [K, D] and, in its metadata, `names`, a JSON list of K:
-  safetensors.torch.save_file({"embeddings": texts}, "texts.safetensors", {"names": json.dumps(names)})
-"""
-
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -145,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .eval import laws_of_reuse as command
         elif arguments.command == "eval":
             from .eval_llm import eval_llm as command
+        elif arguments.command == "distill":
+            from .distill import distill as command
         elif arguments.command == "track":
             from .track import track as command
         else:
@@ -169,9 +193,10 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="neuroflow", description="Vision transformers over video, at the cost of what changed.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,calibrate,eval,track,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,calibrate,distill,eval,track,demo}")
     _add_run(commands)
     _add_calibrate(commands)
+    _add_distill(commands)
     _add_eval(commands)
     _add_track(commands)
     demo = commands.add_parser(
@@ -194,6 +219,9 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(run)
+    run.add_argument(
+        "--weights", type=Path, metavar="FILE", help="what `distill` wrote: weights, and the gate that they are for"
+    )
     run.add_argument("--compare", action="store_true", help="run the unpatched model beside it: dense times, fidelity")
     gate = _add_gate(run)
     gate.add_argument("--threshold", type=float, metavar="T", help="encode patches of a higher score; 0 encodes all")
@@ -257,6 +285,50 @@ def _add_track(commands: argparse._SubParsersAction) -> None:
     output = track.add_argument_group("what is written")
     output.add_argument("--out", type=Path, metavar="FILE", help="boxes and tracks, .json")
     output.add_argument("--overlay", type=Path, metavar="FILE", help="an .mp4 of the frames under boxes and ids")
+
+
+def _add_distill(commands: argparse._SubParsersAction) -> None:
+    distill = commands.add_parser(
+        "distill",
+        help="train a tower to do with the active patches alone",
+        description=DISTILL_DESCRIPTION,
+        epilog=DISTILL_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    distill.add_argument("videos", type=Path, metavar="VIDEOS", help="directory of videos to learn from")
+    distill.add_argument("--outside", type=Path, metavar="DIR", help="pictures from outside of what the videos show")
+    distill.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    distill.add_argument("--resume", action="store_true", help="continue the unfinished --out of the same command")
+    _add_loading(distill)
+    distill.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the products in training; weights are float32 (default: bfloat16 on a GPU, else float32)",
+    )
+    training = distill.add_argument_group("training", "defaults are DistillationConfig's")
+    training.add_argument("--train", metavar="WHAT", help="head, last-K (blocks, and the head) or all (default: all)")
+    training.add_argument("--epochs", type=_count, metavar="N", help="times through all videos (default: 12)")
+    training.add_argument("--rate", type=float, metavar="R", help="learning rate (default: 2e-4)")
+    training.add_argument("--frames", type=_count, metavar="N", help="of a clip, which is a batch (default: 24)")
+    training.add_argument("--strides", type=_count, metavar="N", help="clips take every 1st to Nth frame (default: 4)")
+    training.add_argument(
+        "--thresholds",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="a clip's is drawn between these (default: 0.02 0.5)",
+    )
+    training.add_argument(
+        "--skip",
+        type=_share,
+        metavar="S",
+        help="share of patches skipped in evaluation, and by the result (default: 0.9)",
+    )
+    training.add_argument(
+        "--forgetting", type=float, metavar="F", help="end when this share of --outside is forgotten (default: 0.01)"
+    )
+    training.add_argument("--seed", type=int, metavar="N", help="of every draw (default: 0)")
+    _add_frames(distill, 300, "of N frames of a video at most (default: 300)")
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
@@ -386,12 +458,16 @@ def _add_model(
     command: argparse.ArgumentParser, source: str = "SOURCE", what: str = "file, directory, webcam or address"
 ) -> None:
     command.add_argument("source", metavar=source, help=what)
+    dtypes = ("float32", "bfloat16", "float16")
+    command.add_argument("--dtype", default="float32", choices=dtypes, help="default: float32")
+    _add_loading(command)
+
+
+def _add_loading(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model", metavar="MODEL", help="Hugging Face id or local directory (default: the package's own)"
     )
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
-    dtypes = ("float32", "bfloat16", "float16")
-    command.add_argument("--dtype", default="float32", choices=dtypes, help="default: float32")
     command.add_argument(
         "--size", type=_size, metavar="WxH", help="input size in pixels, 448 or 640x384 (default: the model's own)"
     )
@@ -444,6 +520,13 @@ def _share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
 
 
+def _above_zero(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+
+
 def _template(text: str) -> str:
     if "{}" not in text:
         raise argparse.ArgumentTypeError(f"{text!r} has no {{}} for the class")
@@ -464,13 +547,6 @@ def _window(text: str) -> int:
     if count < 4:
         raise argparse.ArgumentTypeError(f"{text} is not 4 or more")
     return count
-
-
-def _above_zero(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
 
 
 def _count(text: str) -> int:

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 import neuroflow
 
 from ..adapters.anatomy import interpolation
+from ..distillation import distilled_config, load_weights
 from ..models import STREET, ClassHead, load_classes
 from ..patch import copy_sharing_weights
 from ..video.ahead import Prepared, ReadAhead, prepare
@@ -85,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
             preprocess,
             config,
             classes=load_classes() if arguments.model is None else None,
+            weights=arguments.weights,
             compare=arguments.compare,
             stride=arguments.stride,
             max_frames=arguments.max_frames,
@@ -120,6 +122,7 @@ def encode_video(
     config: neuroflow.NeuroFlowConfig,
     *,
     classes: ClassHead | None = None,
+    weights: Path | None = None,
     compare: bool = False,
     stride: int = 1,
     max_frames: int | None = None,
@@ -134,7 +137,8 @@ def encode_video(
         preprocess: gives its input.
         config: how it is patched.
         classes: what its embeddings are told apart as, if anything.
-        compare: run every frame through the unpatched model as well.
+        weights: what `neuroflow distill` wrote for the model, taken for patching.
+        compare: run every frame through the unpatched model as well, with the weights that it came with.
         stride: encode every so many frames.
         max_frames: of the results, those of a run that is continued among them.
         results: where every frame's embedding and record go.
@@ -145,6 +149,8 @@ def encode_video(
     """
     dense = copy_sharing_weights(model) if compare else None
     try:
+        if weights is not None:
+            load_weights(model, weights)
         neuroflow.enable_cache(model, config)
     except ValueError as error:
         raise CommandError(str(error)) from None
@@ -334,6 +340,8 @@ def gate_config(arguments: argparse.Namespace) -> neuroflow.NeuroFlowConfig:
     try:
         load = neuroflow.NeuroFlowConfig.load
         config = neuroflow.NeuroFlowConfig() if arguments.config is None else load(arguments.config)
+        if arguments.config is None and vars(arguments).get("weights") is not None:
+            config = distilled_config(arguments.weights)
         if "ema_decay" in given and config.reference != "dual":
             given.setdefault("reference", "ema")
         return dataclasses.replace(config, **given)
@@ -386,6 +394,7 @@ def _pinned(arguments: argparse.Namespace, config: neuroflow.NeuroFlowConfig) ->
         "source": str(source.resolve()) if source.exists() else arguments.source,
         "source_bytes": source.stat().st_size if source.is_file() else None,
         "model": str(model.resolve()) if model.exists() else arguments.model,
+        "weights": None if arguments.weights is None else str(arguments.weights.resolve()),
         "size": arguments.size,
         "stride": arguments.stride,
         "device": arguments.device,

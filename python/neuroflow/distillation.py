@@ -1,0 +1,447 @@
+"""Sparse distillation: architecture B taught to give, from the active patches alone, what the whole frame gives.
+
+The unpatched model is the teacher, a copy of it the student. A clip is one pass: its frames lie side by side as streams
+would, the engine's own gate goes through them in order, and the student encodes what is active, with gradients. The
+gate's threshold and decay are drawn for every clip. What stands in front of the first block is never trained: the gate
+reads the patch projection, and would choose other patches if it changed.
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .adapters import Anatomy, describe
+from .adapters.anatomy import interpolation
+from .cache import Engine, Frame, current_frame
+from .config import NeuroFlowConfig
+from .models import ClassHead
+from .patch import disable_cache, enable_cache, install, is_patched, reset_cache, summary
+from .state import StreamState
+from .streams import StreamCache
+
+STREAM = "clip"
+WARM_UP = 20  # clips until the learning rate is reached
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """What is trained, on what, and when it ends.
+
+    Args:
+        train: "head", the final norm and the pooling head; "last-K", the last K blocks too; "all", all blocks.
+        epochs: times that every video is gone through.
+        rate: learning rate of AdamW, which falls to nothing over the epochs as a cosine does.
+        frames: of a clip, which is a batch.
+        strides: a clip takes every frame, or up to every so-manieth one; which is drawn for each video.
+        thresholds: between these a clip's threshold is drawn, evenly on a log scale. The default skips about 50 to 98 %
+            of the patches of footage that stands still; the published 1e-4 to 0.35 is for surprise with the positional
+            embedding in it.
+        decays: the same for the weight of the new frame in the moving average that the gate compares with.
+        skip: share of the patches that the evaluation skips, and the distilled model from then on.
+        forgetting: evaluation ends the training where the teacher's score outside the domain is missed by more.
+        seed: of every draw.
+
+    Raises:
+        ValueError: a value that makes no sense; the message says which does.
+
+    Source: Schmitt 2026, sparse distillation; the ranges of the draws, the clips' strides and the end by forgetting are
+    ours.
+    """
+
+    train: str = "all"
+    epochs: int = 12
+    rate: float = 2e-4
+    frames: int = 24
+    strides: int = 4
+    thresholds: tuple[float, float] = (0.02, 0.5)
+    decays: tuple[float, float] = (1e-3, 0.1)
+    skip: float = 0.9
+    forgetting: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        accepted = {
+            "train": (re.fullmatch("head|all|last-[1-9][0-9]*", self.train), "'head', 'last-K' or 'all'"),
+            "epochs": (self.epochs >= 1, "1 or more"),
+            "rate": (0 < self.rate < math.inf, "above 0"),
+            "frames": (self.frames >= 2, "2 or more, as a clip's first is encoded whole"),
+            "strides": (self.strides >= 1, "1 or more"),
+            "thresholds": (0 < self.thresholds[0] <= self.thresholds[1] < math.inf, "two numbers above 0, ascending"),
+            "decays": (0 < self.decays[0] <= self.decays[1] <= 1, "two numbers above 0 and up to 1, ascending"),
+            "skip": (0 < self.skip < 1, "a share between 0 and 1"),
+            "forgetting": (0 <= self.forgetting <= 1, "a share from 0 to 1"),
+        }
+        for name, (fits, what) in accepted.items():
+            if not fits:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted is {what}")
+
+    def gate(self, **rule: Any) -> NeuroFlowConfig:
+        """Architecture B with the published gate on the patch projection, by `skip` or another rule."""
+        rule = rule or {"budget": 1 - self.skip}
+        free = {"max_age": None, "cut_share": None, "cut_surprise": None}
+        return NeuroFlowConfig(arch="B", reference="ema", score="surprise", **free, **rule)
+
+
+class Pictures(NamedTuple):
+    """What lies outside the training domain.
+
+    Args:
+        frames: [1, 3, H, W] each, an iterable that starts over.
+        labels: of each, an index into the classes. classes: what embeddings are named by. Without both, a picture
+            counts as known where the student's embedding is nearest to the teacher's of the same picture.
+    """
+
+    frames: Iterable[torch.Tensor]
+    labels: Sequence[int] | None = None
+    classes: ClassHead | None = None
+
+    def known(self, embeddings: torch.Tensor, teacher: torch.Tensor) -> float:
+        """Share of the pictures that embeddings [P, D] name rightly; teacher [P, D]."""
+        if self.classes is not None and self.labels is not None:
+            scores, truth = self.classes.scores(embeddings), torch.tensor(self.labels)
+        else:
+            scores, truth = F.normalize(embeddings, dim=1) @ F.normalize(teacher, dim=1).T, torch.arange(len(teacher))
+        return (scores.argmax(1).cpu() == truth).double().mean().item()
+
+
+class Epoch(NamedTuple):
+    """What stands after one epoch; number 0 is the model before training.
+
+    Args:
+        loss: mean over the epoch's clips, None of number 0.
+        fidelity, fidelity_p5: cosine of the student under B to the teacher on the held-out videos' frames but the first
+            of each, mean and 5th percentile.
+        skipped: mean share of the patches of these frames that were not encoded.
+        outside: share of the pictures outside that the student knows, each encoded whole; None without pictures.
+    """
+
+    number: int
+    loss: float | None
+    fidelity: float
+    fidelity_p5: float
+    skipped: float
+    outside: float | None
+
+
+class Student(Engine):
+    """The engine of architecture B with gradients: the frames of one clip in one pass, gated in order, nothing kept."""
+
+    def draw(self, threshold: float, decay: float) -> None:
+        """The gate for the next clips."""
+        self.config = dataclasses.replace(self.config, threshold=threshold, ema_decay=decay)
+        self.decay = decay
+
+    def on_tower(self, entry: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        if current_frame.get() is not None:
+            return forward(*args, **kwargs)
+        arguments = self.signatures[entry].bind(*args, **kwargs).arguments
+        grids = self.anatomy.grids(arguments)
+        order = None if self.anatomy.order is None else self.anatomy.order(arguments)
+        token = current_frame.set(Frame(self, [StreamState(STREAM)] * len(grids), grids, order))
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            current_frame.reset(token)
+
+    def on_projection(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
+        frame, projected = current_frame.get(), forward(pixels)
+        if frame is not None:
+            frame.projected = projected
+        return projected
+
+    def derived(self, module: nn.Module, key: Any, compute: Callable[[], Any]) -> Any:
+        return compute()  # what is kept has no gradient
+
+    def _gate(self, frame: Frame, tokens: torch.Tensor) -> None:
+        state = frame.states[0]
+        active = []
+        with torch.no_grad():
+            for number, grid in enumerate(frame.grids):
+                this = slice(number, number + 1)
+                own = Frame(self, [state], [grid], None if frame.order is None else frame.order[this])
+                own.projected = None if frame.projected is None else frame.projected[this]
+                super()._gate(own, tokens[this])
+                state.valid = own.finite[0]
+                active.append(own.active[0] if own.partial else None)
+        frame.select(active, tokens)
+        frame.row_kernels = False
+
+
+class Distillation:
+    """One model on its way from teacher to student.
+
+    Args:
+        model: an unpatched model in evaluation mode that takes frames as `pixel_values`, with a pooled output: by a
+            pooling head or a CLS token. It is the student from then on; a copy is kept as the teacher.
+        config: see `DistillationConfig`.
+        dtype: of the products in training: torch.bfloat16 where the device is fast at that, or torch.float32. Weights
+            and optimizer are of the model's own dtype.
+
+    Attributes:
+        history: an `Epoch` for every evaluation so far.
+
+    Raises:
+        TypeError: a model that no adapter knows. ValueError: one without a pooled output or that B cannot serve, or
+            with fewer blocks than "last-K" asks for. RuntimeError: the model is patched.
+    """
+
+    def __init__(self, model: nn.Module, config: DistillationConfig, dtype: torch.dtype = torch.float32) -> None:
+        if is_patched(model):
+            raise RuntimeError(f"{type(model).__name__} is patched; call neuroflow.disable_cache first")
+        anatomy = describe(model)
+        if anatomy.pool is None and not anatomy.prefix:
+            raise ValueError(
+                f"{type(model).__name__} has no pooled output; accepted is a model with a pooling head or a CLS token"
+            )
+        if anatomy.readers:
+            raise ValueError(f"{type(model).__name__} makes features between its blocks, which B does not serve")
+        self.model, self.config, self.dtype = model, config, dtype
+        self.teacher = copy.deepcopy(model)
+        self.engine = Student(anatomy, config.gate(threshold=config.thresholds[0]), StreamCache())
+        self.weights = _trained(model, anatomy, config.train)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.weights.values():
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.rate)
+        self.history: list[Epoch] = []
+        self.best = {name: parameter.detach().clone() for name, parameter in self.weights.items()}
+        self._dense: dict[tuple[str, int, int], torch.Tensor] = {}
+
+    @property
+    def finished(self) -> bool:
+        """All epochs are done, or the last one forgot too much."""
+        return len(self.history) > self.config.epochs or (len(self.history) > 0 and self._forgot(self.history[-1]))
+
+    def train(self, videos: Sequence[Iterable[torch.Tensor]]) -> float:
+        """One epoch; the mean loss.
+
+        Args:
+            videos: each gives consecutive frames [1, 3, H, W] whenever it is gone through.
+
+        Raises:
+            ValueError: no clip of two frames in any of them.
+        """
+        epoch, config = len(self.history), self.config
+        rate = config.rate * (0.5 + 0.5 * math.cos(math.pi * (epoch - 1) / config.epochs))
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        losses = []
+        install(self.engine)
+        try:
+            for number in torch.randperm(len(videos), generator=generator).tolist():
+                for indices, pixels in self._clips(videos[number], generator):
+                    self.engine.draw(_between(*config.thresholds, generator), _between(*config.decays, generator))
+                    warm = min((len(losses) + 1) / WARM_UP, 1) if epoch == 1 else 1
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = rate * warm
+                    keys = [("train", number, index) for index in indices]
+                    losses.append(self._step(pixels, self._expected(keys, pixels.split(1))))
+        finally:
+            disable_cache(self.model)
+        if not losses:
+            raise ValueError("videos give no clip of two frames; accepted are longer ones")
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def evaluate(
+        self, videos: Sequence[Iterable[torch.Tensor]], outside: Pictures | None, loss: float | None = None
+    ) -> Epoch:
+        """Fidelity on held-out videos and what is known outside; adds to `history`, and keeps the best weights.
+
+        Raises:
+            ValueError: the videos have no frame after their first.
+        """
+        cosines, skipped = [], []
+        enable_cache(self.model, self.config.gate())
+        try:
+            for number, video in enumerate(videos):
+                for index, pixels in enumerate(video):
+                    expected = self._expected([("held out", number, index)], [pixels])
+                    embedding = self.embed(self.model, pixels)
+                    if index:
+                        cosines.append(F.cosine_similarity(embedding, expected))
+                        skipped.append(1 - next(iter(summary(self.model).streams.values())).active.float().mean())
+                reset_cache(self.model)
+        finally:
+            disable_cache(self.model)
+        if not cosines:
+            raise ValueError("videos give no frame after their first; accepted are longer ones")
+        known = None
+        if outside is not None:
+            found, expected = [], []
+            for number, pixels in enumerate(outside.frames):
+                found.append(self.embed(self.model, pixels))
+                expected.append(self._expected([("outside", 0, number)], [pixels]))
+            known = outside.known(torch.cat(found), torch.cat(expected))
+        values = torch.cat(cosines)
+        figures = values.mean().item(), values.quantile(0.05).item(), torch.stack(skipped).mean().item(), known
+        epoch = Epoch(len(self.history), loss, *figures)
+        if not self.history or (epoch.fidelity > self.chosen.fidelity and not self._forgot(epoch)):
+            self.best = {name: parameter.detach().clone() for name, parameter in self.weights.items()}
+        self.history.append(epoch)
+        return epoch
+
+    @property
+    def chosen(self) -> Epoch:
+        """The epoch of the best fidelity among those that did not forget, whose weights are `best`."""
+        return max((epoch for epoch in self.history if not self._forgot(epoch)), key=lambda epoch: epoch.fidelity)
+
+    def embed(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        """Pooled outputs [S, D] float32 of frames [S, 3, H, W]."""
+        anatomy, weight = describe(model), next(model.parameters())
+        pixels = pixels.to(weight.device, weight.dtype)
+        return anatomy.embedding(anatomy.tower(pixels, **interpolation(anatomy.tower, pixels))).float()
+
+    def save(self, path: Path) -> None:
+        """Write the best weights, of what was trained, with the configuration to run them under and `history`."""
+        config = json.dumps(dataclasses.asdict(self.config.gate()))
+        _write(path, self.best, {"config": config, "history": self._history()})
+
+    def checkpoint(self, path: Path) -> None:
+        """Write what `resume` needs to go on after the last evaluation as if nothing had happened."""
+        tensors = {f"weights.{name}": tensor.detach() for name, tensor in self.weights.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
+        _write(path, tensors, {"settings": self._settings(), "history": self._history()})
+
+    @torch.no_grad()
+    def resume(self, path: Path) -> None:
+        """Take up what `checkpoint` wrote.
+
+        Raises:
+            ValueError: the file cannot be read, or was written under other settings or for another model.
+        """
+        tensors, metadata = _read(path)
+        if metadata.get("settings") != self._settings():
+            raise ValueError(f"{path}: is of a distillation with other settings; accepted are the same")
+        weights = {name: tensors[f"weights.{name}"] for name in self.weights}
+        for name, parameter in self.weights.items():
+            parameter.copy_(weights[name])
+            self.best[name] = tensors[f"best.{name}"].to(parameter)
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer."):
+                _, number, name = key.split(".")
+                state.setdefault(int(number), {})[name] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.history = [Epoch(**epoch) for epoch in json.loads(metadata["history"])]
+
+    def _history(self) -> str:
+        return json.dumps([epoch._asdict() for epoch in self.history])
+
+    def _settings(self) -> str:
+        shapes = {name: list(parameter.shape) for name, parameter in self.weights.items()}
+        return json.dumps([dataclasses.asdict(self.config), str(self.dtype), shapes])
+
+    def _forgot(self, epoch: Epoch) -> bool:
+        return epoch.outside is not None and epoch.outside < self.history[0].outside - self.config.forgetting
+
+    def _clips(
+        self, video: Iterable[torch.Tensor], generator: torch.Generator
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Numbers and pixels [T, 3, H, W] of the frames of one clip after another."""
+        stride = int(torch.randint(1, self.config.strides + 1, (), generator=generator))
+        start = int(torch.randint(stride, (), generator=generator))
+        frames = itertools.islice(enumerate(video), start, None, stride)
+        while len(clip := list(itertools.islice(frames, self.config.frames))) > 1:
+            indices, pixels = zip(*clip, strict=True)
+            yield list(indices), torch.cat(pixels)
+
+    def _step(self, pixels: torch.Tensor, expected: torch.Tensor) -> float:
+        with torch.autocast(expected.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            found = self.embed(self.model, pixels)
+        # A clip's first frame is encoded whole. Few as they are, whole frames would be forgotten beside the others.
+        loss = 0.5 * (distillation_loss(found[:1], expected[:1]) + distillation_loss(found[1:], expected[1:]))
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+    @torch.no_grad()
+    def _expected(self, keys: Sequence[tuple[str, int, int]], frames: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The teacher's outputs [T, D] for frames [1, 3, H, W], which it sees once each, and alone."""
+        for key, pixels in zip(keys, frames, strict=True):
+            if key not in self._dense:
+                self._dense[key] = self.embed(self.teacher, pixels)
+        return torch.cat([self._dense[key] for key in keys])
+
+
+def distillation_loss(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of raw pooled outputs [T, D], and half of one less their cosine."""
+    return F.mse_loss(found, expected) + 0.5 * (1 - F.cosine_similarity(found, expected)).mean()
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Give `model` the weights that `Distillation.save` wrote, in place of its own; copies that share those keep them.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else or weights that the model does not have.
+    """
+    distilled_config(path)
+    tensors, _ = _read(Path(path))
+    own = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise ValueError(f"{path}: has {name} {list(tensor.shape)}, and {type(model).__name__} has none such")
+        tensors[name] = tensor.to(own[name])
+    model.load_state_dict(tensors, strict=False, assign=True)
+
+
+def distilled_config(path: str | Path) -> NeuroFlowConfig:
+    """The configuration that the weights in a file are for.
+
+    Raises:
+        ValueError: the file cannot be read, or `Distillation.save` did not write it.
+    """
+    _, metadata = _read(Path(path))
+    if "config" not in metadata:
+        raise ValueError(f"{path}: holds no distilled weights; accepted is a file that neuroflow distill wrote")
+    return NeuroFlowConfig(**json.loads(metadata["config"]))
+
+
+def _trained(model: nn.Module, anatomy: Anatomy, train: str) -> dict[str, nn.Parameter]:
+    """The parameters that `train` asks for, by their names in the model."""
+    depth = len(anatomy.layers)
+    blocks = {"head": 0, "all": depth}.get(train)
+    if blocks is None:
+        blocks = int(train.removeprefix("last-"))
+        if blocks > depth:
+            raise ValueError(f"train is {train!r}; accepted is last-{depth} at most, as there are {depth} blocks")
+    parts = [*anatomy.layers[depth - blocks :], anatomy.last]
+    parts += [] if anatomy.pool is None else [anatomy.pool[0]]
+    chosen = {id(parameter) for part in parts for parameter in part.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
+
+
+def _between(low: float, high: float, generator: torch.Generator) -> float:
+    """A number drawn evenly on a log scale."""
+    return low * (high / low) ** torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    partial.replace(path)
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); accepted is a safetensors file") from None
