@@ -132,11 +132,13 @@ def test_it_learns(model, videos):
 
 def test_draws_and_clips(model, videos, monkeypatch):
     """The gate within its ranges, and every clip of consecutive frames at its stride."""
-    drawn, clips = [], []
+    drawn, clips, rates = [], [], []
     run = Distillation(model, DistillationConfig(**SETTINGS))
     monkeypatch.setattr(run.engine, "draw", lambda *gate: drawn.append(gate))
     monkeypatch.setattr(run, "_expected", lambda keys, frames: clips.append(keys) or torch.zeros(len(keys), 64))
-    monkeypatch.setattr(run, "_step", lambda pixels, expected: float(len(pixels)))
+    monkeypatch.setattr(
+        run, "_step", lambda pixels, expected: rates.append(run.optimizer.param_groups[0]["lr"]) or float(len(pixels))
+    )
     run.history = [None, None]
     assert run.train([video(0, 23)] * 20) > 1
     thresholds, decays = (torch.tensor(values).log() for values in zip(*drawn, strict=True))
@@ -148,6 +150,11 @@ def test_draws_and_clips(model, videos, monkeypatch):
         assert 2 <= len(numbers) <= 5 and len({number for _, number, _ in keys}) == 1
         strides |= {after - before for before, after in itertools.pairwise(numbers)}
     assert strides == {1, 2}
+    assert rates == pytest.approx([0.75e-3] * len(rates))  # the second of three epochs
+    rates.clear()
+    run.history.pop()
+    run.train([video(0, 23)] * 20)
+    assert rates[:2] == pytest.approx([1e-3 / 20, 2e-3 / 20]) and rates[19:] == pytest.approx([1e-3] * len(rates[19:]))
     assert {number for keys in clips for _, number, _ in keys} == set(range(20))
 
 
@@ -191,6 +198,14 @@ def test_what_is_known():
 def test_the_loss_is_the_definition():
     found, expected = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     assert distillation_loss(found, expected).item() == pytest.approx((1 + 4) / 4 + 0.5 * (0 + 1) / 2)
+
+
+def test_a_clips_whole_frame_counts_as_much_as_the_others(model, monkeypatch):
+    run = Distillation(model, DistillationConfig())
+    found, expected = torch.zeros(3, 4) + torch.arange(3.0)[:, None] + 1, torch.ones(3, 4)
+    weight = next(iter(run.weights.values()))
+    monkeypatch.setattr(run, "embed", lambda model, pixels: found + 0 * weight.sum())
+    assert run._step(torch.zeros(3, 3, SIDE, SIDE), expected) == pytest.approx(0.5 * (0 + (1 + 4) / 2))
 
 
 def test_weights_come_back(model, videos, tmp_path):
