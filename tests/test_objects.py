@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import PATCH, tiny
+from models import PATCH, clip, exact, tiny
 from neuroflow.objects import (
     Component,
     Tracker,
@@ -18,6 +18,8 @@ from neuroflow.objects import (
     nearest,
     to_detections,
 )
+
+from bench import highway
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = (12, 20)
@@ -127,7 +129,7 @@ def test_embeddings_decide_where_places_do_not():
     tracker = Tracker(GRID)
     for _ in range(4):
         tracker.update([square(5, 5), square(9, 5)], torch.cat((look(0), look(1))))
-    above, below = square(7, 4), square(7, 7)
+    above, below = square(7, 4), square(7, 6)
     tracks = tracker.update([above, below], torch.cat((look(1), look(0))))
     assert {track.id: track.component for track in tracks} == {2: above, 1: below}
 
@@ -229,3 +231,40 @@ def test_detections_are_boxes_in_pixels_and_ids(monkeypatch):
     assert given["xyxy"].tolist() == [[40, 30, 80, 50], [140, 60, 220, 100]]
     assert given["tracker_id"].tolist() == [1, 2]
     assert to_detections([], (10.0, 20.0))["xyxy"].shape == (0, 4)
+
+
+@pytest.mark.parametrize("signal", ["patch", "embedding", "pixel"])
+@pytest.mark.parametrize("reference", ["refreshed", "previous", "ema", "dual"])
+def test_the_benchmark_measures_the_engines_surprise(signal, reference):
+    model, frames = tiny("siglip"), clip(frames=5, changed=9)
+    settings = {"refreshed": {"threshold": 1e-4}, "previous": {}}.get(reference, {"ema_decay": 0.05})
+    neuroflow.enable_cache(model, exact(signal=signal, reference=reference, **({"threshold": 1e-4} | settings)))
+    signals, gate = highway.Signals(tiny("siglip")), highway.Gate(signal, reference, settings)
+    for t, frame in enumerate(frames):
+        model(pixel_values=frame[None])
+        with torch.no_grad():
+            surprise = gate(signals(frame[None]), None)
+        if t:
+            assert torch.allclose(surprise, neuroflow.summary(model).streams["default"].surprise, atol=1e-6)
+            assert (surprise > 1e-4).sum() >= 9
+
+
+def test_the_benchmark_scores_as_by_hand():
+    patches = highway.Patches(4, 4, 2)
+    assert patches(np.arange(16.0).reshape(4, 4)).tolist() == [[2.5, 4.5], [10.5, 12.5]]
+    masks = np.zeros((2, 4, 4), np.uint8)
+    masks[0, 0, 0] = 255  # a quarter of a patch
+    masks[0, 0, 2:] = masks[0, 1, 2] = 170  # most of one
+    masks[0, 2:, :2] = 50
+    masks[1, 3, 2:] = 255
+    inside = np.ones((4, 4), bool)
+    inside[2:, :2] = False
+    moving, scored = highway.truth(masks, inside, patches)
+    assert moving.tolist() == [[[True, False], [False, False]], [[False, False], [False, True]]]
+    assert scored.tolist() == [[[True, False], [False, True]], [[True, True], [False, True]]]
+    found = torch.tensor([[True, True], [True, True]])
+    assert highway.f1(found, moving[0], scored[0]) == pytest.approx((2 / 3, 1 / 2, 1))
+    numbers = torch.tensor([[[0.9, 2.0], [2.0, 0.1]], [[0.0, 0.95], [2.0, 1.0]]])
+    rated = highway.rate(numbers, moving, scored, 1)
+    assert rated["f1_chosen_on"] == 1 and 0.1 < rated["threshold"] < 0.9
+    assert (rated["f1"], rated["precision"], rated["recall"]) == pytest.approx((2 / 3, 1 / 2, 1))

@@ -22,6 +22,7 @@ DIAGONALLY_TOO = np.ones((3, 3))
 OUT_OF_REACH = 1e6
 ESTABLISHED = 3  # frames after which a track is no accident
 STEADINESS = 0.5  # weight of the old velocity beside the new one
+GROWTH = 0.25  # of the reach, with the frames since a track was last seen
 MEMORY = 0.9  # weight of the old embedding beside the new one
 
 
@@ -170,7 +171,7 @@ class Tracker:
 
     Args:
         grid: rows and columns of patches.
-        reach: how far from where it is expected an object may turn up, in patches; after m missed frames sqrt(1 + m)
+        reach: how far from where it is expected an object may turn up, in patches; after m missed frames (1 + m)^(1/4)
             times as far.
         patience: for how many frames a track may be missed; one of fewer than 3 frames may not at all.
         likeness: the least cosine at which a track that was missed is taken up again.
@@ -182,7 +183,7 @@ class Tracker:
         ValueError: a reach that is not above 0, or a patience below 1.
     """
 
-    def __init__(self, grid: Grid, reach: float = 3.0, patience: int = 30, likeness: float = 0.5) -> None:
+    def __init__(self, grid: Grid, reach: float = 2.5, patience: int = 15, likeness: float = 0.8) -> None:
         if not reach > 0:
             raise ValueError(f"reach is {reach!r}; accepted is a number of patches above 0")
         if not patience >= 1:
@@ -251,7 +252,7 @@ class Tracker:
         distance = np.linalg.norm(expected[:, None] - places, axis=2)  # [T, C]
         cosine = (torch.stack([track.embedding for track in self.tracks]) @ embeddings.T).numpy()
         missed = np.array([[track.missed] for track in self.tracks])
-        near = (distance <= self.reach * np.sqrt(1 + missed)) | (within & (within.sum(0) > 1))
+        near = (distance <= self.reach * (1 + missed) ** GROWTH) | (within & (within.sum(0) > 1))
         possible = near & ((missed == 0) | (cosine >= self.likeness))
         cost = distance / self.reach + 1 - cosine + missed / self.patience
         tracks, chosen = linear_sum_assignment(np.where(possible, cost, OUT_OF_REACH))

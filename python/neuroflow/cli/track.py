@@ -110,11 +110,13 @@ def track(arguments: argparse.Namespace) -> int:
 def background_gate(threshold: float, ema_decay: float) -> neuroflow.NeuroFlowConfig:
     """A gate whose surprise tells what moves: the dual-rate reference, which no refresh sets back.
 
+    The embedding tells it best (bench/results/highway.md): beside a position, the noise of what is flat counts less.
     What stops stays surprising until the slow average has taken it in. Every patch whose `motion` lies above
     `threshold` is encoded: one in the 3 x 3 around it has a surprise of that over (1 + AROUND_WEIGHT)^2.
     """
     return neuroflow.NeuroFlowConfig(
         threshold=threshold / (1 + AROUND_WEIGHT) ** 2,
+        signal="embedding",
         reference="dual",
         ema_decay=ema_decay,
         score="surprise",
