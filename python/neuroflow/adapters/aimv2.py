@@ -3,7 +3,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, Grid, image_grids
+from .anatomy import Anatomy, grids_of_images
 
 
 def _embedding(output: Any) -> torch.Tensor:
@@ -15,9 +15,6 @@ def aimv2(tower: nn.Module) -> Anatomy:
     layers = tuple(tower.encoder.layers)
     projection = tower.embeddings.patch_embed
 
-    def grids(arguments: dict[str, Any]) -> list[Grid]:
-        return image_grids(projection, arguments["pixel_values"])
-
     return Anatomy(
         tower=tower,
         projection=projection,
@@ -26,7 +23,7 @@ def aimv2(tower: nn.Module) -> Anatomy:
         mlps=tuple((layer.ffn, layer.ffn) for layer in layers),
         last=tower.rms_norm,
         prefix=0,
-        grids=grids,
+        grids=grids_of_images(projection),
         embedding=_embedding,
         pool=(tower.head, "forward") if tower.use_head else None,
     )

@@ -65,17 +65,25 @@ class Anatomy:
     readers: tuple[nn.Module, ...] = ()
 
 
-def image_grids(projection: nn.Conv2d, pixels: torch.Tensor) -> list[Grid]:
-    """The grids of frames [S, C, H, W] that a convolution maps to patches."""
-    if pixels.ndim != 4:
-        raise ValueError(f"pixels have shape {list(pixels.shape)}; accepted is [S, {projection.in_channels}, H, W]")
-    rows, columns = (
-        (length + 2 * (0 if projection.padding == "valid" else projection.padding[axis]) - kernel) // stride + 1
-        for axis, (length, kernel, stride) in enumerate(
-            zip(pixels.shape[2:], projection.kernel_size, projection.stride, strict=True)
-        )
-    )
-    return [(rows, columns)] * pixels.shape[0]
+def grids_of_images(projection: nn.Conv2d, *refused: str) -> Callable[[dict[str, Any]], list[Grid]]:
+    """`Anatomy.grids` of towers whose first argument holds frames [S, C, H, W], which a convolution maps to patches.
+
+    Args:
+        refused: other arguments of the tower that a sparse frame has no place for.
+    """
+
+    def grids(arguments: dict[str, Any]) -> list[Grid]:
+        refuse(arguments, *refused)
+        name, pixels = next(iter(arguments.items()))
+        if pixels.ndim != 4:
+            accepted = f"[S, {projection.in_channels}, H, W]"
+            raise ValueError(f"{name} has shape {list(pixels.shape)}; accepted is {accepted}")
+        padding = (0, 0) if projection.padding == "valid" else projection.padding
+        sides = zip(pixels.shape[2:], padding, projection.kernel_size, projection.stride, strict=True)
+        rows, columns = ((length + 2 * around - kernel) // stride + 1 for length, around, kernel, stride in sides)
+        return [(rows, columns)] * pixels.shape[0]
+
+    return grids
 
 
 def interpolation(tower: nn.Module, pixels: torch.Tensor) -> dict[str, bool]:

@@ -1,17 +1,12 @@
-from typing import Any
-
 from torch import nn
 
-from .anatomy import Anatomy, Grid, image_grids
+from .anatomy import Anatomy, grids_of_images
 
 
 def clip(tower: nn.Module) -> Anatomy:
     """CLIP, vision side. Its last norm is of the pooled CLS alone, so that all tokens are back after the last block."""
     layers = tuple(tower.encoder.layers)
     projection = tower.embeddings.patch_embedding
-
-    def grids(arguments: dict[str, Any]) -> list[Grid]:
-        return image_grids(projection, arguments["pixel_values"])
 
     return Anatomy(
         tower=tower,
@@ -21,7 +16,7 @@ def clip(tower: nn.Module) -> Anatomy:
         mlps=tuple((layer.mlp, layer.mlp) for layer in layers),
         last=layers[-1],
         prefix=1,
-        grids=grids,
+        grids=grids_of_images(projection),
         embedding=lambda output: output.image_embeds if "image_embeds" in output else output.pooler_output,
         tables=((tower.embeddings, "interpolate_pos_encoding"),),
     )

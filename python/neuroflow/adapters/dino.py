@@ -1,18 +1,12 @@
-from typing import Any
-
 from torch import nn
 
-from .anatomy import Anatomy, Grid, cos_and_sin, image_grids, refuse
+from .anatomy import Anatomy, cos_and_sin, grids_of_images
 
 
 def dinov2(tower: nn.Module) -> Anatomy:
     """DINOv2, with or without registers. Its attention lay one module deeper before transformers 5.23."""
     layers = tuple(tower.encoder.layer)
     projection = tower.embeddings.patch_embeddings.projection
-
-    def grids(arguments: dict[str, Any]) -> list[Grid]:
-        refuse(arguments, "bool_masked_pos", "attention_mask", "head_mask")
-        return image_grids(projection, arguments["pixel_values"])
 
     return Anatomy(
         tower=tower,
@@ -22,7 +16,7 @@ def dinov2(tower: nn.Module) -> Anatomy:
         mlps=tuple((layer.mlp, layer.mlp) for layer in layers),
         last=tower.layernorm,
         prefix=1 + getattr(tower.config, "num_register_tokens", 0),
-        grids=grids,
+        grids=grids_of_images(projection, "bool_masked_pos", "attention_mask", "head_mask"),
         embedding=lambda output: output.last_hidden_state[:, 0],
         tables=((tower.embeddings, "interpolate_pos_encoding"),),
     )
@@ -33,10 +27,6 @@ def dinov3(tower: nn.Module) -> Anatomy:
     layers = tuple((tower.model if hasattr(tower, "model") else tower).layer)
     projection = tower.embeddings.patch_embeddings
 
-    def grids(arguments: dict[str, Any]) -> list[Grid]:
-        refuse(arguments, "bool_masked_pos")
-        return image_grids(projection, arguments["pixel_values"])
-
     return Anatomy(
         tower=tower,
         projection=projection,
@@ -45,7 +35,7 @@ def dinov3(tower: nn.Module) -> Anatomy:
         mlps=tuple((layer.mlp, layer.mlp) for layer in layers),
         last=tower.norm,
         prefix=1 + tower.config.num_register_tokens,
-        grids=grids,
+        grids=grids_of_images(projection, "bool_masked_pos"),
         embedding=lambda output: output.last_hidden_state[:, 0],
         tables=((tower.rope_embeddings, "forward"),),
         rotary=("position_embeddings", cos_and_sin),

@@ -1,18 +1,12 @@
-from typing import Any
-
 from torch import nn
 
-from .anatomy import Anatomy, Grid, image_grids, refuse
+from .anatomy import Anatomy, grids_of_images
 
 
 def internvl(tower: nn.Module) -> Anatomy:
     """InternVL, vision side; the language model reads all of its tokens."""
     layers = tuple(tower.encoder.layer)
     projection = tower.embeddings.patch_embeddings.projection
-
-    def grids(arguments: dict[str, Any]) -> list[Grid]:
-        refuse(arguments, "bool_masked_pos")
-        return image_grids(projection, arguments["pixel_values"])
 
     return Anatomy(
         tower=tower,
@@ -22,7 +16,7 @@ def internvl(tower: nn.Module) -> Anatomy:
         mlps=tuple((layer.mlp, layer.mlp) for layer in layers),
         last=tower.layernorm,
         prefix=1,
-        grids=grids,
+        grids=grids_of_images(projection, "bool_masked_pos"),
         embedding=lambda output: output.last_hidden_state[:, 1:].mean(1),
         tables=((tower.embeddings, "interpolate_pos_encoding"),),
     )

@@ -3,7 +3,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, Grid, image_grids
+from .anatomy import Anatomy, Grid, grids_of_images
 
 
 def _embedding(output: Any) -> torch.Tensor:
@@ -17,7 +17,7 @@ def siglip(tower: nn.Module) -> Anatomy:
     def grids(arguments: dict[str, Any]) -> list[Grid]:
         if "spatial_shapes" in arguments:
             return [(rows, columns) for rows, columns in arguments["spatial_shapes"].tolist()]
-        return image_grids(projection, arguments["pixel_values"])
+        return grids_of_images(projection)(arguments)
 
     layers = tuple(tower.encoder.layers)
     head = getattr(tower, "head", None)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, Grid, image_grids, refuse
+from .anatomy import Anatomy, Grid, grids_of_images
 
 BLOCKS = ("Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm")
 ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention")
@@ -27,7 +27,6 @@ def vision_transformer(tower: nn.Module) -> Anatomy:
     projection = tower.patch_embed.proj
 
     def grids(arguments: dict[str, Any]) -> list[Grid]:
-        refuse(arguments, "attn_mask")
         if arguments.get("is_causal"):
             raise ValueError(
                 "is_causal is True; accepted is False, as a sparse frame attends to tokens that come later"
@@ -38,10 +37,9 @@ def vision_transformer(tower: nn.Module) -> Anatomy:
                 f"patch_drop_rate is {drop_rate} in training mode; accepted is 0 there, or evaluation mode, in which "
                 "no patches are dropped"
             )
-        pixels = arguments["x"]
-        grids = image_grids(projection, pixels)
+        grids = grids_of_images(projection, "attn_mask")(arguments)
         if tower.patch_embed.dynamic_img_pad:
-            return [tower.patch_embed.dynamic_feat_size(pixels.shape[2:])] * len(grids)
+            return [tower.patch_embed.dynamic_feat_size(arguments["x"].shape[2:])] * len(grids)
         return grids
 
     def embedding(output: Any) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, Grid, image_grids, refuse
+from .anatomy import Anatomy, Grid, grids_of_images, refuse
 
 
 def vit(tower: nn.Module) -> Anatomy:
@@ -24,10 +24,6 @@ def vit(tower: nn.Module) -> Anatomy:
     projection = tower.embeddings.patch_embeddings.projection
     prefix = sum(hasattr(tower.embeddings, token) for token in ("cls_token", "distillation_token"))
 
-    def grids(arguments: dict[str, Any]) -> list[Grid]:
-        refuse(arguments, "bool_masked_pos", "attention_mask", "head_mask")
-        return image_grids(projection, arguments["pixel_values"])
-
     def embedding(output: Any) -> torch.Tensor:
         return output.last_hidden_state[:, 0] if prefix else output.last_hidden_state.mean(1)
 
@@ -39,7 +35,7 @@ def vit(tower: nn.Module) -> Anatomy:
         mlps=mlps,
         last=tower.layernorm,
         prefix=prefix,
-        grids=grids,
+        grids=grids_of_images(projection, "bool_masked_pos", "attention_mask", "head_mask"),
         embedding=embedding,
         tables=((tower.embeddings, "interpolate_pos_encoding"),),
     )

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .anatomy import Anatomy, Grid, image_grids, refuse
+from .anatomy import Anatomy, Grid, grids_of_images
 
 
 def sam(tower: nn.Module) -> Anatomy:
@@ -27,9 +27,6 @@ def sam(tower: nn.Module) -> Anatomy:
     def as_they_are(window_unpartition: Callable, tokens: torch.Tensor, *shapes: Any) -> torch.Tensor:
         return tokens
 
-    def grids(arguments: dict[str, Any]) -> list[Grid]:
-        return image_grids(projection, arguments["pixel_values"])
-
     attentions = tuple(layer.attn for layer in layers)
     return Anatomy(
         tower=tower,
@@ -39,7 +36,7 @@ def sam(tower: nn.Module) -> Anatomy:
         mlps=tuple((layer.mlp, layer.mlp) for layer in layers),
         last=layers[-1],
         prefix=0,
-        grids=grids,
+        grids=grids_of_images(projection),
         embedding=lambda output: output.last_hidden_state.mean((2, 3)),
         needs_every_token=True,
         attention=_attention(tower.config.num_attention_heads, layers, attentions),
@@ -72,10 +69,6 @@ def vitdet(tower: nn.Module) -> Anatomy:
         )
     projection = tower.embeddings.projection
 
-    def grids(arguments: dict[str, Any]) -> list[Grid]:
-        refuse(arguments, "head_mask")
-        return image_grids(projection, arguments["pixel_values"])
-
     def embedding(output: Any) -> torch.Tensor:
         return (output.feature_maps[-1] if "feature_maps" in output else output.last_hidden_state).mean((2, 3))
 
@@ -89,7 +82,7 @@ def vitdet(tower: nn.Module) -> Anatomy:
         mlps=tuple((layer.mlp, layer.mlp) for layer in layers),
         last=layers[-1],
         prefix=0,
-        grids=grids,
+        grids=grids_of_images(projection, "head_mask"),
         embedding=embedding,
         needs_every_token=True,
         tables=((tower.embeddings, "get_absolute_positions"),),
