@@ -324,6 +324,18 @@ def test_classes_of_a_text_tower(neuroflow, folder, tmp_path, kind):
         assert answers[name]["answers"]["dense"]["top"] == [LABELS[index] for index in order]
 
 
+def test_prompts_are_lower_case_words(tmp_path, monkeypatch):
+    whole_model(tmp_path / "model", "siglip")
+    prompts, load = [], command.AutoTokenizer.from_pretrained
+
+    def recording(name):
+        return lambda texts, **options: prompts.append(texts) or load(name)(texts, **options)
+
+    monkeypatch.setattr(command.AutoTokenizer, "from_pretrained", recording)
+    command.text_classes(str(tmp_path / "model"), ["ApplyEyeMakeup", "YoYo"], ["A video of {}.", "{}"], "cpu")
+    assert prompts == [["a video of apply eye makeup.", "a video of yo yo."], ["apply eye makeup", "yo yo"]]
+
+
 def test_the_published_table_is_one_command(folder, model, classes, monkeypatch, neuroflow):
     configs = {}
     monkeypatch.setattr(command, "_patched", lambda model, config: configs.setdefault(config.threshold, config))
