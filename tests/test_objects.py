@@ -107,12 +107,13 @@ def test_nearest_names_by_cosine():
         nearest(torch.ones(1, 2), classes, ["car", "bus", "van"])
 
 
-def test_ids_are_kept_when_objects_cross(generator):
+@pytest.mark.parametrize("alike", [False, True])
+def test_ids_are_kept_when_objects_cross(generator, alike):
     """Two squares that pass through each other, one component for as long as they touch."""
     tracker = Tracker(GRID)
     for t in range(15):
         left, right = square(2 + t, 5), square(17 - t, 6)
-        a, b = look(0, 0.05, generator), look(1, 0.05, generator)
+        a, b = look(0, 0.05, generator), look(0 if alike else 1, 0.05, generator)
         touching = abs((2 + t) - (17 - t)) <= 3
         if touching:
             both = np.unique(np.concatenate([left.patches, right.patches]), axis=0)
@@ -123,6 +124,19 @@ def test_ids_are_kept_when_objects_cross(generator):
             tracks = tracker.update([left, right], torch.cat((a, b)))
             assert {track.id: track.component for track in tracks} == {1: left, 2: right}
     assert len(tracker.tracks) == 2
+
+
+def test_a_merge_is_no_new_object_however_far_it_reaches():
+    tracker = Tracker(GRID)
+    apart = [square(3, 5), square(13, 5)]
+    for _ in range(3):
+        tracker.update(apart, torch.cat((look(0), look(1))))
+    bridge = Component(np.array([(row, column) for row in (4, 5) for column in range(2, 14)]))
+    assert len(tracker.update([bridge], look(2))) == 1
+    assert {track.id: track.component for track in tracker.update(apart, torch.cat((look(0), look(1))))} == {
+        1: apart[0],
+        2: apart[1],
+    }
 
 
 def test_embeddings_decide_where_places_do_not():
