@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from neuroflow.adapters import describe as anatomy_of
 from neuroflow.adapters.anatomy import interpolation
-from neuroflow.cli.run import copy_sharing_weights
+from neuroflow.evaluation import PUBLISHED as PUBLISHED
+from neuroflow.patch import copy_sharing_weights
 from neuroflow.video.preprocess import Preprocessor
 from neuroflow.video.source import Source
 from torch import nn
@@ -29,14 +30,6 @@ from neuroflow_kernels.env import describe
 
 DATA = Path(os.environ.get("NEUROFLOW_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 RESULTS = Path(__file__).parent / "results"
-PUBLISHED = {
-    "signal": "embedding",
-    "reference": "ema",
-    "score": "surprise",
-    "max_age": None,
-    "cut_share": None,
-    "cut_surprise": None,
-}
 LEAD = 0.1  # in probability, by which dense is sure of its answer
 TOLERANCE = 0.01  # of a skip rate that is asked for
 STRIDE, TRIALS = 5.0, 7

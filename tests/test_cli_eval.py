@@ -471,6 +471,24 @@ def test_laws_that_cannot_be_measured_are_one_line(neuroflow, model, tmp_path, m
     assert code == 2 and table == "" and len(lines) == 1 and words in lines[0]
 
 
+def test_a_live_source_has_no_laws(neuroflow, folder, model, monkeypatch):
+    def live(*arguments, **options):
+        source = Source(*arguments, **options)
+        source.live = True
+        return source
+
+    monkeypatch.setattr(command, "Source", live)
+    code, _, message = neuroflow("eval", "laws", folder / CLIPS[0], "--model", model)
+    assert code == 2 and "a live source gives each frame once" in message and message.count("\n") == 1
+
+
+def test_pictures_need_matplotlib(neuroflow, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    code, _, message = neuroflow("eval", "video", folder, "--plots", tmp_path / "plots")
+    assert code == 2 and "--plots: matplotlib is missing; install the bench extra" in message
+    assert message.count("\n") == 1 and not (tmp_path / "plots").exists()
+
+
 def test_a_real_vit_on_real_clips(data, neuroflow, tmp_path):
     """Each clip is its own class, so that dense is right and reuse is off by what it loses."""
     vit_tiny(data("weights/vit_tiny_patch16_224.safetensors"), tmp_path / "vit")

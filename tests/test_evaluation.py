@@ -214,7 +214,8 @@ def pooled(model, frames):
         return torch.cat([model(pixel_values=frame[None]).pooler_output for frame in frames])
 
 
-def test_clips_do_not_see_one_another_and_answers_are_of_the_mean():
+def test_clips_do_not_see_one_another_and_answers_are_of_the_mean(monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH", 2)
     model, frames = tiny("siglip"), clip(5, changed=6)
     systems = {"E": patched(model, threshold=0.01), "all": patched(model, threshold=0)}
     expected = pooled(model, frames)

@@ -46,7 +46,6 @@ from .model import TOWERS
 from .report import machine
 from .run import INTERRUPTED, every, input_size, load_model
 
-TEMPLATE = "a video of a person doing {}."
 WITH_TEXT = ("clip", "siglip")
 LETTERS = {arch: letter for letter, arch in ARCHITECTURES.items()}
 KEPT = "what is done is kept: the same command with --resume continues it"
