@@ -95,6 +95,8 @@ def test_gradients_are_those_of_the_definition(model):
         patched.setattr(
             distillation.Frame, "select", lambda self, rows, tokens: (seen.append(rows), select(self, rows, tokens))[1]
         )
+        with torch.no_grad():
+            run.embed(model, frames)  # leaves nothing behind that has no gradient
         run.embed(model, frames).square().sum().backward()
     neuroflow.disable_cache(model)
     found = {name: parameter.grad.clone() for name, parameter in run.weights.items()}
@@ -144,6 +146,7 @@ def test_draws_and_clips(model, videos, monkeypatch):
     thresholds, decays = (torch.tensor(values).log() for values in zip(*drawn, strict=True))
     assert math.log(0.01) <= thresholds.min() < math.log(0.02) and math.log(0.05) < thresholds.max() <= math.log(0.1)
     assert math.log(1e-3) <= decays.min() < math.log(2e-3) and math.log(0.05) < decays.max() <= math.log(0.1)
+    assert thresholds.mean() == pytest.approx(math.log(0.01 * 0.1) / 2, abs=0.2)  # evenly on a log scale
     strides = set()
     for keys in clips:
         numbers = [index for _, _, index in keys]
@@ -159,14 +162,17 @@ def test_draws_and_clips(model, videos, monkeypatch):
 
 
 def test_resumed_is_as_uninterrupted(videos, tmp_path):
-    whole = trained(tiny("siglip", SIDE), videos)
+    whole = trained(tiny("siglip", SIDE), videos, forgetting=1)
     path = tmp_path / "checkpoint"
-    trained(tiny("siglip", SIDE), videos, path, stop=2)
-    resumed = trained(tiny("siglip", SIDE), videos, path)
+    trained(tiny("siglip", SIDE), videos, path, stop=2, forgetting=1)
+    resumed = trained(tiny("siglip", SIDE), videos, path, forgetting=1)
     assert resumed.history == whole.history and len(whole.history) == 4
     for name, parameter in whole.weights.items():
         assert torch.equal(resumed.weights[name], parameter)
         assert torch.equal(resumed.best[name], whole.best[name])
+    finished = trained(tiny("siglip", SIDE), videos, path, forgetting=1)
+    assert finished.chosen.number > 0 and finished.history == whole.history
+    assert all(torch.equal(finished.best[name], whole.best[name]) for name in whole.best)
     with pytest.raises(ValueError, match="with other settings"):
         trained(tiny("siglip", SIDE), videos, path, rate=1e-4)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
@@ -184,6 +190,22 @@ def test_training_ends_when_it_forgets(model, videos, tmp_path):
     run.save(tmp_path / "best.safetensors")
     load_weights(before, tmp_path / "best.safetensors")
     assert all(torch.equal(dict(before.named_parameters())[name], run.best[name]) for name in run.best)
+
+
+def test_weights_that_forgot_are_never_the_best(model, videos):
+    run = Distillation(model, DistillationConfig(**SETTINGS))
+    outside = Pictures([clip[0] for clip in videos])
+    first = run.evaluate(videos[:1], outside)
+    run.history[0] = first._replace(fidelity=-1.0, outside=2.0)
+    before = copy.deepcopy(run.best)
+    with torch.no_grad():
+        for parameter in run.weights.values():
+            parameter.add_(0.01)
+    assert run.evaluate(videos[:1], outside).fidelity > run.chosen.fidelity and run.chosen.number == 0
+    assert all(torch.equal(run.best[name], before[name]) for name in before)
+    run.history = [first._replace(fidelity=-1.0)]
+    run.evaluate(videos[:1], outside)
+    assert run.chosen.number == 1 and all(torch.equal(run.best[name], run.weights[name]) for name in before)
 
 
 def test_what_is_known():
