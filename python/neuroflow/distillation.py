@@ -62,7 +62,7 @@ class DistillationConfig:
 
     train: str = "all"
     epochs: int = 12
-    rate: float = 2e-4
+    rate: float = 1e-4
     frames: int = 24
     strides: int = 4
     thresholds: tuple[float, float] = (0.02, 0.5)
