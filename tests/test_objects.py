@@ -132,7 +132,8 @@ def test_a_merge_is_no_new_object_however_far_it_reaches():
     for _ in range(3):
         tracker.update(apart, torch.cat((look(0), look(1))))
     bridge = Component(np.array([(row, column) for row in (4, 5) for column in range(2, 14)]))
-    assert len(tracker.update([bridge], look(2))) == 1
+    (merged,) = tracker.update([bridge], look(2))
+    assert merged.id in (1, 2) and merged.component is bridge
     assert {track.id: track.component for track in tracker.update(apart, torch.cat((look(0), look(1))))} == {
         1: apart[0],
         2: apart[1],
@@ -173,13 +174,15 @@ def test_another_object_is_not_taken_for_one_that_was_lost(missed, x, number):
     assert [track.id for track in tracker.update([square(x, 5)], look(number))] == [2]
 
 
-def test_the_same_object_is_taken_up_again_where_another_is_not():
+def test_what_was_lost_changes_its_velocity_by_what_it_gained_a_frame():
     tracker = Tracker(GRID, patience=10)
-    for t in range(5):
-        tracker.update([square(2 + t / 2, 5)], look(0))
-    for _ in range(6):
+    for _ in range(5):
+        tracker.update([square(4, 5)], look(0))
+    for _ in range(3):
         tracker.update([], torch.zeros(0, 8))
-    assert [track.id for track in tracker.update([square(7, 5)], look(0))] == [1]
+    (track,) = tracker.update([square(6, 5)], look(0))
+    assert track.id == 1 and track.centroid.tolist() == [6, 5]
+    assert track.velocity.tolist() == [0.5 * 2 / 4, 0]
 
 
 def test_what_left_the_picture_and_what_was_seen_by_accident_are_forgotten():
