@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from models import clip, exact, tiny
 from neuroflow import evaluation, laws
+from neuroflow.adapters import describe
 from neuroflow.evaluation import Answer, Clip
 from neuroflow.models import STREET, ClassHead, load_classes
 from neuroflow.patch import copy_sharing_weights
@@ -336,7 +337,7 @@ def test_representation_gap(siglip, frames, arch):
 @pytest.mark.parametrize("arch", ["B", "C"])
 def test_head_entropy(siglip, frames, arch):
     rows = laws.head_entropy(siglip, frames, exact(arch=arch, threshold=0.01))
-    head = siglip.head
+    head = describe(siglip).pool[0]
     weight, bias = head.attention.in_proj_weight.detach(), head.attention.in_proj_bias.detach()
     query = (head.probe.detach()[0, 0] @ weight[:64].T + bias[:64]).view(4, 16)
 
