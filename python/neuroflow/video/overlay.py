@@ -76,6 +76,7 @@ class BoxWriter(VideoWriter):
             colour = COLOURS[number % len(COLOURS)]
             left, top, right, bottom = (np.array(edges) * scale).tolist()
             draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=2)
-            draw.rectangle(draw.textbbox((left + 2, top + 1), text, font), fill=(16, 18, 22))
-            draw.text((left + 2, top + 1), text, colour, font)
+            corner = left, max(top - 16, 0)
+            draw.rectangle(draw.textbbox(corner, text, font), fill=(16, 18, 22))
+            draw.text(corner, text, colour, font)
         self.write(np.asarray(picture))
