@@ -156,7 +156,7 @@ def test_defaults_are_the_layer_at_three_quarters_and_the_last_and_mlps_can_be_t
 
 
 def test_a_run_that_was_stopped_goes_on(evaluated, monkeypatch):
-    real, followed = eval_llm._time, []
+    real, followed = eval_llm.time_steps, []
 
     def stop_second(*arguments):
         if followed:
@@ -164,11 +164,11 @@ def test_a_run_that_was_stopped_goes_on(evaluated, monkeypatch):
         followed.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(eval_llm, "_time", stop_second)
+    monkeypatch.setattr(eval_llm, "time_steps", stop_second)
     options = ("--pairs", "1:3", "1:2", "--thresholds", 0.5)
     code, _, message, found = evaluated(*options)
     assert code == 130 and found is None and "the same command with --resume continues it" in message
-    monkeypatch.setattr(eval_llm, "_time", lambda *arguments: (7.0, 5.0))
+    monkeypatch.setattr(eval_llm, "time_steps", lambda *arguments: (7.0, 5.0))
     code, table, _, found = evaluated(*options, "--resume")
     assert code == 0 and list(found) == ["1>3 at 0.5", "1>2 at 0.5"]
     assert found["1>3 at 0.5"]["ms"] != 5.0 and found["1>2 at 0.5"]["ms"] == 5.0

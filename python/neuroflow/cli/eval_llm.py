@@ -165,7 +165,7 @@ def evaluate(
                     "divergence": _divergence(plain.states, followed.states),
                 }
             enable_bypass(patched, config)
-            row["dense_ms"], row["ms"] = _time(model, patched, timed, bar)
+            row["dense_ms"], row["ms"] = time_steps(model, patched, timed, bar)
             row["timed_rate"] = bypass_summary(patched).rate
             disable_bypass(patched)
             journal.append(_name(config), row)
@@ -206,7 +206,7 @@ def _divergence(expected: list[torch.Tensor], found: list[torch.Tensor]) -> list
 
 
 @torch.inference_mode()
-def _time(dense: PreTrainedModel, patched: PreTrainedModel, ids: torch.Tensor, bar: tqdm) -> tuple[float, float]:
+def time_steps(dense: PreTrainedModel, patched: PreTrainedModel, ids: torch.Tensor, bar: tqdm) -> tuple[float, float]:
     """Median milliseconds of a decode step of each, over the given tokens [1, T]."""
     caches = {each: DynamicCache(config=each.config) for each in (dense, patched)}
     times = {dense: [], patched: []}
