@@ -50,11 +50,11 @@ examples:
 
 TRACK_DESCRIPTION = """\
 Follow what moves in a video: patches that differ from a slow background become components, which an embedding each and
-their places turn into tracks. Needs no detector and no training, and a camera that stands still.
+their places turn into tracks. It takes a camera that stands still, no detector and no training.
 
 SOURCE is as for `neuroflow run`, MODEL too, of those with an output token for each patch. A component has at least 2
-patches, so that small things need a larger --size. Tracks depend on every frame before: a run that is stopped leaves
-nothing behind, and starts over.
+patches, so that small things need a larger --size. Tracks depend on every frame before: a run that is stopped writes
+neither file, and starts over.
 """
 
 TRACK_EXAMPLES = """\
