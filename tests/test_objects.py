@@ -1,7 +1,9 @@
 """Motion, components, embeddings and tracks, on drawn squares and on models that the tests share."""
 
+import re
 import sys
 import types
+from pathlib import Path
 
 import neuroflow
 import numpy as np
@@ -231,6 +233,25 @@ def test_a_stopped_object_is_kept_by_the_dual_reference(reference, kept, generat
         ids.append([track.id for track in tracks])
     assert ids[10] == [1]
     assert ids[40] == ([1] if kept else [])
+
+
+def test_the_readmes_example(monkeypatch, generator):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    example = re.search(r"```python\n(from neuroflow import objects.*?)```", readme, re.DOTALL)[1]
+    monkeypatch.setitem(sys.modules, "supervision", types.SimpleNamespace(Detections=lambda **given: given))
+    model = tiny("siglip", 96)
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(reference="dual", score="surprise", refresh="rolling"))
+    names = {"neuroflow": neuroflow, "model": model, "tracker": Tracker((12, 12))}
+    names |= {"text_embeddings": torch.eye(2, 64), "texts": ["box", "van"]}
+    still = torch.rand(1, 3, 96, 96, generator=generator)
+    for t in range(4):
+        frame = still.clone()
+        if t:
+            frame[..., 24:48, 24 + 2 * t : 48 + 2 * t] = -1
+        exec(example, names | {"frame": frame}, names)
+        assert [track.id for track in names["tracks"]] == [1] * bool(t)
+    assert names["names"][0][0] in ("box", "van")
+    assert names["detections"]["tracker_id"].tolist() == [1]
 
 
 def test_detections_need_supervision(monkeypatch):
