@@ -31,7 +31,7 @@ INSIDE = ("static", "noise")  # cameras; the others are outside
 EVERY, SIZE = 6, 224  # frames of a scene that are written, and their side
 PICTURE = 60  # the frame of an outside scene
 SKIPS = (0.8, 0.9, 0.95)
-SETTINGS = ["--strides", "1", "--frames", "10", "--thresholds", "0.03", "0.6", "--skip", "0.9", "--forgetting", "1"]
+SETTINGS = ["--strides", "1", "--frames", "10", "--thresholds", "0.03", "0.6", "--skip", "0.9", "--patience", "99"]
 SEEDS = {"videos": 7, "pictures": 3, "test": 0}
 
 

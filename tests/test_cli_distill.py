@@ -122,8 +122,8 @@ def test_resumed_after_a_kill_is_as_uninterrupted(distil, tmp_path, monkeypatch)
 
 
 def test_it_ends_when_it_forgets(distil, tmp_path):
-    code, table, _ = distil(tmp_path / "b.safetensors", "--forgetting", 0.1, "--rate", 0.5)
-    assert code == 0 and "ended early: more than 10.0% of the pictures outside were forgotten" in table
+    code, table, _ = distil(tmp_path / "b.safetensors", "--forgetting", 0.1, "--patience", 1, "--rate", 0.5)
+    assert code == 0 and "ended early       more than 10.0% of the pictures outside were forgotten" in table
     assert distilled_config(tmp_path / "b.safetensors").arch == "active"
 
 

@@ -180,8 +180,9 @@ def test_resumed_is_as_uninterrupted(videos, tmp_path):
 
 def test_training_ends_when_it_forgets(model, videos, tmp_path):
     before = copy.deepcopy(model)
-    run = trained(model, videos, rate=0.5, epochs=9)
-    assert run.history[0].outside == 1 and run.history[-1].outside < 0.99
+    run = trained(model, videos, rate=0.5, epochs=9, patience=2)
+    assert run.history[0].outside == 1 and all(epoch.outside < 0.99 for epoch in run.history[-2:])
+    assert run.history[-3].outside >= 0.99
     assert len(run.history) < 10 and run.chosen.outside >= 0.99
     if run.chosen.number == 0:
         assert all(
@@ -275,6 +276,7 @@ def test_mixed_precision_is_near(videos):
         {"decays": (0.1, 2)},
         {"skip": 1},
         {"forgetting": -1},
+        {"patience": 0},
     ],
 )
 def test_settings_out_of_range(changed):

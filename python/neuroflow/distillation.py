@@ -50,7 +50,8 @@ class DistillationConfig:
             embedding in it.
         decays: the same for the weight of the new frame in the moving average that the gate compares with.
         skip: share of the patches that the evaluation skips, and the distilled model from then on.
-        forgetting: evaluation ends the training where the teacher's score outside the domain is missed by more.
+        forgetting: an epoch that misses the teacher's score outside the domain by more is not chosen.
+        patience: so many such epochs in a row end the training.
         seed: of every draw.
 
     Raises:
@@ -69,6 +70,7 @@ class DistillationConfig:
     decays: tuple[float, float] = (1e-3, 0.1)
     skip: float = 0.9
     forgetting: float = 0.01
+    patience: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,6 +84,7 @@ class DistillationConfig:
             "decays": (0 < self.decays[0] <= self.decays[1] <= 1, "two numbers above 0 and up to 1, ascending"),
             "skip": (0 < self.skip < 1, "a share between 0 and 1"),
             "forgetting": (0 <= self.forgetting <= 1, "a share from 0 to 1"),
+            "patience": (self.patience >= 1, "1 or more"),
         }
         for name, (fits, what) in accepted.items():
             if not fits:
@@ -222,8 +225,10 @@ class Distillation:
 
     @property
     def finished(self) -> bool:
-        """All epochs are done, or the last one forgot too much."""
-        return len(self.history) > self.config.epochs or (len(self.history) > 0 and self._forgot(self.history[-1]))
+        """All epochs are done, or the last few forgot too much."""
+        last = self.history[-self.config.patience :]
+        forgot = len(last) == self.config.patience and all(self._forgot(epoch) for epoch in last)
+        return forgot or len(self.history) > self.config.epochs
 
     def train(self, videos: Sequence[Iterable[torch.Tensor]]) -> float:
         """One epoch; the mean loss.

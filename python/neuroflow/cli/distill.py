@@ -89,7 +89,9 @@ def distill(arguments: argparse.Namespace) -> int:
         raise
     checkpoint.unlink(missing_ok=True)
     if len(distillation.history) <= distillation.config.epochs:
-        print(f"ended early: more than {distillation.config.forgetting:.1%} of the pictures outside were forgotten")
+        print(
+            f"ended early       more than {distillation.config.forgetting:.1%} of the pictures outside were forgotten"
+        )
     print(f"written           {out}, epoch {distillation.chosen.number}, for neuroflow run --weights")
     return 0
 

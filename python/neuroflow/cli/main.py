@@ -72,10 +72,10 @@ least of all and without training keeps little of the output.
 
 VIDEOS is a directory; one video in five, by name, is held out, and after every epoch the mean cosine of the sparse
 student to the unpatched teacher is measured there. A student may forget what the videos do not show: --outside is a
-directory of pictures of other things, on which training is ended once too much is forgotten. In folders named like the
+directory of pictures of other things; epochs that forget too much of them are not chosen. In folders named like the
 model's classes (a classes.safetensors beside its weights, as the package's own has) the pictures known are those named
 rightly; otherwise those whose embedding by the student is nearest to the teacher's of the same picture.
-The best epoch's weights are written, with the settings of the gate: `neuroflow run --weights FILE` takes both.
+The weights of the best epoch are written, with the settings of the gate: `neuroflow run --weights FILE` takes both.
 What stands in front of the first block is never trained, as the gate reads it.
 """
 
@@ -325,7 +325,10 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
         help="share of patches skipped in evaluation, and by the result (default: 0.9)",
     )
     training.add_argument(
-        "--forgetting", type=float, metavar="F", help="end when this share of --outside is forgotten (default: 0.01)"
+        "--forgetting", type=float, metavar="F", help="share of --outside that may be forgotten (default: 0.01)"
+    )
+    training.add_argument(
+        "--patience", type=_count, metavar="N", help="end after N epochs in a row that forget more (default: 3)"
     )
     training.add_argument("--seed", type=int, metavar="N", help="of every draw (default: 0)")
     _add_frames(distill, 300, "of N frames of a video at most (default: 300)")
