@@ -1,5 +1,6 @@
 """Towers that NeuroFlow does not know: the README's adapter for one, and what is said of one without."""
 
+import dataclasses
 import re
 import sys
 import types
@@ -204,3 +205,15 @@ def test_a_tower_built_otherwise_than_its_adapter_expects(own):
     built = "is not built as the adapter of VisionTransformer expects: .*'norm'"
     with pytest.raises(TypeError, match=f"VisionTransformer of {__name__} {built}"):
         neuroflow.enable_cache(own)
+
+
+def test_an_adapter_that_names_what_is_not_there_leaves_nothing_behind(own):
+    neuroflow.disable_cache(own)
+    right = adapters.describe(own)
+    wrong = dataclasses.replace(right, tables=((right.last, "interpolated"),))
+    neuroflow.register_adapter(VisionTransformer, lambda tower: wrong)
+    before = [vars(module).keys() for module in own.modules()]
+    with pytest.raises(AttributeError, match="interpolated"):
+        neuroflow.enable_cache(own)
+    assert [vars(module).keys() for module in own.modules()] == before
+    assert not any("forward" in vars(module) for module in own.modules())

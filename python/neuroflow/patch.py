@@ -59,8 +59,8 @@ def enable_cache(
         streams: keeps the streams within its limits; by default there are none.
 
     Raises:
-        TypeError: a model that no adapter knows. RuntimeError: the model is patched with another configuration, or
-            other limits. ValueError: an architecture or a `mid_layer` that the model cannot have, or a file that holds
+        TypeError: a model that no adapter knows. AttributeError: its adapter names a method that is not there.
+        RuntimeError: the model is patched with another configuration, or other limits. ValueError: an architecture or a `mid_layer` that the model cannot have, or a file that holds
             no configuration.
     """
     if config is None:
@@ -83,7 +83,10 @@ def enable_cache(
 def install(engine: Engine) -> None:
     """Put an engine in place of the methods that it stands at; `disable_cache` takes it out."""
     anatomy = engine.anatomy
-    for module, method, replacement in engine.points():
+    points = engine.points()
+    for module, method, _ in points:
+        getattr(module, method)  # all are there before any is replaced
+    for module, method, replacement in points:
         setattr(module, method, functools.partial(replacement, getattr(module, method)))
     if anatomy.attention is None:
         model_config = anatomy.attentions[0].config
