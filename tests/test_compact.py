@@ -115,9 +115,9 @@ def filled(surprise, selections, ladder):
     return [sorted(row for row in chosen if row // tokens == stream) for stream in range(streams)]
 
 
-@pytest.mark.parametrize("rule", [{"threshold": 0.7}, {"budget": 2}, {"threshold": 9.0}, {"threshold": 0.0}], ids=str)
-@pytest.mark.parametrize("ladder", [[1], [8, 16, 24], [5, 70], (4, 1000)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 30), (3, 11), (2, 1), (4, 64)], ids=str)
+@pytest.mark.parametrize("rule", [{"threshold": 0.7}, {"budget": 2}, {"threshold": 0.0}], ids=str)
+@pytest.mark.parametrize("ladder", [[1], [8, 16, 24], (5, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 30), (3, 11), (2, 1)], ids=str)
 def test_ladder(backend, generator, shape, ladder, rule):
     surprise = draw(generator, *shape)
     surprise[-1, -1] = torch.nan
