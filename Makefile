@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/neuroflow/*.h)
 # Releases of transformers between which towers were rebuilt, the newest last; `make compat COMPAT=5.5.0` tests one.
 COMPAT ?= 4.57.6 5.5.0 5.17.0 5.23.0
-STRUCTURAL := families tubelets architectures streams rewrites reference_vectors policies vit_tiny baselines adapters
+STRUCTURAL := families tubelets architectures streams rewrites reference_vectors policies vit_tiny baselines adapters llm
 
 .PHONY: demo test test-slow compat $(COMPAT:%=compat-%) lint format bench clean
 
