@@ -60,8 +60,8 @@ def enable_cache(
 
     Raises:
         TypeError: a model that no adapter knows. AttributeError: its adapter names a method that is not there.
-        RuntimeError: the model is patched with another configuration, or other limits. ValueError: an architecture or a `mid_layer` that the model cannot have, or a file that holds
-            no configuration.
+        RuntimeError: the model is patched with another configuration, or other limits. ValueError: an architecture or a
+            `mid_layer` that the model cannot have, or a file that holds no configuration.
     """
     if config is None:
         config = NeuroFlowConfig()
