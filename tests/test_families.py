@@ -164,6 +164,26 @@ def test_hidden_states_are_captured(family):
     assert [tuple(state.shape[:-1]) for state in second[1:-1]] == [(1, tokens)] * (len(anatomy.layers) - 1)
 
 
+@pytest.mark.parametrize("family", ["siglip", "clip", "vit", "dinov2", "dinov3"])
+def test_attention_weights_are_for_the_unpatched_model(family):
+    """A patched one computes none, whatever its implementation was, and gets that back."""
+    model, frames = tiny(family), clip(frames=2)
+    model.set_attn_implementation("eager")
+
+    def weights(frame):
+        output = model(**inputs(family, frame[None]), output_attentions=True)
+        return [each for each in output.attentions or () if each is not None]
+
+    with torch.inference_mode():
+        dense = weights(frames[0])
+        neuroflow.enable_cache(model, exact(threshold=1e-4))
+        assert [weights(frame) for frame in frames] == [[], []]
+        neuroflow.disable_cache(model)
+        again = weights(frames[0])
+    assert len(dense) == len(describe(model).layers)
+    assert all(torch.equal(*pair) for pair in zip(dense, again, strict=True))
+
+
 @pytest.mark.parametrize(("family", "arch"), CELLS)
 def test_disabling_leaves_no_trace(family, arch):
     model, frames = tiny(family), clip(frames=3)
