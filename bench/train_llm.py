@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import nn
 from tqdm import tqdm
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+
+from bench.training import load_checkpoint, optimizer_of, save_checkpoint, set_rate
 
 LIBRARY = Path(os.__file__).parent
 DIRECTORY = Path(".benchmarks") / "llm"
@@ -110,50 +110,17 @@ def batch(streams, step):
     return torch.from_numpy(np.stack(rows)).long() + FIRST_BYTE
 
 
-def rate(step, steps, highest):
-    warm = min((step + 1) / (0.03 * steps), 1)
-    return highest * warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
-
-
-def save_checkpoint(path, model, optimizer, step):
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"step": str(step)})
-    partial.replace(path)
-
-
-def load_checkpoint(path, model, optimizer):
-    tensors = load_file(path)
-    parameters = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(parameters[name])
-    state = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"])
-
-
 def train(arguments):
     torch.manual_seed(0)
     model = Phi3ForCausalLM(Phi3Config(**MODEL)).train()
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    optimizer = optimizer_of(model)
     checkpoint = arguments.out / "checkpoint.safetensors"
     start = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else 0
     streams = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts().items()}
     bar = tqdm(range(start, arguments.steps), initial=start, total=arguments.steps, unit="batch", mininterval=10)
     running = None
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, arguments.steps, arguments.rate)
+        set_rate(optimizer, step, arguments.steps, arguments.rate, warmup=0.03)
         ids = batch(streams, step)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(ids[:, :-1], use_cache=False).logits

@@ -21,11 +21,12 @@ from neuroflow.video.preprocess import Preprocessor
 from neuroflow.video.scene import CLASSES, Stage, scenes, write_scene
 from neuroflow.video.source import Source
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from bench.training import load_checkpoint, optimizer_of, save_checkpoint, set_rate
 
 SIZE, PATCH, SIDE, WINDOW = 224, 16, 14, 7
 BATCH, FRAMES_OF_SCENE, FRAMES = 64, 4, 120
@@ -142,40 +143,10 @@ class Classifier(nn.Module):
         return self.log_temperature.exp().clamp(max=50) * cosine, self.patches(tokens).float()
 
 
-def rate(step, steps, highest):
-    warm = min((step + 1) / (0.05 * steps), 1)
-    return highest * warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
-
-
-def save_checkpoint(path, model, optimizer, step):
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"step": str(step)})
-    partial.replace(path)
-
-
-def load_checkpoint(path, model, optimizer):
-    tensors = load_file(path)
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    state = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"])
-
-
 def train(arguments):
     torch.manual_seed(0)
     model = Classifier().train()
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    optimizer = optimizer_of(model)
     checkpoint = arguments.checkpoint
     start = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else 0
     loader = torch.utils.data.DataLoader(
@@ -188,8 +159,7 @@ def train(arguments):
     bar = tqdm(loader, initial=start, total=arguments.steps, unit="batch", mininterval=10)
     running = accuracy = None
     for step, (pixels, places, labels, shares) in enumerate(bar, start):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, arguments.steps, arguments.rate)
+        set_rate(optimizer, step, arguments.steps, arguments.rate, warmup=0.05)
         with torch.autocast("cpu", torch.bfloat16):
             scores, of_patches = model(pixels, places)
         targets = F.one_hot(labels, len(CLASSES) + 1)[:, None] * shares[:, :, None]

@@ -62,6 +62,23 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture
+def neuroflow(capsys):
+    """neuroflow(command, *arguments) -> exit code, stdout, stderr without its warnings."""
+
+    from neuroflow.cli.main import main
+
+    def call(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        table, message = capsys.readouterr()
+        return code, table, "".join(line for line in message.splitlines(True) if not line.startswith("warning: "))
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def data():
     """data(name) -> the path of a file that the project does not carry; skips the test where it is absent."""

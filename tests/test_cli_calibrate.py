@@ -8,7 +8,6 @@ import pytest
 from models import PATCH, tiny, vit_tiny
 from neuroflow import NeuroFlowConfig
 from neuroflow.cli import calibrate
-from neuroflow.cli.main import main
 from neuroflow.video.encode import VideoWriter
 from neuroflow.video.source import Source
 
@@ -39,21 +38,6 @@ def write_clip(path, frames=FRAMES, moving=True):
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4")
-
-
-@pytest.fixture
-def neuroflow(capsys):
-    """neuroflow(command, *arguments) -> exit code, stdout, stderr without its warnings."""
-
-    def call(*arguments):
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        table, message = capsys.readouterr()
-        return code, table, "".join(line for line in message.splitlines(True) if not line.startswith("warning: "))
-
-    return call
 
 
 @pytest.fixture

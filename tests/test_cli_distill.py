@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from models import tiny
-from neuroflow.cli.main import main
 from neuroflow.distillation import Distillation, distilled_config
 from neuroflow.models import STREET
 from neuroflow.video.encode import VideoWriter
@@ -44,21 +43,6 @@ def footage(tmp_path_factory):
     for name in ("pictures/0.png", "pictures/1.png", "street/car/0.png", "street/tree/0.png"):
         Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(root / name)
     return root
-
-
-@pytest.fixture
-def neuroflow(capsys):
-    """neuroflow(command, *arguments) -> exit code, stdout, stderr without its warnings."""
-
-    def call(*arguments):
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        table, message = capsys.readouterr()
-        return code, table, "".join(line for line in message.splitlines(True) if not line.startswith("warning: "))
-
-    return call
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import CommandError
 
@@ -144,6 +144,9 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
@@ -216,7 +219,6 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         help="encode a video with a model",
         description=RUN_DESCRIPTION,
         epilog=RUN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(run)
     run.add_argument(
@@ -243,7 +245,6 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
         help="find the threshold for a fidelity or a skip rate",
         description=CALIBRATE_DESCRIPTION,
         epilog=CALIBRATE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(calibrate)
     target = calibrate.add_mutually_exclusive_group(required=True)
@@ -262,7 +263,6 @@ def _add_track(commands: argparse._SubParsersAction) -> None:
         help="follow what moves",
         description=TRACK_DESCRIPTION,
         epilog=TRACK_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(track)
     motion = track.add_argument_group("what moves")
@@ -293,7 +293,6 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
         help="train a tower to do with the active patches alone",
         description=DISTILL_DESCRIPTION,
         epilog=DISTILL_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     distill.add_argument("videos", type=Path, metavar="VIDEOS", help="directory of videos to learn from")
     distill.add_argument("--outside", type=Path, metavar="DIR", help="pictures from outside of what the videos show")
@@ -346,7 +345,6 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         help="top-1 and top-3 on labelled clips, dense beside every architecture",
         description=EVAL_VIDEO_DESCRIPTION,
         epilog=EVAL_VIDEO_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(video, "FOLDER", "class folders that hold clips")
     video.add_argument("--testlist", type=Path, metavar="FILE", help="the clips that count, one a line: Class/clip.avi")
@@ -370,7 +368,6 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         help="what reuse does to fidelity, tokens, blocks and pooling head, on one clip",
         description=EVAL_LAWS_DESCRIPTION,
         epilog=EVAL_LAWS_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(laws)
     laws.add_argument(
@@ -392,7 +389,6 @@ def _add_eval_llm(evaluations: argparse._SubParsersAction) -> None:
         help="perplexity and drift of a language model whose layers repeat themselves between decode steps",
         description=EVAL_LLM_DESCRIPTION,
         epilog=EVAL_LLM_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     llm.add_argument("--model", required=True, metavar="MODEL", help="Hugging Face id or local directory")
     llm.add_argument(
