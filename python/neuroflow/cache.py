@@ -127,6 +127,8 @@ class Frame:
     def heads(self, heads: torch.Tensor) -> list[torch.Tensor]:
         """Queries, keys or values of all streams as [1, heads, rows, head_dim] of each."""
         lengths = self.lengths if self.packed else self.counts
+        if lengths == [heads.shape[2]]:
+            return [heads]
         if not self.packed and heads.shape[0] == len(lengths):
             return [part[:, :, :length] for part, length in zip(heads.split(1), lengths, strict=True)]
         return list(heads.split(lengths, 2))
