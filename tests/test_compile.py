@@ -50,6 +50,15 @@ def test_a_whole_graph_is_refused_with_the_reason(dynamo):
         torch.compile(model, backend="eager", fullgraph=True)(clip(frames=1))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_export_is_refused_with_the_reason(strict, dynamo):
+    model = Classifier()
+    neuroflow.enable_cache(model)
+    with pytest.raises(Exception, match="decided frame by frame"):
+        torch.export.export(model, (clip(frames=1),), strict=strict)
+    assert not neuroflow.summary(model).streams
+
+
 @pytest.mark.parametrize("arch", "BCE")
 def test_a_ladder_bounds_the_numbers_of_tokens(arch):
     """Also of several streams together, with CLS tokens on top; and a ladder only ever adds patches."""

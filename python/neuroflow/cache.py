@@ -260,6 +260,11 @@ class Engine:
     def on_tower(self, entry: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         if current_frame.get() is not None and current_frame.get().engine is self:
             return forward(*args, **kwargs)  # one entry calls another
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "a patched model cannot be exported, as which patches are encoded is decided frame by frame; call "
+                "neuroflow.disable_cache first"
+            )
         signature, names = self.signatures[entry], self.named.get()
         arguments = signature.bind(*args, **kwargs).arguments
         name = next(iter(signature.parameters))
