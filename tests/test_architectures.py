@@ -1,42 +1,17 @@
-"""Promise 1: with nothing skipped, every architecture is the unpatched model; and patching leaves no trace."""
+"""The architectures against a plain re-computation, and patching; what all families share is in test_families.py."""
 
 from unittest import mock
 
 import neuroflow
 import pytest
 import torch
-from models import clip, exact, inputs, tiny
+from models import clip, exact, tiny
+from test_families import assert_close, outputs
 
 from neuroflow_kernels import use_backend, without_row_kernels
 
 FAMILIES = ("siglip", "siglip2", "vit")
 ARCHITECTURES = ("A", "B", "C", "D", "E")
-
-
-def outputs(model, family, frames):
-    with torch.inference_mode():
-        return [model(**inputs(family, frame[None])) for frame in frames]
-
-
-def assert_close(actual, expected, tolerance):
-    for name in ("last_hidden_state", "pooler_output"):
-        ours, theirs = getattr(actual, name), getattr(expected, name)
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            assert ours.shape == theirs.shape
-            assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("size", [(48, 48), (32, 64)])
-def test_threshold_zero_is_the_unpatched_model(family, arch, size):
-    model, frames = tiny(family), clip(size=size)
-    dense = outputs(model, family, frames)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch=arch, threshold=0))
-    for ours, theirs in zip(outputs(model, family, frames), dense, strict=True):
-        assert type(ours) is type(theirs)
-        assert_close(ours, theirs, 1e-5)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -111,24 +86,6 @@ def test_vit_against_a_plain_one(arch):
     with torch.no_grad():
         expected = plain_vit(model, frames, active, arch, mid_layer=1)
     torch.testing.assert_close(torch.cat([o.last_hidden_state[:, 0] for o in sparse]), expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_disabling_leaves_no_trace(family, arch):
-    model, frames = tiny(family), clip(frames=3)
-    modules, attributes = list(model.modules()), [dict(vars(module)) for module in model.modules()]
-    implementation = model.config._attn_implementation
-    before = outputs(model, family, frames)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch=arch))
-    outputs(model, family, frames)
-    neuroflow.disable_cache(model)
-    assert not neuroflow.is_patched(model)
-    assert all(ours is theirs for ours, theirs in zip(model.modules(), modules, strict=True))
-    assert [vars(module).keys() for module in model.modules()] == [kept.keys() for kept in attributes]
-    assert model.config._attn_implementation == implementation
-    for ours, theirs in zip(outputs(model, family, frames), before, strict=True):
-        assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
 
 
 def test_disabling_puts_back_a_forward_of_the_users_own():
