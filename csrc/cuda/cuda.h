@@ -1,0 +1,71 @@
+// What the CUDA bindings share. They trust the shapes, which Python checked. What index and cu_seqlens hold only the
+// kernels can see without a wait, and those touch no row outside its tensor.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+// The dispatch key the kernels are registered on; a build for the host, which tests them without a GPU, names CPU.
+#ifndef NEUROFLOW_KEY
+#define NEUROFLOW_KEY CUDA
+#endif
+
+namespace neuroflow::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+/// Calls f with a value of the element type that `dtype` stands for.
+template <typename F>
+void dispatch(ScalarType dtype, const char* name, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16{});
+    case ScalarType::Half:
+      return f(__half{});
+    default:
+      throw std::invalid_argument(std::string(name) + " is " + torch::headeronly::toString(dtype) +
+                                  "; accepted by the CUDA kernels is float32, bfloat16 or float16");
+  }
+}
+
+/// The elements of a contiguous tensor; T names what `dispatch` found there.
+template <typename T>
+T* data(const Tensor& tensor, const char* name) {
+  if (!tensor.is_contiguous()) throw std::invalid_argument(std::string(name) + " is not contiguous");
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+/// The device of a tensor, the current one while this lives, and torch's current stream there.
+struct Device {
+  explicit Device(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+};
+
+/// Raises what a launch, or any other call of the CUDA runtime, returned.
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+}  // namespace neuroflow::cuda
