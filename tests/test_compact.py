@@ -124,6 +124,8 @@ def test_ladder(backend, generator, shape, ladder, rule):
     plain = {name: [value] * shape[0] for name, value in rule.items()}
     expected = filled(surprise, definition(surprise, **plain, floor=2), ladder)
     assert_selects(compact(surprise, **rule, floor=2, ladder=ladder), expected, surprise.numel())
+    held = torch.tensor(ladder, dtype=torch.int32)
+    assert_selects(compact(surprise, **rule, floor=2, ladder=held), expected, surprise.numel())
 
 
 def test_a_ladder_never_drops_an_active_token(backend):
@@ -173,6 +175,7 @@ def test_compile(generator):
         ("ladder", {"threshold": 0.1, "ladder": [2, 2]}),
         ("ladder", {"threshold": 0.1, "ladder": [0, 2]}),
         ("ladder", {"threshold": 0.1, "ladder": [1.5]}),
+        ("ladder", {"threshold": 0.1, "ladder": torch.zeros(2)}),
     ],
 )
 def test_errors_name_the_argument(name, arguments):

@@ -44,7 +44,7 @@ def compact(
     threshold: torch.Tensor | float | None = None,
     budget: torch.Tensor | int | None = None,
     floor: int = 4,
-    ladder: Sequence[int] | None = None,
+    ladder: Sequence[int] | torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Row numbers of the active tokens, packed from the left.
 
@@ -60,7 +60,8 @@ def compact(
         ladder: the tokens of all streams together are one of these numbers, ascending, or all S * N: the first that is
             enough, filled up with the most surprising tokens that the rule left, of whichever stream. So that what is
             compiled or captured for a few numbers of tokens serves every frame, without padding and without a copy to
-            the host.
+            the host. While a CUDA graph is captured nothing can be copied from it either: there it is an int32 tensor
+            on surprise's device, whose order is not checked.
 
     Returns:
         index [S * N] int32: rows of the flattened [S * N], ascending within each stream, stream after stream, -1 past
@@ -75,19 +76,24 @@ def compact(
     streams, tokens = surprise.shape
     checks.require(streams * tokens < 2**31, "surprise", surprise, "at most 2**31 - 1 tokens, as rows are int32")
     rule = rule_arguments(streams, surprise.device, threshold, budget, floor)
-    if ladder is not None:
+    if ladder is None:
+        return _operator(surprise.contiguous(), *rule)
+    if isinstance(ladder, torch.Tensor):
+        checks.rank("ladder", ladder, "[K]", torch.int32)
+        checks.same("ladder", ladder, ladder.shape, surprise.device, torch.int32)
+    else:
         checks.ascending("ladder", ladder)
-        return _filled(surprise, *_operator(surprise.contiguous(), *rule), ladder)
-    return _operator(surprise.contiguous(), *rule)
+        ladder = torch.tensor(ladder, dtype=torch.int32, device=surprise.device)
+    return _filled(surprise, *_operator(surprise.contiguous(), *rule), ladder)
 
 
 def _filled(
-    surprise: torch.Tensor, index: torch.Tensor, cu_seqlens: torch.Tensor, ladder: Sequence[int]
+    surprise: torch.Tensor, index: torch.Tensor, cu_seqlens: torch.Tensor, ladder: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The active tokens `index`, and as many more as the next number of `ladder` asks for."""
     streams, tokens = surprise.shape
-    rungs = torch.tensor([*ladder, streams * tokens], dtype=torch.int32, device=surprise.device)
-    enough = rungs[torch.searchsorted(rungs[:-1], cu_seqlens[-1:])].clamp_max(streams * tokens)
+    rungs = F.pad(ladder, (0, 1), value=streams * tokens)
+    enough = rungs[torch.searchsorted(ladder, cu_seqlens[-1:])].clamp_max(streams * tokens)
     # Those that are active come before any other; -1 past the last of them goes to a place of its own.
     active = torch.zeros(streams * tokens + 1, dtype=torch.bool, device=surprise.device)
     active[index] = True
