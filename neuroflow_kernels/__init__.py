@@ -13,6 +13,7 @@ from .ops.ema_gate import ema_gate_
 from .ops.ema_surprise import ema_surprise_
 from .ops.gather_rows import gather_rows
 from .ops.linear_rows import linear_rows
+from .ops.scatter_kv import scatter_kv_
 from .ops.scatter_rows import scatter_rows_
 
 load_extensions()
@@ -25,6 +26,7 @@ __all__ = [
     "ema_surprise_",
     "gather_rows",
     "linear_rows",
+    "scatter_kv_",
     "scatter_rows_",
     "unavailable",
     "use_backend",

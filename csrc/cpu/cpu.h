@@ -51,6 +51,14 @@ T* data(const Tensor& tensor, const char* name) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
+/// The elements of a tensor [rows, heads, dim] of any strides but the last.
+template <typename T>
+const T* heads_data(const Tensor& tensor, const char* name) {
+  if (tensor.size(2) > 1 && tensor.stride(2) != 1)
+    throw std::invalid_argument(std::string(name) + " is not contiguous in its last dimension");
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
 /// Rows to a thread, so that it has this many elements to work on: less is done sooner than a thread wakes up. Rows
 /// that are merely copied need more, as on a busy machine waiting for the last thread costs a time slice.
 constexpr int64_t computed = 1 << 15, copied = 1 << 17;

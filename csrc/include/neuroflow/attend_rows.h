@@ -11,14 +11,14 @@
 namespace neuroflow {
 
 /// Attention of some tokens to all, one head: out = softmax(scale query keyᵀ) value.
-/// query, out: [rows, dim], `stride` elements from row to row; key, value: [tokens, dim], likewise.
+/// query, out: [rows, dim]; key, value: [tokens, dim]; `stride` elements from row to row, `query_stride` in query.
 template <typename T>
 struct Head {
   const T* query;
   const T* key;
   const T* value;
   T* out;
-  int64_t rows, tokens, dim, stride;
+  int64_t rows, tokens, dim, stride, query_stride;
   double scale;
 };
 
@@ -27,7 +27,7 @@ NEUROFLOW_MULTIVERSION void attend_rows_plain(const Head<T>& head) {
   using Sum = Accumulator<T>;
   std::vector<Sum> scores(head.tokens), mixed(head.dim);
   for (int64_t row = 0; row < head.rows; ++row) {
-    const T* query = head.query + row * head.stride;
+    const T* query = head.query + row * head.query_stride;
     Sum highest = -std::numeric_limits<Sum>::infinity(), total = 0;
     for (int64_t token = 0; token < head.tokens; ++token) {
       const T* key = head.key + token * head.stride;
@@ -174,7 +174,7 @@ NEUROFLOW_AVX512 void attend_rows_avx512(Lanes, const Head<T>& head) {
   std::vector<T> query(rows * inner), keys(inner * block), values(block * outer), weights(rows * block);
   std::vector<float> scores(rows * block), mixed(rows * outer), highest(rows, -1e30f), total(rows * 16);
   for (int64_t row = 0; row < head.rows; ++row)
-    std::copy_n(head.query + row * head.stride, head.dim, query.data() + row * inner);
+    std::copy_n(head.query + row * head.query_stride, head.dim, query.data() + row * inner);
 
   for (int64_t start = 0; start < head.tokens; start += block) {
     const int64_t count = std::min(block, head.tokens - start);

@@ -1,0 +1,71 @@
+import torch
+
+from .. import checks
+from ..dispatch import Operator
+
+
+def _fake(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    index: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> None:
+    return None
+
+
+_operator = Operator(
+    __name__,
+    "scatter_kv_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor index, "
+    "Tensor cu_seqlens) -> ()",
+    _fake,
+)
+
+
+def whole_heads(tensor: torch.Tensor) -> torch.Tensor:
+    """[M, heads, head_dim] in any layout that keeps a head's elements side by side: copied only where it does not."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def scatter_kv_(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    index: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the active tokens' keys and values into the caches that `attend_rows` reads, both at once.
+
+    They are taken as a projection leaves them, split into heads: transposed, or as parts of a fused product. There are
+    no gradients.
+
+    Args:
+        key_cache, value_cache: [S, N, heads * head_dim] in float32, bfloat16, float16 or float64, updated in place.
+        key, value: [M, heads, head_dim], the caches' dtype; rows past `cu_seqlens[-1]` are padding and are not written.
+            Strides are free; a copy is made only where head_dim is not contiguous.
+        index, cu_seqlens: as `compact` returns them, for the same S and N.
+
+    Returns:
+        key_cache, value_cache.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit. IndexError, on the CPU: an index outside [0, S * N).
+    """
+    checks.rank("key_cache", key_cache, "[S, N, heads * head_dim]", *checks.FLOATS)
+    checks.same("value_cache", value_cache, key_cache.shape, key_cache.device, key_cache.dtype)
+    checks.updated("key_cache", key_cache)
+    checks.updated("value_cache", value_cache)
+    checks.selection(index, cu_seqlens, key_cache.device)
+    checks.rank("key", key, "[M, heads, head_dim]", key_cache.dtype)
+    width = key_cache.shape[2]
+    checks.require(
+        key.device == key_cache.device and key.shape[1:].numel() == width,
+        "key",
+        key,
+        f"a tensor of shape [M, heads, head_dim] on {key_cache.device}, where heads * head_dim is {width}",
+    )
+    checks.same("value", value, key.shape, key.device, key.dtype)
+    _operator(key_cache, value_cache, whole_heads(key), whole_heads(value), index, cu_seqlens)
+    return key_cache, value_cache
