@@ -2,9 +2,6 @@
 // kernels can see without a wait, and those touch no row outside its tensor.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -12,11 +9,14 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+
+#include "neuroflow/rows.cuh"
 
 // The dispatch key the kernels are registered on; a build for the host, which tests them without a GPU, names CPU.
 #ifndef NEUROFLOW_KEY
@@ -35,9 +35,9 @@ void dispatch(ScalarType dtype, const char* name, F&& f) {
     case ScalarType::Float:
       return f(float{});
     case ScalarType::BFloat16:
-      return f(__nv_bfloat16{});
+      return f(BFloat16{});
     case ScalarType::Half:
-      return f(__half{});
+      return f(Float16{});
     default:
       throw std::invalid_argument(std::string(name) + " is " + torch::headeronly::toString(dtype) +
                                   "; accepted by the CUDA kernels is float32, bfloat16 or float16");
@@ -63,9 +63,10 @@ struct Device {
   cudaStream_t stream;
 };
 
-/// Raises what a launch, or any other call of the CUDA runtime, returned.
-inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+/// The first min(cu_seqlens[-1], rows) entries of `index`, of a tensor of `limit` rows.
+inline Selection selection(const Tensor& index, const Tensor& cu_seqlens, int64_t rows, int64_t limit) {
+  return {data<const int32_t>(index, "index"), data<const int32_t>(cu_seqlens, "cu_seqlens") + cu_seqlens.numel() - 1,
+          std::min(rows, index.numel()), limit};
 }
 
 }  // namespace neuroflow::cuda
