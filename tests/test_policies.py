@@ -24,26 +24,27 @@ def run(model, frames, config, family="siglip"):
 
 
 def test_staleness_by_hand(generator):
-    surprise = torch.rand(GRID, generator=generator) * 0.1
-    age, attention = torch.arange(35, dtype=torch.int32), torch.rand(35, generator=generator)
-    result = policies.staleness(surprise.flatten(), age, attention, GRID).view(GRID)
+    both = torch.rand(2, 35, generator=generator) * 0.1
+    ages, paid = torch.arange(70, dtype=torch.int32).view(2, 35), torch.rand(2, 35, generator=generator)
+    surprise, age, attention = both[1].view(GRID), ages[1], paid[1]
+    result = policies.staleness(both, ages, paid, GRID)[1].view(GRID)
     for row, column in [(0, 0), (2, 3), (4, 6), (0, 4)]:
         around = surprise[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2].mean()
         drift = surprise[row, column].sqrt() + 0.8 * around.sqrt() + 0.5 * surprise.mean().sqrt()
         patch = row * 7 + column
-        expected = drift**2 * (1 + patch) ** 0.5 * attention[patch].sqrt()
+        expected = drift**2 * (1 + age[patch]) ** 0.5 * attention[patch].sqrt()
         torch.testing.assert_close(result[row, column], expected)
-    unweighted = policies.staleness(surprise.flatten(), age, None, GRID)
-    torch.testing.assert_close(unweighted * attention.sqrt(), result.flatten())
+    unweighted = policies.staleness(both[1:], ages[1:], None, GRID)
+    torch.testing.assert_close(unweighted[0] * attention.sqrt(), result.flatten())
 
 
 def test_staleness_where_nothing_changed_and_where_a_patch_is_broken():
-    still = policies.staleness(torch.zeros(35), torch.full((35,), 90), torch.ones(35), GRID)
+    still = policies.staleness(torch.zeros(1, 35), torch.full((1, 35), 90), torch.ones(1, 35), GRID)
     assert (still == 0).all()
-    surprise = torch.zeros(35)
-    surprise[17] = torch.inf
-    broken = policies.staleness(surprise, torch.zeros(35), None, GRID)
-    assert broken.isinf().nonzero().tolist() == [[17]]
+    surprise = torch.zeros(2, 35)
+    surprise[1, 17] = torch.inf
+    broken = policies.staleness(surprise, torch.zeros(2, 35), None, GRID)
+    assert broken.isinf().nonzero().tolist() == [[1, 17]]
 
 
 def test_attention_of_the_pooled_output_is_what_the_stream_keeps():
@@ -78,9 +79,9 @@ def test_attention_of_the_pooled_output_is_what_the_stream_keeps():
 
 
 def test_common_motion_is_taken_off():
-    surprise = torch.tensor([0.5, 0.5, 0.5, 0.9, torch.inf])
-    result = policies.without_common_motion(surprise)
-    torch.testing.assert_close(result, torch.tensor([0.0, 0.0, 0.0, 0.02, torch.inf]))  # the mean is 0.88
+    surprise = torch.tensor([[0.5, 0.5, 0.5, 0.9, torch.inf], [0.0, 0.0, 0.0, 0.0, 1.0]])
+    result = policies.without_common_motion(surprise)  # the means are 0.88 and 0.2
+    torch.testing.assert_close(result, torch.tensor([[0.0, 0.0, 0.0, 0.02, torch.inf], [0.0, 0.0, 0.0, 0.0, 0.8]]))
     model, frames = tiny("siglip"), clip(frames=2, changed=36)
     frames[1] = torch.lerp(frames[0], frames[1], 0.3)
     frames[1, :, :8, :8] = -frames[0, :, :8, :8]
@@ -115,7 +116,8 @@ def test_dilation(rings):
 def test_no_patch_waits_longer_than_max_age(max_age):
     age, last = torch.zeros(36, dtype=torch.int32), torch.zeros(36)
     for t in range(1, 3 * max_age + 2):
-        due = policies.due(age, max_age)
+        due, other = policies.due(torch.stack((age, age.flip(0))), max_age)
+        assert torch.equal(other, due.flip(0)) or age.unique().numel() < 36  # of equal ages the first goes first
         assert due.sum() <= -(-2 * 36 // max_age)
         age = (age + 1).masked_fill(due, 0)
         last[due] = t
@@ -123,13 +125,13 @@ def test_no_patch_waits_longer_than_max_age(max_age):
 
 
 def test_cuts():
-    surprise = torch.full((36,), 0.2)
-    assert not policies.is_cut(surprise, 18, 0.5, 0.21)
-    assert policies.is_cut(surprise, 19, 0.5, None)
-    assert policies.is_cut(surprise, 0, None, 0.19)
-    assert not policies.is_cut(surprise, 36, None, None)
-    surprise[0] = torch.inf  # one broken patch is no cut
-    assert not policies.is_cut(surprise, 1, 0.5, 0.3)
+    surprise = torch.tensor([[0.2] * 36, [0.1] * 36])
+    assert policies.is_cut(surprise, torch.tensor([18, 19]), 0.5, 0.21).tolist() == [False, True]
+    assert policies.is_cut(surprise, torch.tensor([19, 18]), 0.5, None).tolist() == [True, False]
+    assert policies.is_cut(surprise, torch.tensor([0, 0]), None, 0.19).tolist() == [True, False]
+    assert policies.is_cut(surprise, torch.tensor([36, 36]), None, None).tolist() == [False, False]
+    surprise[:, 0] = torch.inf  # one broken patch is no cut
+    assert policies.is_cut(surprise, torch.tensor([1, 1]), 0.5, 0.3).tolist() == [False, False]
 
 
 @pytest.mark.parametrize("rule", [{"threshold": 0.5}, {"budget": 4}])

@@ -16,7 +16,6 @@ CPU packed tokens go through `linear_rows` and `attend_rows` where those have fa
 
 import functools
 import inspect
-import itertools
 import warnings
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
@@ -31,6 +30,7 @@ from neuroflow_kernels import attend_rows, compact, ema_surprise_, gather_rows, 
 from . import policies
 from .adapters import Anatomy, Grid
 from .config import NeuroFlowConfig
+from .frame import Frame, StaticFrame, Unrecordable, split
 from .rewrites import (
     are_few,
     attention_pool,
@@ -39,7 +39,6 @@ from .rewrites import (
     is_patch_projection,
     patch_windows,
     project_windows,
-    row_kernels_serve,
 )
 from .state import Seen, StreamState, copied
 from .streams import StreamCache
@@ -47,125 +46,6 @@ from .streams import StreamCache
 ATTENTION = "neuroflow"
 DEFAULT_STREAM = "default"
 DENSE_PROJECTION = 0.75  # of the patches; above it, picking out the changed ones gains nothing
-
-
-def split(values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
-    """Values of several streams, as a batch or end to end, as [1, count, D] of each; padding is left out."""
-    rows = values.flatten(0, -2)
-    if rows.shape[0] == sum(counts):
-        return [part[None] for part in rows.split(counts)]
-    return [part[None, :count] for part, count in zip(values.flatten(1, -2), counts, strict=True)]
-
-
-class Frame:
-    """One pass through the tower: a batch of frames, one of each stream in `states`.
-
-    Tokens come from the tower as [S, T, D], [S, rows, columns, D] or end to end as [sum of T, D]. Packed they are
-    [1, M, D], the active tokens of one stream after those of another.
-    """
-
-    def __init__(
-        self, engine: "Engine", states: list[StreamState], grids: list[Grid], order: list[torch.Tensor] | None
-    ) -> None:
-        self.engine = engine
-        self.states = states
-        self.grids = grids
-        self.order = order
-        self.patches = [rows * columns for rows, columns in grids]  # of each stream
-        self.counts = [engine.anatomy.prefix + count for count in self.patches]  # of tokens
-        self.positions: tuple[Any, Any] | None = None  # of the last block's: for all tokens, for the packed ones
-        self.projected: torch.Tensor | None = None
-        self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
-        self.attention: list[torch.Tensor | None] = [None] * len(states)
-        self.finite: list[bool] = []
-        self.padded = False  # some rows of the batch are no tokens
-        self.partial = False  # some of its rows are not encoded
-        self.packed = False  # the residual stream holds active tokens only
-        self.row_kernels = False  # what is partial is multiplied by the kernels for few rows
-
-    def select(self, active: list[torch.Tensor | None], tokens: torch.Tensor) -> None:
-        """Take each stream's active tokens among all of `tokens`: int32 rows of its T, or None for all of them."""
-        self.shape = tokens.shape
-        width = tokens.shape[1:-1].numel()  # rows of `tokens` from one stream to the next, if they are a batch
-        self.starts = [
-            stream * width if tokens.ndim > 2 else sum(self.counts[:stream]) for stream in range(len(self.counts))
-        ]
-        self.padded = tokens.ndim > 2 and any(count != width for count in self.counts)
-        self.partial = self.padded or any(rows is not None for rows in active)
-        if not self.partial:
-            return
-        self.active = active
-        self.row_kernels = row_kernels_serve(tokens)
-        device = tokens.device
-        self.rows = [
-            torch.arange(count, dtype=torch.int32, device=device) if chosen is None else chosen
-            for count, chosen in zip(self.counts, active, strict=True)
-        ]
-        self.lengths = [chosen.numel() for chosen in self.rows]
-        self.offsets = [0, *itertools.accumulate(self.lengths)]
-        self.index = torch.cat([chosen + start for start, chosen in zip(self.starts, self.rows, strict=True)])
-        self.cu_seqlens = torch.tensor(self.offsets, dtype=torch.int32, device=device)
-        self.ends = torch.tensor([[0, length] for length in self.lengths], dtype=torch.int32, device=device)
-
-    def pack(self, tokens: torch.Tensor) -> torch.Tensor:
-        """All tokens -> [1, M, D]"""
-        return gather_rows(tokens.flatten(0, -2)[None], self.index, self.cu_seqlens, self.offsets[-1])[None]
-
-    def pack_positions(self, value: Any) -> Any:
-        """The value of the blocks' argument for rotary positions, for the packed tokens."""
-        if self.positions is None or self.positions[0] is not value:
-            self.positions = value, self.engine.anatomy.rotary[1](value, self._take)
-        return self.positions[1]
-
-    def _take(self, table: torch.Tensor, fill: float) -> torch.Tensor:
-        prefix = self.engine.anatomy.prefix
-        if self.shape[:-1] == table.shape[:-1]:
-            return table[self.index]  # streams end to end
-        table = nn.functional.pad(table, (0, 0, prefix, 0), value=fill)
-        return table[torch.cat(self.rows)]
-
-    def heads(self, heads: torch.Tensor) -> list[torch.Tensor]:
-        """Queries, keys or values of all streams as [1, heads, rows, head_dim] of each."""
-        lengths = self.lengths if self.packed else self.counts
-        if lengths == [heads.shape[2]]:
-            return [heads]
-        if not self.packed and heads.shape[0] == len(lengths):
-            return [part[:, :, :length] for part, length in zip(heads.split(1), lengths, strict=True)]
-        return list(heads.split(lengths, 2))
-
-    def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
-        """Bring the cache `name` of every stream up to date with all tokens, or [1, M, D] in a partial frame."""
-        if not self.partial:
-            for state, fresh in zip(self.states, split(tokens, self.counts), strict=True):
-                state.put(name, fresh)
-            return
-        for stream, state in enumerate(self.states):
-            fresh = tokens[:, self.offsets[stream] : self.offsets[stream + 1]]
-            if self.active[stream] is None:
-                state.put(name, fresh)
-            else:
-                cache, prefix = state.tensors[name], self.engine.anatomy.prefix
-                scatter_rows_(cache, fresh[0], self.active[stream], self.ends[stream], blend)
-                if blend < 1:
-                    cache[:, :prefix] = fresh[:, :prefix]  # CLS and registers follow every frame
-
-    def restored(self, name: Hashable) -> torch.Tensor:
-        """The cache `name` of all streams in the shape that the tower's tokens came in, zeros where they are padding.
-
-        A copy: the caller may keep what it gets, and the caches go on changing.
-        """
-        caches = [state.tensors[name] for state in self.states]
-        if not self.padded:
-            return torch.cat(caches, 1).unflatten(1, self.shape[:-1])[0]
-        tokens = caches[0].new_zeros(self.shape)
-        for row, cache in zip(tokens.flatten(1, -2), caches, strict=True):
-            row[: cache.shape[1]] = cache[0]
-        return tokens
-
-    def pad(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[1, M, D] -> [S, longest, D], zeros past each stream's own."""
-        return nn.utils.rnn.pad_sequence(tokens[0].split(self.lengths), batch_first=True)
-
 
 current_frame: ContextVar[Frame | None] = ContextVar("neuroflow_frame", default=None)
 
@@ -206,6 +86,7 @@ class Engine:
         self.attention_name: str | None = None
         self.adopted = False  # patched by itself, as its attention implementation asked for
         self.kept: dict[Hashable, tuple[list, Any]] = {}  # by `derived`
+        self.ladders: dict[torch.device, torch.Tensor] = {}
         self.streams = streams
         self.named: ContextVar[tuple[Hashable, ...]] = ContextVar("neuroflow_streams", default=(DEFAULT_STREAM,))
         self.numbered: ContextVar[tuple[int, ...] | None] = ContextVar("neuroflow_frame_ids", default=None)
@@ -292,7 +173,7 @@ class Engine:
             for state, finite, attention in zip(states, frame.finite, frame.attention, strict=True):
                 state.valid = finite
                 if attention is not None:
-                    state.attention = attention / attention.mean()
+                    state.attention = copied(attention / attention.mean(), state.attention)
         return output
 
     def _note_gaps(self, states: list[StreamState]) -> None:
@@ -319,19 +200,19 @@ class Engine:
         windows = [patch_windows(projection, image) for image in pixels.split(1)]  # [1, N, values] each
         if self.config.signal == "pixel":
             frame.pixels = torch.cat(windows)
-        rows = [self._project(*of) for of in zip(frame.states, windows, strict=True)]  # [1, N, D] each
+        rows = [self._project(frame, *of) for of in zip(frame.states, windows, strict=True)]  # [1, N, D] each
         projected = rows[0] if len(rows) == 1 else torch.cat(rows)
         counts = [length // size for length, size in zip(pixels.shape[2:], projection.kernel_size, strict=True)]
         frame.projected = projected.transpose(1, 2).unflatten(2, counts)
         return frame.projected
 
-    def _project(self, state: StreamState, windows: torch.Tensor) -> torch.Tensor:
+    def _project(self, frame: Frame, state: StreamState, windows: torch.Tensor) -> torch.Tensor:
         """One stream's patches [1, N, values] projected to [1, N, D]; those with the last frame's pixels were already.
 
         Only on the CPU: a GPU would be waited for, and loses little by projecting all.
         """
         projection = self.anatomy.projection
-        if windows.device.type != "cpu":
+        if windows.device.type != "cpu" or isinstance(frame, StaticFrame):
             return project_windows(projection, windows)
         weights = self.derived(projection, "projection", object)  # another object for other weights
         seen, state.seen = state.seen, None
@@ -386,7 +267,10 @@ class Engine:
     def on_first_layer(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame.get()
         if frame is not None:
-            self._gate(frame, tokens)
+            if isinstance(frame, StaticFrame):
+                tokens = frame.gate(frame, tokens)
+            else:
+                self._gate(frame, tokens)
             if self.config.arch in ("active", "dual", "context"):
                 tokens = self._pack(frame, tokens)
         return forward(tokens, *args, **kwargs)
@@ -446,7 +330,7 @@ class Engine:
             folded = self.derived(head, "head", lambda: fold_head(head))
             pooled, attention = attention_pool(head, folded, tokens, lengths)
             if self.config.score == "staleness" and self.config.arch != "active":
-                frame.attention = [row[:count] for row, count in zip(attention, frame.counts, strict=True)]
+                frame.pay([row[:count] for row, count in zip(attention, frame.counts, strict=True)])
             return pooled
         if lengths is None:
             return forward(tokens, *args, **kwargs)
@@ -482,14 +366,18 @@ class Engine:
         attention = ALL_ATTENTION_FUNCTIONS.get(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
         context, layer = self.config.arch == "context", self.layer_of[module]
         if context:
-            frame.store(("key", layer), key.transpose(1, 2).flatten(2))
-            frame.store(("value", layer), value.transpose(1, 2).flatten(2))
+            frame.store_heads(layer, key, value)
         watched = layer in self.watched and (context or not frame.packed)
         if not frame.packed and product is None and query.shape[0] == len(frame.states):
             if watched:
-                for stream in range(len(frame.states)):
-                    self._watch(frame, stream, query[stream, :, 0], key[stream], kwargs["scaling"])
+                frame.watch(query[:, :, 0], key, kwargs["scaling"])
             return attention(module, query, key, value, mask, **kwargs)
+        if isinstance(frame, StaticFrame):
+            if product is not None:
+                raise Unrecordable("its attention is not simply from every query to every key")
+            if context:
+                return frame.attend_cached(query, layer, watched, kwargs.get("scaling")), None
+            return attention(module, query, key, value, frame.same_stream(), **kwargs)
         outputs = []
         parts = [frame.heads(heads) for heads in (query, key, value)]
         for stream, (state, queries, keys, values) in enumerate(zip(frame.states, *parts, strict=True)):
@@ -499,7 +387,7 @@ class Engine:
                 values = state.tensors["value", layer].unflatten(2, (value.shape[1], -1)).transpose(1, 2)
                 key_rows = None
             if watched:
-                self._watch(frame, stream, queries[0, :, 0], keys[0], kwargs["scaling"])
+                frame.watch(queries[:, :, 0], keys, kwargs["scaling"], stream)
             # Packed tokens of one stream only see tokens of that stream, none of which is padding.
             if product is not None:
                 outputs.append(product(queries, keys, values, rows, key_rows, frame.grids[stream]))
@@ -516,20 +404,14 @@ class Engine:
         frame.packed = True
         return frame.pack(tokens)
 
-    def _watch(self, frame: Frame, stream: int, query: torch.Tensor, keys: torch.Tensor, scaling: float) -> None:
-        """Add up the attention that CLS, query [heads, head_dim], pays the patches among keys [heads, T, head_dim]."""
-        scores = (keys @ query[..., None])[..., 0].float() * scaling
-        attention = scores.softmax(1)[:, self.anatomy.prefix :].mean(0)
-        before = frame.attention[stream]
-        frame.attention[stream] = attention if before is None else before + attention
-
     def _gate(self, frame: Frame, tokens: torch.Tensor) -> None:
         """Choose each stream's active patches, move the references on, and account for it."""
         prefix = self.anatomy.prefix
-        signals = self._signals(frame, tokens)
-        surprises = [
-            self._surprise(state, h, grid) for state, h, grid in zip(frame.states, signals, frame.grids, strict=True)
-        ]  # [N] each, None for a key frame
+        signals = self.signals(frame, tokens)
+        surprises = frame.surprises  # [N] each, None for a key frame
+        if surprises is None:
+            of_streams = zip(frame.states, signals, frame.grids, strict=True)
+            surprises = [self._surprise(state, h, grid) for state, h, grid in of_streams]
         chosen = self._choose(frame, surprises)
         leading = torch.arange(prefix, dtype=torch.int32, device=tokens.device)
         rows: list[torch.Tensor | None] = []
@@ -547,7 +429,7 @@ class Engine:
             rows.append(None if index is None or index.numel() == h.shape[1] else torch.cat((leading, index + prefix)))
         frame.select(rows, tokens)
 
-    def _signals(self, frame: Frame, tokens: torch.Tensor) -> list[torch.Tensor]:
+    def signals(self, frame: Frame, tokens: torch.Tensor) -> list[torch.Tensor]:
         """What the gate compares of each stream, [1, N, D] in row-major order."""
         if self.config.signal == "pixel":
             signals = split(frame.pixels, frame.patches)
@@ -570,18 +452,24 @@ class Engine:
         if state.signature not in (None, signature):
             before, now = (f"{s[0][0]}x{s[0][1]} patches, {s[2]} on {s[3]}" for s in (state.signature, signature))
             self.warn_once(f"stream {state.name!r} changed from {before} to {now}; it starts over with a key frame")
-        expired = self.config.refresh == "key" and state.since_key_frame + 1 == self.config.max_age
-        comparable = state.valid and state.signature == signature and not expired
+        comparable = self.is_steady(state) and state.signature == signature
         state.valid = False
         if state.signature != signature:
             state.start_over(signature, grid, h.device)
-        if not comparable:
-            return None
-        surprise = ema_surprise_(h, state.tensors["reference"], self.decay)
+        return self.surprise(h, state.tensors)[0] if comparable else None
+
+    def is_steady(self, state: StreamState) -> bool:
+        """Whether the next frame of a stream need not be a key frame, as far as its past goes."""
+        expired = self.config.refresh == "key" and state.since_key_frame + 1 == self.config.max_age
+        return state.valid and not expired
+
+    def surprise(self, h: torch.Tensor, caches: dict[Hashable, torch.Tensor]) -> torch.Tensor:
+        """Surprise [S, N] at patches h [S, N, D] against the references in `caches`; moves averages on."""
+        surprise = ema_surprise_(h, caches["reference"], self.decay)
         if self.config.reference == "dual":
-            surprise = torch.maximum(surprise, ema_surprise_(h, state.tensors["fast"], self.config.fast_decay))
+            surprise = torch.maximum(surprise, ema_surprise_(h, caches["fast"], self.config.fast_decay))
         # A cosine can round to just above 1.
-        return surprise[0].clamp_min(0)
+        return surprise.clamp_min(0)
 
     def _choose(self, frame: Frame, surprises: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Each stream's active patches, ascending int32, or None for a key frame."""
@@ -590,35 +478,58 @@ class Engine:
         gated = [stream for stream, surprise in enumerate(surprises) if surprise is not None]
         for grid in dict.fromkeys(frame.grids[stream] for stream in gated):
             alike = [stream for stream in gated if frame.grids[stream] == grid]
-            scores = torch.stack([self._score(frame.states[stream], surprises[stream], grid) for stream in alike])
-            for stream, active in zip(alike, self._active(scores, grid), strict=True):
-                if not policies.is_cut(surprises[stream], active.numel(), config.cut_share, config.cut_surprise):
-                    chosen[stream] = active
+            states = [frame.states[stream] for stream in alike]
+            surprise = torch.stack([surprises[stream] for stream in alike])
+            age = torch.stack([state.age for state in states])
+            unknown = torch.ones_like(surprise[0])
+            attention = [unknown if state.attention is None else state.attention for state in states]
+            index, cu_seqlens = self.active(self.score(surprise, age, torch.stack(attention), grid))
+            ends, patches = cu_seqlens.tolist(), surprise.shape[1]
+            active = [index[ends[row] : ends[row + 1]] - row * patches for row in range(len(alike))]
+            if config.dilation:
+                active = [policies.dilated(each, grid, config.dilation) for each in active]
+            counts = torch.tensor([each.numel() for each in active], device=surprise.device)
+            cuts = policies.is_cut(surprise, counts, config.cut_share, config.cut_surprise).tolist()
+            for stream, each, cut in zip(alike, active, cuts, strict=True):
+                chosen[stream] = None if cut else each
         return chosen
 
-    def _active(self, scores: torch.Tensor, grid: Grid) -> list[torch.Tensor]:
-        """The active patches, ascending int32, of each of the streams of one grid that have the scores [S, N]."""
+    def active(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The active patches of streams of one grid that have the scores [S, N], before dilation.
+
+        Returns:
+            index and cu_seqlens as `compact` does; nothing waits for a GPU.
+        """
         config, (streams, patches) = self.config, scores.shape
         budget = config.tokens_per_frame(patches)
-        if config.share_budget:
-            for row in scores:
-                row[row.topk(min(self.floor, patches)).indices] = torch.inf
-            scores, budget = scores.view(1, -1), budget * streams
-        index, cu_seqlens = compact(scores, config.threshold, budget, self.floor, config.ladder)
-        index = index[: int(cu_seqlens[-1])]
+        ladder = self.ladder(scores.device)
+        if not config.share_budget:
+            return compact(scores, config.threshold, budget, self.floor, ladder)
+        best = scores.topk(min(self.floor, patches)).indices
+        shared = scores.scatter(1, best, torch.inf).view(1, -1)
+        index, _ = compact(shared, config.threshold, budget * streams, self.floor, ladder)
         starts = torch.arange(streams + 1, dtype=torch.int32, device=index.device) * patches
-        bounds = torch.searchsorted(index, starts).tolist()
-        active = [index[bounds[stream] : bounds[stream + 1]] - stream * patches for stream in range(streams)]
-        return [policies.dilated(each, grid, config.dilation) for each in active] if config.dilation else active
+        ordered = index.masked_fill(index < 0, streams * patches)
+        return index, torch.searchsorted(ordered, starts, out_int32=True)
 
-    def _score(self, state: StreamState, surprise: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """What the rule reads, [N]: infinite where a patch's age or a NaN forces it."""
+    def ladder(self, device: torch.device) -> torch.Tensor | None:
+        """`config.ladder` as `compact` takes it where nothing may be copied to `device`."""
+        if self.config.ladder is None:
+            return None
+        if device not in self.ladders:
+            self.ladders[device] = copied(torch.tensor(self.config.ladder, dtype=torch.int32).to(device), None)
+        return self.ladders[device]
+
+    def score(
+        self, surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor | None, grid: Grid
+    ) -> torch.Tensor:
+        """What the rule reads, [S, N] as all arguments: infinite where a patch's age or a NaN forces it."""
         config = self.config
         score = policies.without_common_motion(surprise) if config.normalise_motion else surprise
         if config.score == "staleness":
-            score = policies.staleness(score, state.age, state.attention, grid)
+            score = policies.staleness(score, age, attention, grid)
         if config.refresh == "rolling" and config.max_age is not None:
-            score = score.masked_fill(policies.due(state.age, config.max_age), torch.inf)
+            score = score.masked_fill(policies.due(age, config.max_age), torch.inf)
         return score
 
     def _refresh(self, state: StreamState, h: torch.Tensor, index: torch.Tensor | None) -> None:

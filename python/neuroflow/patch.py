@@ -201,11 +201,11 @@ def summary(model: nn.Module) -> Summary:
         name: StreamSummary(
             frames=state.frames,
             key_frames=state.key_frames,
-            skipped=state.skipped / state.frames,
+            skipped=state.skipped.item() / state.frames,
             nonfinite=state.nonfinite,
             grid=state.grid,
-            active=state.active.view(state.grid),
-            surprise=state.surprise.view(state.grid),
+            active=state.active.view(state.grid).clone(),
+            surprise=state.surprise.view(state.grid).clone(),
             state_bytes=state.state_bytes,
         )
         for name, state in engine.streams.items()

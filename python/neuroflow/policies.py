@@ -1,6 +1,6 @@
 """What a stream's surprise becomes before the rule reads it, and which patches are encoded, or left, regardless.
 
-Every function takes one stream's patches in row-major order of its grid (rows, columns).
+Every function takes patches in row-major order of their grid (rows, columns), one stream's or [S, N] of several.
 """
 
 import math
@@ -32,26 +32,26 @@ def staleness(surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor
     footage, at equal tokens (bench/results/scores.md).
 
     Args:
-        surprise: [N] float32, infinite at patches with NaN.
-        age: [N], whole frames between this one and the one that last encoded a patch.
-        attention: [N] of mean 1, or None where nothing is known of it.
+        surprise: [S, N] float32, infinite at patches with NaN.
+        age: [S, N], whole frames between this one and the one that last encoded a patch.
+        attention: [S, N] of mean 1, or None where nothing is known of it.
 
     Returns:
-        [N] float32.
+        [S, N] float32.
     """
     bounded = surprise.clamp_max(MOST_SURPRISE)
-    around = F.avg_pool2d(bounded.view(1, 1, *grid), 3, stride=1, padding=1, count_include_pad=False).flatten()
-    drift = surprise.sqrt() + AROUND_WEIGHT * around.sqrt() + FRAME_WEIGHT * bounded.mean().sqrt()
+    around = F.avg_pool2d(bounded.unflatten(1, grid), 3, stride=1, padding=1, count_include_pad=False).flatten(1)
+    drift = surprise.sqrt() + AROUND_WEIGHT * around.sqrt() + FRAME_WEIGHT * bounded.mean(1, keepdim=True).sqrt()
     score = drift.square() * (1 + age).sqrt()
     return score if attention is None else score * attention.sqrt()
 
 
 def without_common_motion(surprise: torch.Tensor) -> torch.Tensor:
-    """Surprise [N] above the frame's mean, so that a moving camera, which surprises everywhere, is not all change.
+    """Surprise [S, N] above its frame's mean, so that a moving camera, which surprises everywhere, is not all change.
 
     Source: Schmitt 2026, motion normalisation. What a camera's motion changes is then served stale.
     """
-    return (surprise - surprise.clamp_max(MOST_SURPRISE).mean()).clamp_min(0)
+    return (surprise - surprise.clamp_max(MOST_SURPRISE).mean(1, keepdim=True)).clamp_min(0)
 
 
 def dilated(index: torch.Tensor, grid: Grid, rings: int) -> torch.Tensor:
@@ -63,23 +63,44 @@ def dilated(index: torch.Tensor, grid: Grid, rings: int) -> torch.Tensor:
 
 
 def due(age: torch.Tensor, max_age: int) -> torch.Tensor:
-    """The patches that are encoded so that none waits `max_age` frames, bool [N]: the oldest of those half-way there.
+    """The patches that are encoded so that none waits `max_age` frames, bool [S, N]: the oldest half-way there.
 
     Never more than 2 N / max_age of them, where waiting for the limit itself would end in a burst of all that a key
     frame encoded; and none for as long as the score reaches them earlier.
     """
-    oldest = age.argsort(descending=True, stable=True)[: math.ceil(2 * age.numel() / max_age)]
-    return torch.zeros_like(age, dtype=torch.bool).index_fill(0, oldest, True) & (age >= max_age // 2)
+    oldest = age.argsort(descending=True, stable=True)[:, : math.ceil(2 * age.shape[1] / max_age)]
+    return torch.zeros_like(age, dtype=torch.bool).scatter(1, oldest, True) & (age >= max_age // 2)
 
 
-def is_cut(surprise: torch.Tensor, active: int, share: float | None, mean_surprise: float | None) -> bool:
+def is_cut(
+    surprise: torch.Tensor, active: torch.Tensor, share: float | None, mean_surprise: float | None
+) -> torch.Tensor:
     """Whether a frame shows another scene, or so much change that caches hardly help.
 
     Args:
-        surprise: [N]. active: how many of the N patches the rule chose.
+        surprise: [S, N]. active: [S], how many of the N patches the rule chose.
         share: a cut has more than this share of its patches active; None: whatever the share.
         mean_surprise: a cut has a mean surprise above this; None: whatever the mean. It also works under a budget.
+
+    Returns:
+        [S] bool.
     """
-    if share is not None and active > share * surprise.numel():
-        return True
-    return mean_surprise is not None and bool(surprise.clamp_max(MOST_SURPRISE).mean() > mean_surprise)
+    cut = torch.zeros_like(active, dtype=torch.bool)
+    if share is not None:
+        cut |= active > share * surprise.shape[1]
+    if mean_surprise is not None:
+        cut |= surprise.clamp_max(MOST_SURPRISE).mean(1) > mean_surprise
+    return cut
+
+
+def paid_attention(query: torch.Tensor, keys: torch.Tensor, scaling: float, prefix: int) -> torch.Tensor:
+    """The attention that CLS pays each patch, the mean of all heads.
+
+    Args:
+        query: [S, heads, head_dim], of CLS. keys: [S, heads, T, head_dim]. prefix: how many of the T are no patches.
+
+    Returns:
+        [S, N] float32.
+    """
+    scores = (keys @ query[..., None])[..., 0].float() * scaling
+    return scores.softmax(2)[..., prefix:].mean(1)

@@ -14,10 +14,9 @@ from torch import nn
 
 from .cache import Engine
 from .patch import engine_of
-from .state import StreamState
+from .state import PATCHES, StreamState
 
-COUNTERS = ("frames", "key_frames", "since_key_frame", "nonfinite", "skipped", "frame_id", "valid")
-PATCHES = ("age", "active", "surprise", "attention")  # what there is one value of for each patch
+COUNTERS = ("frames", "key_frames", "since_key_frame", "nonfinite", "frame_id", "valid")
 
 
 def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] | None = None) -> None:
@@ -39,7 +38,7 @@ def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] |
         if name not in engine.streams:
             raise KeyError(f"stream is {name!r}; open are {[name for name, _ in engine.streams.items()]}")
         with engine.streams.used((name,), [engine.streams[name].patches]) as [state]:
-            parts = state.tensors | {name: getattr(state, name) for name in PATCHES}
+            parts = state.tensors | {name: getattr(state, name) for name in (*PATCHES, "skipped")}
             parts = {key: tensor for key, tensor in parts.items() if tensor is not None}
             for key, tensor in parts.items():
                 tensors[f"{number}.{_text(key)}"] = tensor.detach().cpu().clone()
@@ -93,7 +92,7 @@ def _state(
         setattr(state, counter, about[counter])
     prefix = f"{number}."
     own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    for name in PATCHES:
+    for name in (*PATCHES, "skipped"):
         setattr(state, name, own.pop(name, None))
     state.tensors = {_key(text): tensor for text, tensor in own.items()}
     return state

@@ -25,11 +25,15 @@ def copied(value: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
     return held.copy_(value)
 
 
+PATCHES = ("age", "active", "surprise", "attention")  # attributes of a state, one value for each patch
+
+
 class StreamState:
     """What one stream carries from frame to frame.
 
-    `tensors` holds the reference and the caches, each [1, rows, D]. `valid` is False while a frame is being encoded, so
-    that a frame that fails half-way, or holds NaN, makes the next one a key frame.
+    `tensors` holds the reference and the caches, each [1, rows, D]. All tensors stay where they are until the stream
+    starts over, so that recorded work finds them. `valid` is False while a frame is being encoded, so that a frame that
+    fails half-way, or holds NaN, makes the next one a key frame.
     """
 
     def __init__(self, name: Hashable) -> None:
@@ -43,14 +47,16 @@ class StreamState:
         self.attention: torch.Tensor | None = None  # [N] of mean 1, what the pooled output paid each patch
         self.active: torch.Tensor | None = None  # [N] bool, of the last frame
         self.surprise: torch.Tensor | None = None  # [N] float32, of the last frame
+        self.skipped: torch.Tensor | None = None  # [1] float64, the shares of all frames added up
         self.frames = 0
         self.key_frames = 0
         self.since_key_frame = 0
         self.nonfinite = 0
-        self.skipped = 0.0
         self.frame_id: int | None = None  # of the last frame, where the caller numbers them
         self.used = 0.0  # when, in seconds of a clock that only goes on
         self.state_bytes = 0  # what `held` holds, as of the last frame
+        self.slab: Slab | None = None  # where its tensors lie, if beside those of other streams
+        self.company: tuple[Hashable, ...] = ()  # the streams of its last pass
 
     @property
     def patches(self) -> int:
@@ -60,8 +66,13 @@ class StreamState:
         """Make room for a key frame of another size, dtype or device."""
         self.signature, self.grid = signature, grid
         self.tensors.clear()
-        self.attention = None
-        self.age = torch.zeros(self.patches, dtype=torch.int32, device=device)
+        self.slab = self.attention = None
+        patches = torch.zeros(self.patches, device=device)
+        self.age = copied(patches.int(), None)
+        self.active = copied(patches.bool(), None)
+        self.surprise = copied(patches, None)
+        skipped = torch.zeros(1, dtype=torch.float64) if self.skipped is None else self.skipped
+        self.skipped = copied(skipped.to(device), None)
 
     def put(self, name: Hashable, value: torch.Tensor) -> None:
         """Replace a cache in full; value [1, rows, D]."""
@@ -70,12 +81,14 @@ class StreamState:
     def account(self, active: torch.Tensor | None, surprise: torch.Tensor | None, finite: bool) -> None:
         """Note that a frame encodes the patches `active`, int32 rows, None for all, as a key frame; surprise: [N]."""
         key_frame = active is None
-        self.active = torch.full(self.age.shape, key_frame, device=self.age.device)
-        self.surprise = torch.full(self.age.shape, torch.nan, device=self.age.device) if key_frame else surprise
-        if not key_frame:
+        self.active.fill_(key_frame)
+        if key_frame:
+            self.surprise.fill_(torch.nan)
+        else:
             self.active[active] = True
+            self.surprise.copy_(surprise)
             self.skipped += 1 - active.numel() / self.patches
-        self.age = (self.age + 1).masked_fill(self.active, 0)
+        self.age.add_(1).masked_fill_(self.active, 0)
         self.frames += 1
         self.key_frames += key_frame
         self.since_key_frame = 0 if key_frame else self.since_key_frame + 1
@@ -83,8 +96,39 @@ class StreamState:
 
     def held(self) -> list[torch.Tensor]:
         seen = [] if self.seen is None else [self.seen.windows, self.seen.projected]
-        patches = [tensor for tensor in (self.age, self.active, self.surprise, self.attention) if tensor is not None]
-        return [*self.tensors.values(), *seen, *patches]
+        patches = [getattr(self, name) for name in PATCHES]
+        return [*self.tensors.values(), *seen, *(tensor for tensor in patches if tensor is not None)]
+
+
+class Slab:
+    """The tensors of several streams of one size side by side, so that one launch serves them all.
+
+    Each stream goes on with its part of them. `caches` has every stream's `tensors`, [S, rows, D]; the rest is [S, N].
+    """
+
+    def __init__(self, states: list[StreamState]) -> None:
+        self.caches: dict[Hashable, torch.Tensor] = {}
+        for name in states[0].tensors:
+            self.caches[name] = _joined([state.tensors[name] for state in states])
+            for number, state in enumerate(states):
+                state.tensors[name] = self.caches[name][number : number + 1]
+        self.age, self.active, self.surprise, self.attention, self.skipped = (
+            self._part(states, name) for name in (*PATCHES, "skipped")
+        )
+        for state in states:
+            state.slab = self
+
+    def _part(self, states: list[StreamState], name: str) -> torch.Tensor | None:
+        if getattr(states[0], name) is None:
+            return None
+        part = _joined([getattr(state, name)[None] for state in states])
+        for state, row in zip(states, part, strict=True):
+            setattr(state, name, row)
+        return part
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else copied(torch.cat(parts), None)
 
 
 @dataclasses.dataclass(frozen=True)

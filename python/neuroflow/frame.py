@@ -1,0 +1,238 @@
+"""One pass through a patched tower: which tokens of which streams are in it, and how they reach the caches."""
+
+import itertools
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from neuroflow_kernels import attend_rows, gather_rows, scatter_kv_, scatter_rows_
+
+from .adapters.anatomy import Grid
+from .policies import paid_attention
+from .rewrites import row_kernels_serve
+from .state import Slab, StreamState
+
+if TYPE_CHECKING:
+    from .cache import Engine
+
+
+def split(values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    """Values of several streams, as a batch or end to end, as [1, count, D] of each; padding is left out."""
+    rows = values.flatten(0, -2)
+    if rows.shape[0] == sum(counts):
+        return [part[None] for part in rows.split(counts)]
+    return [part[None, :count] for part, count in zip(values.flatten(1, -2), counts, strict=True)]
+
+
+class Frame:
+    """One pass through the tower: a batch of frames, one of each stream in `states`.
+
+    Tokens come from the tower as [S, T, D], [S, rows, columns, D] or end to end as [sum of T, D]. Packed they are
+    [1, M, D], the active tokens of one stream after those of another.
+    """
+
+    def __init__(
+        self, engine: "Engine", states: list[StreamState], grids: list[Grid], order: list[torch.Tensor] | None
+    ) -> None:
+        self.engine = engine
+        self.states = states
+        self.grids = grids
+        self.order = order
+        self.patches = [rows * columns for rows, columns in grids]  # of each stream
+        self.counts = [engine.anatomy.prefix + count for count in self.patches]  # of tokens
+        self.positions: tuple[Any, Any] | None = None  # of the last block's: for all tokens, for the packed ones
+        self.projected: torch.Tensor | None = None
+        self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
+        self.surprises: list[torch.Tensor | None] | None = None  # [N] of each stream, where they are known beforehand
+        self.attention: list[torch.Tensor | None] = [None] * len(states)  # [N] of each stream, that its patches got
+        self.finite: list[bool] = []
+        self.padded = False  # some rows of the batch are no tokens
+        self.partial = False  # some of its rows are not encoded
+        self.packed = False  # the residual stream holds active tokens only
+        self.row_kernels = False  # what is partial is multiplied by the kernels for few rows
+
+    def select(self, active: list[torch.Tensor | None], tokens: torch.Tensor) -> None:
+        """Take each stream's active tokens among all of `tokens`: int32 rows of its T, or None for all of them."""
+        self.shape = tokens.shape
+        width = tokens.shape[1:-1].numel()  # rows of `tokens` from one stream to the next, if they are a batch
+        self.starts = [
+            stream * width if tokens.ndim > 2 else sum(self.counts[:stream]) for stream in range(len(self.counts))
+        ]
+        self.padded = tokens.ndim > 2 and any(count != width for count in self.counts)
+        self.partial = self.padded or any(rows is not None for rows in active)
+        if not self.partial:
+            return
+        self.active = active
+        self.row_kernels = row_kernels_serve(tokens)
+        device = tokens.device
+        self.rows = [
+            torch.arange(count, dtype=torch.int32, device=device) if chosen is None else chosen
+            for count, chosen in zip(self.counts, active, strict=True)
+        ]
+        self.lengths = [chosen.numel() for chosen in self.rows]
+        self.offsets = [0, *itertools.accumulate(self.lengths)]
+        self.index = torch.cat([chosen + start for start, chosen in zip(self.starts, self.rows, strict=True)])
+        self.cu_seqlens = torch.tensor(self.offsets, dtype=torch.int32, device=device)
+        self.ends = torch.tensor([[0, length] for length in self.lengths], dtype=torch.int32, device=device)
+
+    def pack(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All tokens -> [1, M, D]"""
+        return gather_rows(tokens.flatten(0, -2)[None], self.index, self.cu_seqlens, self.index.numel())[None]
+
+    def pack_positions(self, value: Any) -> Any:
+        """The value of the blocks' argument for rotary positions, for the packed tokens."""
+        if self.positions is None or self.positions[0] is not value:
+            self.positions = value, self.engine.anatomy.rotary[1](value, self._take)
+        return self.positions[1]
+
+    def _take(self, table: torch.Tensor, fill: float) -> torch.Tensor:
+        prefix = self.engine.anatomy.prefix
+        if self.shape[:-1] == table.shape[:-1]:
+            return table[self.index]  # streams end to end
+        table = nn.functional.pad(table, (0, 0, prefix, 0), value=fill)
+        return table[torch.cat(self.rows)]
+
+    def heads(self, heads: torch.Tensor) -> list[torch.Tensor]:
+        """Queries, keys or values of all streams as [1, heads, rows, head_dim] of each."""
+        lengths = self.lengths if self.packed else self.counts
+        if lengths == [heads.shape[2]]:
+            return [heads]
+        if not self.packed and heads.shape[0] == len(lengths):
+            return [part[:, :, :length] for part, length in zip(heads.split(1), lengths, strict=True)]
+        return list(heads.split(lengths, 2))
+
+    def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
+        """Bring the cache `name` of every stream up to date with all tokens, or [1, M, D] in a partial frame."""
+        if not self.partial:
+            for state, fresh in zip(self.states, split(tokens, self.counts), strict=True):
+                state.put(name, fresh)
+            return
+        for stream, state in enumerate(self.states):
+            fresh = tokens[:, self.offsets[stream] : self.offsets[stream + 1]]
+            if self.active[stream] is None:
+                state.put(name, fresh)
+            else:
+                cache, prefix = state.tensors[name], self.engine.anatomy.prefix
+                scatter_rows_(cache, fresh[0], self.active[stream], self.ends[stream], blend)
+                if blend < 1:
+                    cache[:, :prefix] = fresh[:, :prefix]  # CLS and registers follow every frame
+
+    def store_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Bring the keys and values [1 or S, heads, rows, head_dim] of one block's cache up to date."""
+        self.store(("key", layer), key.transpose(1, 2).flatten(2))
+        self.store(("value", layer), value.transpose(1, 2).flatten(2))
+
+    def pay(self, attention: list[torch.Tensor], first: int = 0) -> None:
+        """Add what the patches of streams from `first` on got of the pooled output's attention, [N] each."""
+        for stream, paid in enumerate(attention, first):
+            before = self.attention[stream]
+            self.attention[stream] = paid if before is None else before + paid
+
+    def watch(self, query: torch.Tensor, keys: torch.Tensor, scaling: float, first: int = 0) -> None:
+        """Add the attention of CLS, query [S, heads, head_dim], to keys [S, heads, T, head_dim] of streams from `first`
+        on.
+        """
+        self.pay(list(paid_attention(query, keys, scaling, self.engine.anatomy.prefix)), first)
+
+    def restored(self, name: Hashable) -> torch.Tensor:
+        """The cache `name` of all streams in the shape that the tower's tokens came in, zeros where they are padding.
+
+        A copy: the caller may keep what it gets, and the caches go on changing.
+        """
+        caches = [state.tensors[name] for state in self.states]
+        if not self.padded:
+            return torch.cat(caches, 1).unflatten(1, self.shape[:-1])[0]
+        tokens = caches[0].new_zeros(self.shape)
+        for row, cache in zip(tokens.flatten(1, -2), caches, strict=True):
+            row[: cache.shape[1]] = cache[0]
+        return tokens
+
+    def pad(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[1, M, D] -> [S, longest, D], zeros past each stream's own."""
+        return nn.utils.rnn.pad_sequence(tokens[0].split(self.lengths), batch_first=True)
+
+
+class Unrecordable(Exception):
+    """Why a pass cannot be made of work that is recorded once."""
+
+
+class StaticFrame(Frame):
+    """A partial pass whose shapes are known before it; how many of its tokens are whose, only the device knows.
+
+    Args:
+        slab: of `states`, whose frames come as a batch of one size.
+        gate: (this frame, all tokens in front of the first block) -> the tokens to go on with, after `take`.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        states: list[StreamState],
+        grids: list[Grid],
+        slab: Slab,
+        gate: Callable[["StaticFrame", torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__(engine, states, grids, None)
+        self.slab = slab
+        self.gate = gate
+        self.seen: torch.Tensor | None = None  # [S, N], the attention that the patches got
+        self.mask: torch.Tensor | None = None  # by `same_stream`
+
+    def take(self, index: torch.Tensor, cu_seqlens: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Take the patches `index` of all streams, rows of [S * N], and every stream's prefix among all of `tokens`."""
+        prefix, streams, patches = self.engine.anatomy.prefix, len(self.states), self.patches[0]
+        self.shape = tokens.shape
+        self.partial = True
+        self.row_kernels = row_kernels_serve(tokens)
+        self.cu_seqlens, self.index = cu_seqlens, index
+        if prefix:
+            numbers = torch.arange(streams + 1, dtype=torch.int32, device=index.device)
+            own = torch.arange(prefix, dtype=torch.int32, device=index.device)
+            self.cu_seqlens = cu_seqlens + prefix * numbers
+            leading = (numbers[:-1, None] * self.counts[0] + own).flatten()
+            self.index = torch.cat((leading, index + prefix * (index // patches + 1)))
+            if streams > 1:
+                self.index = self.index.sort().values
+        self.rows = [self.index % self.counts[0]]
+        self.lengths = [self.index.numel()]  # of all streams together
+
+    def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
+        cache = self.slab.caches[name]
+        scatter_rows_(cache, tokens[0], self.index, self.cu_seqlens, blend)
+        if blend < 1 and self.engine.anatomy.prefix:
+            own = torch.arange(self.engine.anatomy.prefix, device=cache.device)
+            cache[:, : len(own)] = tokens[0][self.cu_seqlens[:-1, None] + own]
+
+    def store_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        caches = self.slab.caches["key", layer], self.slab.caches["value", layer]
+        scatter_kv_(*caches, key[0].transpose(0, 1), value[0].transpose(0, 1), self.index, self.cu_seqlens)
+
+    def restored(self, name: Hashable) -> torch.Tensor:
+        return self.slab.caches[name].clone().view(self.shape)
+
+    def pay(self, attention: list[torch.Tensor], first: int = 0) -> None:
+        paid = torch.stack(attention)
+        self.seen = paid if self.seen is None else self.seen + paid
+
+    def attend_cached(self, query: torch.Tensor, layer: int, watched: bool, scaling: float | None) -> torch.Tensor:
+        """Attention of the active queries [1, heads, M, head_dim] to all cached tokens of their stream."""
+        key, value = (self.slab.caches[name, layer].unflatten(2, (query.shape[1], -1)) for name in ("key", "value"))
+        rows = query[0].transpose(0, 1)  # [M, heads, head_dim]
+        if watched:
+            self.watch(rows[self.cu_seqlens[:-1]], key.transpose(1, 2), scaling)
+        return attend_rows(rows, key, value, scaling, self.cu_seqlens)[None]
+
+    def same_stream(self) -> torch.Tensor | None:
+        """Which packed tokens see each other, [1, 1, M, M]; None: all."""
+        if len(self.states) == 1:
+            return None
+        if self.mask is None:
+            slots = torch.arange(self.index.numel(), dtype=torch.int32, device=self.index.device)
+            stream = torch.searchsorted(self.cu_seqlens, slots, right=True)
+            self.mask = (stream[:, None] == stream)[None, None]
+        return self.mask
+
+    def pad(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens  # of one stream
