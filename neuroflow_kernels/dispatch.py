@@ -1,8 +1,10 @@
 """Which backend serves a call, and why the others do not.
 
 Every op is one torch op in the namespace `neuroflow`. Its reference is registered for every device
-(CompositeExplicitAutograd); the C++ extension adds the CPU key, the CUDA extension or else Triton the CUDA key. So
-torch's own dispatcher picks per call, by the device of the tensors, and a build without extensions still works.
+(CompositeExplicitAutograd); the C++ extension adds the CPU key, the CUDA extension the CUDA key, and Triton the CUDA
+key of the ops that the CUDA extension lacks or is not built for. So torch's own dispatcher picks per call, by the
+device of the tensors, and a build without extensions still works. What the CUDA extension has no kernels for, float64,
+is passed on to Triton or the reference before the dispatcher.
 
 A backend can be asked for by name, with `use_backend` or the environment variable NEUROFLOW_BACKEND. One that cannot
 serve the call raises `BackendUnavailable` with the reason; it is never replaced silently.
@@ -25,8 +27,9 @@ BACKENDS = ("reference", "cpp", "cuda", "triton")
 
 _NOT_BUILT = {
     "_cpu": "it is not built (`pip install --no-build-isolation .` builds it where torch and a C++ compiler are)",
-    "_cuda": "it has no extension yet; triton serves cuda tensors",
+    "_cuda": "it is not built (`pip install --no-build-isolation .` builds it where nvcc and torch for CUDA are)",
 }
+_EXTENSION_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
 _library = torch.library.Library("neuroflow", "DEF")
 _extension_errors: dict[str, str | None] = {}
 
@@ -43,7 +46,8 @@ def _load_extension(stem: str) -> str | None:
     try:
         torch.ops.load_library(files[0])
     except (OSError, RuntimeError) as error:
-        return f"{files[0].name} does not load: {str(error).splitlines()[0]}"
+        cause = str(error.__cause__ or error)  # torch's own error names the file and nothing else
+        return f"{files[0].name} does not load: {cause.splitlines()[0]}"
     return None
 
 
@@ -51,10 +55,10 @@ def load_extensions() -> None:
     """Load what was built, once, at import; say once when the CPU is left to the reference."""
     for backend, stem in (("cpp", "_cpu"), ("cuda", "_cuda")):
         _extension_errors[backend] = _load_extension(stem)
-    if _extension_errors["cuda"] is not None:
-        for op in Operator.registry.values():
-            if op.triton:
-                _library.impl(op.name, functools.partial(_triton_or_reference, op), "CUDA")
+    for op in Operator.registry.values():
+        op.cuda = op.overload.has_kernel_for_dispatch_key(torch._C.DispatchKey.CUDA)
+        if op.triton and not op.cuda:
+            _library.impl(op.name, functools.partial(_triton_or_reference, op), "CUDA")
     if _extension_errors["cpp"] is not None:
         warnings.warn(
             "neuroflow_kernels: on the CPU the ops run through their plain torch reference, because the C++ "
@@ -99,8 +103,8 @@ def unavailable(backend: str, device: str = "cpu") -> str | None:
     """Why `backend` cannot serve tensors on `device` ('cpu', 'cuda'), or None when it can."""
     if backend == "reference":
         return None
-    if backend in ("cpp", "cuda"):
-        wanted = "cpu" if backend == "cpp" else "cuda"
+    if backend in _EXTENSION_DEVICES:
+        wanted = _EXTENSION_DEVICES[backend]
         return _extension_errors[backend] or (None if device == wanted else f"it serves {wanted} tensors only")
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (`pip install triton`)"
@@ -125,17 +129,25 @@ def _implementation(backend: str, op: str, module: str) -> Callable:
 
 
 @functools.cache
-def _warn_triton_missing(reason: str) -> None:
-    warnings.warn(
-        f"neuroflow_kernels: on the GPU the ops run through plain torch: {reason}", RuntimeWarning, stacklevel=2
-    )
+def _warn_once(message: str) -> None:
+    warnings.warn(f"neuroflow_kernels: {message}", RuntimeWarning, stacklevel=2)
+
+
+def _without_cuda_kernel(op: "Operator") -> str:
+    """The backend of cuda tensors that the CUDA extension does not serve."""
+    if not op.triton:
+        return "reference"
+    missing, reason = _extension_errors["cuda"], unavailable("triton", "cuda")
+    choice = "Triton" if reason is None else f"plain torch ({reason})"
+    if missing is not None:
+        _warn_once(f"on the GPU the ops run through {choice}, because the CUDA extension is missing: {missing}")
+    elif reason is not None:
+        _warn_once(f"on the GPU, what the CUDA extension has no kernel for runs through {choice}")
+    return "triton" if reason is None else "reference"
 
 
 def _triton_or_reference(op: "Operator", *args: object) -> object:
-    reason = unavailable("triton", "cuda")
-    if reason is not None:
-        _warn_triton_missing(reason)
-    return _implementation("reference" if reason else "triton", op.name, op.module)(*args)
+    return _implementation(_without_cuda_kernel(op), op.name, op.module)(*args)
 
 
 def _function(setup: Callable, backward: Callable) -> type[torch.autograd.Function]:
@@ -180,6 +192,7 @@ class Operator:
     ) -> None:
         self.module = module.rpartition(".")[2]
         self.triton = triton
+        self.cuda = False  # until the extension is loaded
         self.name = schema.partition("(")[0]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, _implementation("reference", self.name, self.module), "CompositeExplicitAutograd")
@@ -192,17 +205,30 @@ class Operator:
         self.overload = getattr(torch.ops.neuroflow, self.name).default
         Operator.registry[self.name] = self
 
+    def _declined(self, backend: str, dtype: torch.dtype) -> str | None:
+        """Why a backend that is there has no kernel of this op for `dtype`."""
+        if backend == "triton" and not self.triton:
+            return "it has no Triton kernel, as the library behind the reference is the faster one on a GPU"
+        if backend == "cuda" and not self.cuda:
+            return "the CUDA extension has no kernel for it"
+        if backend == "cuda" and dtype == torch.float64:
+            return "the CUDA kernels take float32, bfloat16 and float16, not float64"
+        return None
+
     def __call__(self, *args: object) -> object:
         backend = _requested_backend()
+        tensor = next(a for a in args if isinstance(a, torch.Tensor))
+        device = tensor.device.type
+        owned = self.cuda and device == _EXTENSION_DEVICES["cuda"]
+        if backend is None and owned and self._declined("cuda", tensor.dtype):
+            # Not left to the dispatcher, as a kernel owns its key for every dtype.
+            backend = _without_cuda_kernel(self)
         if backend is None:
             return self.overload(*args)
-        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-        reason = unavailable(backend, device)
-        if backend == "triton" and not self.triton:
-            reason = "it has no Triton kernel, as the library behind the reference is the faster one on a GPU"
+        reason = unavailable(backend, device) or self._declined(backend, tensor.dtype)
         if reason is not None:
             raise BackendUnavailable(f"backend {backend!r} cannot serve {self.name} on {device}: {reason}")
-        if backend in ("cpp", "cuda"):
+        if backend in _EXTENSION_DEVICES:
             return self.overload(*args)
         implementation = _implementation(backend, self.name, self.module)
         return implementation(*args) if self.gradient is None else self.gradient.apply(implementation, *args)

@@ -41,7 +41,7 @@ def _devices() -> dict[str, str]:
 def describe() -> dict[str, str]:
     """Versions, processor, devices, every backend's state on the CPU and the GPU, and the environment, by name."""
     facts = {"python": sys.version.split()[0], "platform": platform.platform()}
-    facts |= {package: _version(package) for package in PACKAGES}
+    facts |= {package: _version(package) for package in PACKAGES} | {"torch's cuda": torch.version.cuda or "none"}
     facts |= {"processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"}
     facts |= {"threads": f"{torch.get_num_threads()} of {os.cpu_count()}"} | _devices()
     for backend in BACKENDS:

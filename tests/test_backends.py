@@ -1,6 +1,7 @@
 """Which backend serves, what is said when one cannot, and what the package does without its extension."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import neuroflow_kernels as kernels
-from neuroflow_kernels import BackendUnavailable, compact, dispatch, unavailable, use_backend
+from neuroflow_kernels import BackendUnavailable, compact, dispatch, gather_rows, unavailable, use_backend
 
 PACKAGE = Path(kernels.__file__).parent
 
@@ -69,6 +70,80 @@ def test_requests_nest_and_end(monkeypatch):
     assert calls == ["reference", "reference"]
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """CPU tensors stand for the GPU's; the backends that are called past the dispatcher."""
+    called = []
+    dispatch._warn_once.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(dispatch._EXTENSION_DEVICES, "cuda", "cpu")
+    monkeypatch.setattr(dispatch, "_implementation", lambda backend, *_: lambda *_: called.append(backend))
+    return called
+
+
+@pytest.fixture
+def cuda_extension(monkeypatch):
+    """A CUDA extension with one kernel."""
+    monkeypatch.setitem(dispatch._extension_errors, "cuda", None)
+    monkeypatch.setattr(dispatch.Operator.registry["gather_rows"], "cuda", True)
+
+
+def with_triton(monkeypatch, installed):
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name if installed else None)
+
+
+def gather(dtype):
+    return gather_rows(torch.ones(1, 2, 3, dtype=dtype), torch.tensor([1]).int(), torch.tensor([0, 1]).int())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_cuda_extension_is_called_through_the_dispatcher(gpu, cuda_extension, dtype):
+    for backend in ("auto", "cuda"):
+        with use_backend(backend):
+            assert gather(dtype).tolist() == [[1, 1, 1]]
+    assert gpu == []
+
+
+def test_float64_passes_the_cuda_extension_by(gpu, cuda_extension, monkeypatch, recwarn):
+    with_triton(monkeypatch, True)
+    gather(torch.float64)
+    assert gpu == ["triton"] and not recwarn.list
+    with_triton(monkeypatch, False)
+    with pytest.warns(RuntimeWarning, match="what the CUDA extension has no kernel for runs through plain torch"):
+        gather(torch.float64)
+    assert gpu == ["triton", "reference"]
+
+
+def test_the_cuda_extension_says_what_it_declines(gpu, cuda_extension):
+    with use_backend("cuda"):
+        with pytest.raises(BackendUnavailable, match=r"gather_rows on cpu: the CUDA kernels take .*, not float64"):
+            gather(torch.float64)
+        with pytest.raises(BackendUnavailable, match="compact on cpu: the CUDA extension has no kernel for it"):
+            compact(torch.zeros(1, 4), threshold=0.1)
+    assert gpu == []
+
+
+def test_others_serve_beside_the_cuda_extension(gpu, cuda_extension, monkeypatch):
+    with_triton(monkeypatch, True)
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            gather(torch.float32)
+    assert gpu == ["reference", "triton"]
+
+
+def test_without_the_cuda_extension_it_is_said_once_who_serves(gpu, monkeypatch):
+    monkeypatch.setitem(dispatch._extension_errors, "cuda", "it is not built")
+    operator = dispatch.Operator.registry["gather_rows"]
+    with_triton(monkeypatch, True)
+    with pytest.warns(RuntimeWarning, match="through Triton, because the CUDA extension is missing: it is not") as said:
+        for _ in range(2):
+            dispatch._triton_or_reference(operator)
+    with_triton(monkeypatch, False)
+    with pytest.warns(RuntimeWarning, match=r"plain torch \(triton is not installed .*missing: it is not built"):
+        dispatch._triton_or_reference(operator)
+    assert gpu == ["triton", "triton", "reference"] and len(said) == 1
+
+
 def test_torch_compile_keeps_the_backend_it_was_traced_with(monkeypatch):
     torch._dynamo.reset()
     surprise, calls = torch.rand(2, 9), []
@@ -106,9 +181,13 @@ with k.use_backend("cpp"):
 
 
 def test_extension_that_does_not_load_says_why(without_extension):
-    (without_extension / "neuroflow_kernels" / "_cpu.abi3.so").write_bytes(b"not a library")
-    result = run("import neuroflow_kernels as k; print(k.unavailable('cpp'))", without_extension)
-    assert result.stdout.startswith("_cpu.abi3.so does not load: ")
+    files = "_cpu.abi3.so", "_cuda.abi3.so"
+    for file in files:
+        (without_extension / "neuroflow_kernels" / file).write_bytes(b"not a library")
+    code = "import neuroflow_kernels as k; print(k.unavailable('cpp'), k.unavailable('cuda', 'cuda'), sep='\\n')"
+    result = run(code, without_extension)
+    for file, said in zip(files, result.stdout.splitlines(), strict=True):
+        assert re.match(rf"{file} does not load: .*file too short", said)
     assert result.stderr.count("RuntimeWarning") == 1
 
 
@@ -123,4 +202,5 @@ def test_env_reports_backends_and_versions(without_extension):
     assert facts["reference on cuda"] == "available"
     assert facts["NEUROFLOW_BACKEND"] == "auto"
     assert {"python", "triton", "transformers", "numpy", "neuroflow", "processor"} <= facts.keys()
-    assert "cpp on cpu:          it is not built" in run(run_env, without_extension).stdout
+    bare = run(run_env, without_extension).stdout
+    assert "cpp on cpu:          it is not built" in bare and "cuda on cuda:        it is not built" in bare

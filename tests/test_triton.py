@@ -245,7 +245,7 @@ def test_gpu_tensors_go_to_triton(served):
 
 def test_gpu_tensors_go_to_the_reference_without_triton(served, monkeypatch):
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
-    dispatch._warn_triton_missing.cache_clear()
+    dispatch._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="triton is not installed"):
         compact_on_gpu_key()
     assert served == ["reference"]
