@@ -28,6 +28,12 @@ namespace neuroflow::cuda {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+Tensor ema_surprise_(Tensor h, Tensor ema, double decay);
+std::tuple<Tensor, Tensor> compact(Tensor surprise, std::optional<Tensor> threshold, std::optional<Tensor> budget,
+                                   int64_t floor);
+Tensor gather_rows(Tensor x, Tensor index, Tensor cu_seqlens, int64_t rows, std::optional<Tensor> norm_weight,
+                   std::optional<Tensor> norm_bias, double eps);
+
 /// Calls f with a value of the element type that `dtype` stands for.
 template <typename F>
 void dispatch(ScalarType dtype, const char* name, F&& f) {
@@ -42,6 +48,17 @@ void dispatch(ScalarType dtype, const char* name, F&& f) {
       throw std::invalid_argument(std::string(name) + " is " + torch::headeronly::toString(dtype) +
                                   "; accepted by the CUDA kernels is float32, bfloat16 or float16");
   }
+}
+
+/// Calls f with a value of h's element type and one of ema's.
+template <typename F>
+void dispatch_gate(const Tensor& h, const Tensor& ema, F&& f) {
+  dispatch(h.scalar_type(), "h", [&](auto token) {
+    if (ema.scalar_type() == h.scalar_type()) return f(token, token);
+    if constexpr (sizeof(token) == 2)
+      if (ema.scalar_type() == ScalarType::Float) return f(token, float{});
+    throw std::invalid_argument("ema is neither of h's dtype nor, for an h of 16 bits, float32");
+  });
 }
 
 /// The elements of a contiguous tensor; T names what `dispatch` found there.

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <utility>
 
 #define __global__
 #define __device__
@@ -53,6 +54,15 @@ inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaSt
   std::memset(target, value, bytes);
   return cudaSuccess;
 }
+
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
+
+inline cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(target, source, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 namespace cuda_on_host {
 
@@ -101,6 +111,10 @@ inline int __syncthreads_or(int predicate) { return cuda_on_host::meet_block("__
 inline void __syncwarp(unsigned mask = ~0u) { cuda_on_host::meet_warp("__syncwarp", mask, 0); }
 inline void __nanosleep(unsigned) { cuda_on_host::meet_grid(true); }
 inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+/// Within a block, of which one thread runs at a time; between blocks, cuda::atomic_ref.
+inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane) {

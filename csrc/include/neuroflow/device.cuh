@@ -121,17 +121,16 @@ __device__ inline T warp_inclusive_sum(T value) {
   return value;
 }
 
-/// The sum over a block of whole warps, the same in every thread. `scratch`: shared, one element for each warp.
+/// The sum over the threads of a block before this one. `scratch`: shared, one element for each warp.
 template <typename T>
-__device__ inline T block_sum(T value, T* scratch) {
-  value = warp_sum(value);
-  const int warps = blockDim.x / warp_size;
-  if (warps == 1) return value;
+__device__ inline T block_exclusive_sum(T value, T* scratch) {
+  const T inclusive = warp_inclusive_sum(value);
+  const int warp = threadIdx.x / warp_size;
   __syncthreads();  // what the last call left in scratch has been read
-  if (threadIdx.x % warp_size == 0) scratch[threadIdx.x / warp_size] = value;
+  if (threadIdx.x % warp_size == warp_size - 1) scratch[warp] = inclusive;
   __syncthreads();
-  T sum = scratch[0];
-  for (int warp = 1; warp < warps; ++warp) sum += scratch[warp];
+  T sum = inclusive - value;
+  for (int other = 0; other < warp; ++other) sum += scratch[other];
   return sum;
 }
 
@@ -153,8 +152,33 @@ __device__ inline T add_relaxed(T* address, T value) {
 }
 
 template <typename T>
-__device__ inline T add_acquire_release(T* address, T value) {
-  return ::cuda::atomic_ref<T, ::cuda::thread_scope_device>(*address).fetch_add(value, ::cuda::memory_order_acq_rel);
+__device__ inline T add_release(T* address, T value) {
+  return ::cuda::atomic_ref<T, ::cuda::thread_scope_device>(*address).fetch_add(value, ::cuda::memory_order_release);
+}
+
+/// What a block has let the blocks after it know, in the upper half of a word: nothing as long as the word is 0, its
+/// own sum, or the sum of all blocks up to and with it.
+enum Progress : uint64_t { own_sum = uint64_t{1} << 32, inclusive_sum = uint64_t{2} << 32 };
+
+__device__ inline void publish(uint64_t* progress, Progress kind, int sum) {
+  store_release(progress, kind | static_cast<uint32_t>(sum));
+}
+
+/// The sum of the blocks before number `block`, by a whole warp, which waits for them (decoupled look-back: Merrill and
+/// Garland 2016). They must never have to wait for this one: hence numbers in the order in which blocks began.
+__device__ inline int look_back(uint64_t* progress, int block) {
+  const int lane = threadIdx.x % warp_size;
+  int sum = 0;
+  for (int last = block - 1; last >= 0; last -= warp_size) {
+    uint64_t seen = inclusive_sum;  // before the first block lies nothing
+    if (last - lane >= 0)
+      while ((seen = load_acquire(progress + last - lane)) == 0) __nanosleep(20);
+    const unsigned ends = __ballot_sync(all_lanes, seen >= inclusive_sum);
+    const int needed = ends == 0 ? warp_size : __ffs(static_cast<int>(ends));
+    sum += warp_sum(lane < needed ? static_cast<int>(static_cast<uint32_t>(seen)) : 0);
+    if (ends != 0) break;
+  }
+  return sum;
 }
 
 inline void check(cudaError_t error) {
