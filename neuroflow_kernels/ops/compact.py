@@ -94,9 +94,9 @@ def _filled(
     streams, tokens = surprise.shape
     rungs = F.pad(ladder, (0, 1), value=streams * tokens)
     enough = rungs[torch.searchsorted(ladder, cu_seqlens[-1:])].clamp_max(streams * tokens)
-    # Those that are active come before any other; -1 past the last of them goes to a place of its own.
-    active = torch.zeros(streams * tokens + 1, dtype=torch.bool, device=surprise.device)
-    active[index] = True
+    # Those that are active come before any other; what is past the last of them goes to a place of its own.
+    places = index.masked_fill(index < 0, streams * tokens).long()
+    active = torch.zeros(streams * tokens + 1, dtype=torch.bool, device=surprise.device).index_fill_(0, places, True)
     most = torch.finfo(surprise.dtype).max
     order = surprise.flatten().nan_to_num(most, most).masked_fill(active[:-1], torch.inf)
     index, _ = _operator(order[None], None, enough, 0)

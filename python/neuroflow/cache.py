@@ -27,10 +27,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from neuroflow_kernels import attend_rows, compact, ema_surprise_, gather_rows, linear_rows, scatter_rows_
 
-from . import policies
+from . import graphs, policies
 from .adapters import Anatomy, Grid
 from .config import NeuroFlowConfig
-from .frame import Frame, StaticFrame, Unrecordable, split
+from .frame import Frame, StaticFrame, Unrecordable, current_frame, split
 from .rewrites import (
     are_few,
     attention_pool,
@@ -46,8 +46,6 @@ from .streams import StreamCache
 ATTENTION = "neuroflow"
 DEFAULT_STREAM = "default"
 DENSE_PROJECTION = 0.75  # of the patches; above it, picking out the changed ones gains nothing
-
-current_frame: ContextVar[Frame | None] = ContextVar("neuroflow_frame", default=None)
 
 
 class Engine:
@@ -87,6 +85,7 @@ class Engine:
         self.adopted = False  # patched by itself, as its attention implementation asked for
         self.kept: dict[Hashable, tuple[list, Any]] = {}  # by `derived`
         self.ladders: dict[torch.device, torch.Tensor] = {}
+        self.graphs = graphs.Graphs(self) if config.engine == "graph" else None
         self.streams = streams
         self.named: ContextVar[tuple[Hashable, ...]] = ContextVar("neuroflow_streams", default=(DEFAULT_STREAM,))
         self.numbered: ContextVar[tuple[int, ...] | None] = ContextVar("neuroflow_frame_ids", default=None)
@@ -147,7 +146,8 @@ class Engine:
                 "neuroflow.disable_cache first"
             )
         signature, names = self.signatures[entry], self.named.get()
-        arguments = signature.bind(*args, **kwargs).arguments
+        bound = signature.bind(*args, **kwargs)
+        arguments = bound.arguments
         name = next(iter(signature.parameters))
         if not isinstance(arguments.get(name), torch.Tensor):
             raise ValueError(f"{name} is {arguments.get(name)!r}; accepted is a tensor, one frame of each stream")
@@ -163,7 +163,13 @@ class Engine:
         order = None if self.anatomy.order is None else self.anatomy.order(arguments)
         with self.streams.used(names, [rows * columns for rows, columns in grids]) as states:
             self._note_gaps(states)
-            frame = Frame(self, states, grids, order)
+            surprises = None
+            if self.graphs is not None:
+                with torch.no_grad():
+                    output, surprises = self.graphs.run(entry, forward, bound, states, grids)
+                if output is not None:
+                    return output
+            frame = Frame(self, states, grids, order, surprises)
             token = current_frame.set(frame)
             try:
                 with torch.no_grad():
@@ -173,7 +179,7 @@ class Engine:
             for state, finite, attention in zip(states, frame.finite, frame.attention, strict=True):
                 state.valid = finite
                 if attention is not None:
-                    state.attention = copied(attention / attention.mean(), state.attention)
+                    state.attention = copied((attention / attention.mean()).float(), state.attention)
         return output
 
     def _note_gaps(self, states: list[StreamState]) -> None:
@@ -322,7 +328,7 @@ class Engine:
             return forward(*args, **kwargs)
         tokens, *args = args
         if self.config.arch == "active" and frame.packed:
-            lengths = frame.lengths
+            lengths = frame.lengths if len(frame.lengths) > 1 else None
         else:
             lengths = frame.counts if frame.padded else None
         head = self.anatomy.pool[0]
@@ -513,12 +519,13 @@ class Engine:
         return index, torch.searchsorted(ordered, starts, out_int32=True)
 
     def ladder(self, device: torch.device) -> torch.Tensor | None:
-        """`config.ladder` as `compact` takes it where nothing may be copied to `device`."""
-        if self.config.ladder is None:
-            return None
-        if device not in self.ladders:
-            self.ladders[device] = copied(torch.tensor(self.config.ladder, dtype=torch.int32).to(device), None)
-        return self.ladders[device]
+        """The numbers of active patches that a pass may have, on its device."""
+        rungs = self.config.ladder
+        if rungs is None and self.graphs is not None and graphs.serves(device) and not self.config.dilation:
+            rungs = graphs.LADDER
+        if rungs is not None and device not in self.ladders:
+            self.ladders[device] = copied(torch.tensor(rungs, dtype=torch.int32).to(device), None)
+        return self.ladders.get(device)
 
     def score(
         self, surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor | None, grid: Grid

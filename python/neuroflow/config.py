@@ -12,6 +12,7 @@ Signal = Literal["patch", "embedding", "pixel"]
 Reference = Literal["refreshed", "ema", "previous", "dual"]
 Score = Literal["staleness", "surprise"]
 Refresh = Literal["key", "rolling"]
+Launch = Literal["graph", "eager"]
 
 
 def _listed(kind: object) -> str:
@@ -60,6 +61,10 @@ class NeuroFlowConfig:
         cut_surprise: so does one whose mean surprise lies above this; None: never.
         blend: weight of a patch's new output in its cache, above 0 to 1. 1 replaces; less damps flicker.
         mid_layer: for "midlayer", the number of the last block that runs on all patches; None is half of them.
+        engine: "graph": on a GPU, sparse frames of streams that keep coming together are recorded as CUDA graphs, whose
+            numbers of patches are those of the ladder (64, 96, 128, 192, ... where none is given). Hooks on the tower's
+            modules run when a graph is recorded, and not with every frame. "eager": every frame is launched op by op,
+            as everything is on a CPU.
 
     Raises:
         ValueError: a value outside of what is said above.
@@ -87,12 +92,14 @@ class NeuroFlowConfig:
     cut_surprise: float | None = 0.25
     blend: float = 1.0
     mid_layer: int | None = None
+    engine: Launch = "graph"
 
     def __post_init__(self) -> None:
         names = [*ARCHITECTURES, *ARCHITECTURES.values()]
         _require(self.arch in names, "arch", self.arch, "one of " + ", ".join(names))
         object.__setattr__(self, "arch", ARCHITECTURES.get(self.arch, self.arch))
-        for name, kind in (("signal", Signal), ("reference", Reference), ("score", Score), ("refresh", Refresh)):
+        kinds = {"signal": Signal, "reference": Reference, "score": Score, "refresh": Refresh, "engine": Launch}
+        for name, kind in kinds.items():
             _require(getattr(self, name) in get_args(kind), name, getattr(self, name), "one of " + _listed(kind))
         if self.budget is None and self.threshold is None:
             object.__setattr__(self, "threshold", DEFAULT_THRESHOLD[self.score])

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Hashable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,12 @@ class Frame:
     """
 
     def __init__(
-        self, engine: "Engine", states: list[StreamState], grids: list[Grid], order: list[torch.Tensor] | None
+        self,
+        engine: "Engine",
+        states: list[StreamState],
+        grids: list[Grid],
+        order: list[torch.Tensor] | None,
+        surprises: list[torch.Tensor] | None = None,
     ) -> None:
         self.engine = engine
         self.states = states
@@ -45,7 +51,7 @@ class Frame:
         self.positions: tuple[Any, Any] | None = None  # of the last block's: for all tokens, for the packed ones
         self.projected: torch.Tensor | None = None
         self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
-        self.surprises: list[torch.Tensor | None] | None = None  # [N] of each stream, where they are known beforehand
+        self.surprises = surprises  # [N] of each stream, where they are known beforehand
         self.attention: list[torch.Tensor | None] = [None] * len(states)  # [N] of each stream, that its patches got
         self.finite: list[bool] = []
         self.padded = False  # some rows of the batch are no tokens
@@ -152,6 +158,9 @@ class Frame:
     def pad(self, tokens: torch.Tensor) -> torch.Tensor:
         """[1, M, D] -> [S, longest, D], zeros past each stream's own."""
         return nn.utils.rnn.pad_sequence(tokens[0].split(self.lengths), batch_first=True)
+
+
+current_frame: ContextVar[Frame | None] = ContextVar("neuroflow_frame", default=None)
 
 
 class Unrecordable(Exception):

@@ -17,7 +17,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .adapters import describe
-from .cache import ATTENTION, current_frame
+from .cache import ATTENTION
+from .frame import current_frame
 from .patch import enable_cache, engine_of, is_patched
 
 _asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # each once, so that `disable_cache` is for good

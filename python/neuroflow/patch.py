@@ -188,6 +188,8 @@ def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
         engine.streams.close([stream])
     else:
         raise KeyError(f"stream is {stream!r}; known are {[name for name, _ in engine.streams.items()]}")
+    if engine.graphs is not None:
+        engine.graphs.prune()
 
 
 def summary(model: nn.Module) -> Summary:
@@ -210,7 +212,12 @@ def summary(model: nn.Module) -> Summary:
         )
         for name, state in engine.streams.items()
     }
-    return Summary(arch=engine.config.arch, streams=streams, limit_bytes=engine.streams.limit_bytes)
+    return Summary(
+        arch=engine.config.arch,
+        streams=streams,
+        limit_bytes=engine.streams.limit_bytes,
+        graph_bytes=0 if engine.graphs is None else engine.graphs.held_bytes,
+    )
 
 
 def copy_sharing_weights(model: Model) -> Model:

@@ -1,5 +1,6 @@
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class StreamState:
         self.used = 0.0  # when, in seconds of a clock that only goes on
         self.state_bytes = 0  # what `held` holds, as of the last frame
         self.slab: Slab | None = None  # where its tensors lie, if beside those of other streams
-        self.company: tuple[Hashable, ...] = ()  # the streams of its last pass
+        self.last_pass: Hashable = None  # what kind of pass the last was
 
     @property
     def patches(self) -> int:
@@ -118,6 +119,16 @@ class Slab:
         for state in states:
             state.slab = self
 
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """A block that changes nothing here for good."""
+        named = [self.age, self.active, self.surprise, self.attention, self.skipped]
+        tensors = [tensor for tensor in (*self.caches.values(), *named) if tensor is not None]
+        before = [tensor.clone() for tensor in tensors]
+        yield
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+
     def _part(self, states: list[StreamState], name: str) -> torch.Tensor | None:
         if getattr(states[0], name) is None:
             return None
@@ -164,11 +175,13 @@ class Summary:
         streams: by name, the least recently used first.
         limit_bytes: what all of them together can come to hold, by the limits of the model's `StreamCache`; None where
             it has none.
+        graph_bytes: what recorded CUDA graphs hold beside the streams.
     """
 
     arch: str
     streams: dict[Hashable, StreamSummary]
     limit_bytes: int | None
+    graph_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -177,6 +190,8 @@ class Summary:
     def __str__(self) -> str:
         limit = "" if self.limit_bytes is None else f" of at most {self.limit_bytes / 2**20:.1f}"
         state = f"{self.state_bytes / 2**20:.1f}{limit} MiB of state"
+        if self.graph_bytes:
+            state += f", {self.graph_bytes / 2**20:.1f} MiB in CUDA graphs"
         lines = [f"NeuroFlow {self.arch}: {len(self.streams)} stream(s), {state}"]
         lines += [
             f"  {name}: {stream.frames} frames ({stream.key_frames} key), grid {stream.grid[0]}x{stream.grid[1]}, "

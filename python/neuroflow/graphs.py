@@ -1,0 +1,417 @@
+"""Sparse frames on a GPU as CUDA graphs: what a frame launches is recorded once, and launched again as one.
+
+A sparse frame has little arithmetic and as many launches as a dense one, each of which costs the host microseconds. So
+the frames of a fixed set of streams become two launches: a gate, from the pixels to the active patches, and what
+encodes them, recorded for each number of patches that turns up among those of the ladder. In between, the host reads
+one number: how many patches are active, or that the frame is none for a graph, because it holds NaN or Inf, shows
+another scene, or changes so much that a dense pass is faster. Such a frame goes on as it would without graphs, from the
+surprises that the gate found.
+"""
+
+import functools
+import statistics
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from inspect import BoundArguments
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from neuroflow_kernels import gather_rows, scatter_rows_
+
+from . import policies
+from .adapters.anatomy import Grid
+from .frame import StaticFrame, Unrecordable, current_frame
+from .state import Slab, StreamState, copied
+
+if TYPE_CHECKING:
+    from .cache import Engine
+
+# Numbers of patches that a pass may have where the configuration names none: no more than half of it is fill.
+LADDER = tuple(rung for power in range(6, 20) for rung in (2**power, 3 * 2 ** (power - 1)))
+GROUPS = 8  # sets of streams that have graphs at once; more would hold more memory than they save time
+REPEATS = 5  # of what is timed
+
+
+@functools.cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """The default stream cannot be recorded; libraries keep a workspace for every other, so there is only one."""
+    return torch.cuda.Stream(device)
+
+
+class CudaGraph:
+    """Work that is recorded instead of done, and done with every `replay`.
+
+    Args:
+        pool: of memory, shared by graphs of which no two run at once.
+    """
+
+    new_pool = staticmethod(torch.cuda.graph_pool_handle)
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
+        self.graph = torch.cuda.CUDAGraph()
+
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], None]]:
+        """A block that is recorded from where it calls what it is given."""
+        begun = False
+
+        def begin() -> None:
+            nonlocal begun
+            begun = True
+            # Other threads go on launching and allocating.
+            self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+
+        torch.cuda.synchronize()
+        with torch.cuda.stream(_recording_stream(torch.cuda.current_device())):
+            try:
+                yield begin
+            finally:
+                if begun:
+                    self.graph.capture_end()
+        torch.cuda.synchronize()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+    @staticmethod
+    def held_bytes(pool: Any) -> int:
+        """What the graphs of a pool hold on the device."""
+        segments = torch.cuda.memory_snapshot()
+        return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
+
+
+def serves(device: torch.device) -> bool:
+    """Whether work on `device` can be recorded."""
+    return device.type == "cuda"
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """How long `work` takes, the median of a few times; waits for the device."""
+
+    def once() -> float:
+        if device.type != "cuda":
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    once()
+    return statistics.median(once() for _ in range(REPEATS))
+
+
+class Weights:
+    """Notices that the weights of a module changed or moved, or that a part of it was replaced."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self.tensors = [(held, name) for part in modules for held in (part._parameters, part._buffers) for name in held]
+        self.parts = [(part._modules, dict(part._modules)) for part in modules if part._modules]
+        self.before = self._now()
+
+    def _now(self) -> list[tuple[int, int]]:
+        present = (held[name] for held, name in self.tensors if held[name] is not None)
+        # In inference mode tensors do not count their changes.
+        return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in present]
+
+    def changed(self) -> bool:
+        return any(held != before for held, before in self.parts) or self._now() != self.before
+
+
+class Kept(TorchDispatchMode):
+    """Keeps what is computed, for as long as it lives itself; recorded work finds tensors by where they lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+        self.done = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.done:
+            self.tensors += [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        return result
+
+
+class Recorded:
+    """Work that is done as it is the first time, recorded the second time, and replayed from then on.
+
+    The first time, kernels are compiled and libraries set up, which cannot be recorded.
+
+    Args:
+        work: called with a function that it calls where recording is to begin.
+    """
+
+    def __init__(self, work: Callable[[Callable[[], None]], Any], pool: Any) -> None:
+        self.work = work
+        self.graph = CudaGraph(pool)
+        self.calls = 0
+        self.result: Any = None
+        self.seconds = 0.0
+
+    def __call__(self, slab: Slab) -> Any:
+        """What `work` returns, from the second call on in the same memory."""
+        self.calls += 1
+        if self.calls == 1:
+            return self.work(lambda: None)
+        if self.calls == 2:
+            with self.graph.recording() as begin:
+                self.result = self.work(begin)
+            with slab.preserved():
+                self.seconds = seconds(self.graph.replay, slab.age.device)
+        self.graph.replay()
+        return self.result
+
+
+class Gated(NamedTuple):
+    """What the gate leaves for the graphs that encode: tokens in front of the first block, patches [S, N, D], their
+    surprise [S, N], and the active ones as `compact` returns them.
+    """
+
+    tokens: torch.Tensor
+    patches: torch.Tensor
+    surprise: torch.Tensor
+    index: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+class Encoded(NamedTuple):
+    """The tower's output, and what recorded work goes on reading that was computed before."""
+
+    output: Any
+    kept: list[torch.Tensor]
+
+
+class Decided(Exception):
+    """Ends a pass behind the gate."""
+
+    def __init__(self, gated: Gated) -> None:
+        self.gated = gated
+
+
+class Group:
+    """The graphs of one set of streams, for frames of one size.
+
+    Args:
+        bound: the arguments of the tower's `forward`, of which the first is the frames.
+    """
+
+    def __init__(
+        self, engine: "Engine", forward: Callable, bound: BoundArguments, states: list[StreamState], grid: Grid
+    ) -> None:
+        self.engine = engine
+        self.forward = forward
+        self.bound = bound
+        self.grid = grid
+        self.names = [state.name for state in states]
+        self.states = [weakref.ref(state) for state in states]
+        self.slab = Slab(states)
+        self.frames = copied(bound.args[0], None)
+        bound.arguments[next(iter(bound.arguments))] = self.frames
+        device = self.frames.device
+        with torch.inference_mode(False):
+            self.decision = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.weights = Weights(engine.anatomy.tower)
+        self.pool = CudaGraph.new_pool()
+        self.gate = Recorded(self._decide, self.pool)
+        self.gated: Gated | None = None
+        self.encoders: dict[int, Recorded] = {}
+        self.held_bytes = 0  # by its graphs
+        self.dense_seconds = seconds(lambda: forward(*bound.args, **bound.kwargs), device)
+        self.most = self.slab.age.numel()  # a pass of more patches is no faster than a dense one
+
+    @property
+    def valid(self) -> bool:
+        """Whether its streams are still open and their tensors where they were."""
+        return all(ref() is not None and ref().slab is self.slab for ref in self.states)
+
+    def run(self, frames: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+        """The tower's output for frames [S, ...]; or None where they need another pass.
+
+        With None comes their surprise [S, N], or None as well, if it is to be dense.
+        """
+        self.frames.copy_(frames)
+        self.gated = self._run(self.gate)
+        if self.frames.is_cuda:
+            torch.cuda.current_stream(self.frames.device).synchronize()
+        rung = self.decision.item()
+        if rung in (-1, self.slab.age.numel()):
+            return None, self.gated.surprise.clone()
+        if rung > self.most:
+            return None, None
+        if rung not in self.encoders:
+            self.encoders[rung] = Recorded(lambda begin: self._encode(rung, begin), self.pool)
+        encoder = self.encoders[rung]
+        output = tree_map_only(torch.Tensor, torch.clone, self._run(encoder).output)
+        if encoder.calls == 2 and self.gate.seconds + encoder.seconds >= self.dense_seconds:
+            self.most = min(self.most, rung - 1)
+        return output, None
+
+    def _run(self, recorded: Recorded) -> Any:
+        result = recorded(self.slab)
+        if recorded.calls == 2:
+            self.held_bytes = CudaGraph.held_bytes(self.pool)
+        return result
+
+    def _pass(self, gate: Callable[[StaticFrame, torch.Tensor], torch.Tensor]) -> tuple[Any, StaticFrame]:
+        states = [ref() for ref in self.states]
+        frame = StaticFrame(self.engine, states, [self.grid] * len(states), self.slab, gate)
+        token = current_frame.set(frame)
+        try:
+            return self.forward(*self.bound.args, **self.bound.kwargs), frame
+        finally:
+            current_frame.reset(token)
+
+    def _decide(self, begin: Callable[[], None]) -> Gated:
+        """From the frames to what is active among their patches."""
+
+        def gate(frame: StaticFrame, tokens: torch.Tensor) -> torch.Tensor:
+            engine, config, slab = self.engine, self.engine.config, self.slab
+            signals = engine.signals(frame, tokens)
+            patches = signals[0] if len(signals) == 1 else torch.cat(signals)
+            surprise = engine.surprise(patches, slab.caches)
+            index, cu_seqlens = engine.active(engine.score(surprise, slab.age, slab.attention, self.grid))
+            other = policies.is_cut(surprise, cu_seqlens.diff(), config.cut_share, config.cut_surprise)
+            other |= ~surprise.amax(1).isfinite()
+            self.decision.copy_(cu_seqlens[-1:].masked_fill(other.any(), -1), non_blocking=True)
+            raise Decided(Gated(tokens, patches, surprise, index, cu_seqlens))
+
+        begin()
+        try:
+            self._pass(gate)
+        except Decided as decided:
+            return decided.gated
+        raise Unrecordable("its blocks were not reached")
+
+    def _encode(self, rung: int, begin: Callable[[], None]) -> Encoded:
+        """From `rung` active patches to the tower's output."""
+        kept = Kept()
+
+        def gate(frame: StaticFrame, tokens: torch.Tensor) -> torch.Tensor:
+            kept.done = True
+            begin()
+            index, gated = self.gated.index[:rung], self.gated
+            self._account(index, gated)
+            frame.take(index, gated.cu_seqlens, gated.tokens)
+            return gated.tokens
+
+        with kept:
+            output, frame = self._pass(gate)
+        if frame.seen is not None:
+            self.slab.attention.copy_(frame.seen / frame.seen.mean(1, keepdim=True))
+        return Encoded(output, kept.tensors)
+
+    def _account(self, index: torch.Tensor, gated: Gated) -> None:
+        """What `Engine._refresh` and `StreamState.account` do, for all streams and without their numbers of patches."""
+        slab = self.slab
+        slab.active.zero_().view(-1).index_fill_(0, index.long(), True)
+        slab.age.add_(1).masked_fill_(slab.active, 0)
+        slab.surprise.copy_(gated.surprise)
+        slab.skipped += 1 - gated.cu_seqlens.diff()[:, None].double() / slab.age.shape[1]
+        if self.engine.config.reference == "refreshed":
+            packed = gather_rows(gated.patches, index, gated.cu_seqlens, index.numel())
+            scatter_rows_(slab.caches["reference"], packed, index, gated.cu_seqlens)
+
+
+class Graphs:
+    """The graphs of a patched tower, for as many sets of streams as keep coming together."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self.engine = engine
+        self.groups: dict[Hashable, Group] = {}  # the least recently used first
+        self.refused: set[Hashable] = set()
+        self.lock = threading.Lock()
+
+    def run(
+        self, entry: str, forward: Callable, bound: BoundArguments, states: list[StreamState], grids: list[Grid]
+    ) -> tuple[Any, list[torch.Tensor] | None]:
+        """The tower's output; or None, where the pass is to be run as it is, and each stream's surprise if known."""
+        frames = bound.args[0]
+        if not serves(frames.device):
+            return None, None
+        key = None
+        try:
+            key = self._key(entry, bound, states, grids)
+            if key in self.refused:
+                return None, None
+            with self.lock, torch.cuda.device_of(frames):
+                group = self._group(key, forward, bound, states, grids[0])
+                if group is None:
+                    return None, None
+                for state in states:
+                    state.valid = False
+                output, surprise = group.run(frames)
+        except (Unrecordable, RuntimeError) as error:
+            self.groups.pop(key, None)
+            self.refused.add(key)
+            self.engine.warn_once(f"frames run without CUDA graphs: {error}")
+            return None, None
+        if output is None:
+            return None, None if surprise is None else list(surprise)
+        for state in states:
+            state.valid = True
+            state.frames += 1
+            state.since_key_frame += 1
+        return output, None
+
+    def prune(self) -> None:
+        """Give back the memory of graphs whose streams were closed, or started over."""
+        with self.lock:
+            self.groups = {key: group for key, group in self.groups.items() if group.valid}
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(group.held_bytes for group in list(self.groups.values()))
+
+    def _group(
+        self, key: Hashable, forward: Callable, bound: BoundArguments, states: list[StreamState], grid: Grid
+    ) -> Group | None:
+        """The graphs for a pass, once it is the second of its kind in a row for each of its streams."""
+        steady = all(self.engine.is_steady(state) and state.last_pass == key for state in states)
+        for state in states:
+            state.last_pass = key
+        if not steady:
+            return None
+        group = self.groups.pop(key, None)
+        if group is not None and group.valid:
+            if group.weights.changed():
+                return None
+        else:
+            self.groups = {key: group for key, group in self.groups.items() if group.valid}
+            while len(self.groups) >= GROUPS:
+                del self.groups[next(iter(self.groups))]
+            group = Group(self.engine, forward, bound, states, grid)
+        self.groups[key] = group
+        return group
+
+    def _key(self, entry: str, bound: BoundArguments, states: list[StreamState], grids: list[Grid]) -> Hashable:
+        """What must be the same for a pass to be recorded with another.
+
+        Raises:
+            Unrecordable: it cannot be recorded at all.
+        """
+        config, anatomy = self.engine.config, self.engine.anatomy
+        frames, *rest = [*bound.args, *bound.kwargs.items()]
+        if config.dilation:
+            raise Unrecordable("dilation adds patches to those of the ladder")
+        if anatomy.order is not None or len(set(grids)) > 1 or len(frames) != len(states):
+            raise Unrecordable("its streams are not a batch of frames of one size, with tokens in the order of patches")
+        if config.arch == "active" and len(states) > 1:
+            raise Unrecordable("arch 'active' pads its output to the longest stream")
+        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(rest)):
+            raise Unrecordable("the tower takes tensors beside the frames")
+        flags = [getattr(anatomy.tower.config, name, None) for name in ("output_hidden_states", "output_attentions")]
+        names = tuple(state.name for state in states)
+        return entry, names, frames.shape, frames.dtype, frames.device, tuple(map(repr, rest)), *flags
