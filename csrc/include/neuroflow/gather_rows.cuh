@@ -28,9 +28,8 @@ void gather_rows_plain(const T* x, const Selection& selection, T* packed, int64_
 
 /// Of rows that a warp holds in its registers, each lane `vectors` times 16 bytes.
 template <typename T, int vectors>
-__global__ void __launch_bounds__(row_threads, 4)
-    gather_rows_normalized_kernel(const T* x, Selection selection, const T* weight, const T* bias, float eps, T* packed,
-                                  int64_t rows, int dim) {
+__global__ void gather_rows_normalized_kernel(const T* x, Selection selection, const T* weight, const T* bias,
+                                              float eps, T* packed, int64_t rows, int dim) {
   constexpr int width = vector_width<T>, stride = warp_size * width;
   const int64_t row = row_of_warp();
   if (row >= rows) return;
