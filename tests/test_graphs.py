@@ -221,6 +221,26 @@ def test_changed_weights_are_recorded_anew(clock, how):
     assert sum(encoder.graph.replays for encoder in after[0].encoders.values()) >= 3
 
 
+def test_what_shapes_the_output_has_graphs_of_its_own(clock):
+    model, frames = tiny("siglip"), clip(frames=5, changed=3)
+    neuroflow.enable_cache(model, config())
+    calls = {
+        "plain": lambda frame: model(pixel_values=frame[None]),
+        "hidden states": lambda frame: model(pixel_values=frame[None], output_hidden_states=True),
+        "autocast": lambda frame: torch.autocast("cpu", torch.bfloat16)(model)(pixel_values=frame[None]),
+    }
+    kinds = {}
+    with torch.no_grad():
+        for name, call in calls.items():
+            for frame in frames:
+                output = call(frame)
+            assert sum(replays(engine_of(model).graphs).values()) >= 3, name
+            kinds[name] = output.hidden_states is not None, output.pooler_output.dtype
+    assert kinds["plain"] == (False, torch.float32)
+    assert kinds["hidden states"] == (True, torch.float32)
+    assert kinds["autocast"] == (False, torch.bfloat16)
+
+
 def test_another_size_has_graphs_of_its_own(clock):
     model = tiny("siglip")
     neuroflow.enable_cache(model, config())

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from inspect import BoundArguments
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -136,12 +136,10 @@ class Kept(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.tensors: list[torch.Tensor] = []
-        self.done = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.done:
-            self.tensors += [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.tensors += [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         return result
 
 
@@ -297,17 +295,18 @@ class Group:
 
     def _encode(self, rung: int, begin: Callable[[], None]) -> Encoded:
         """From `rung` active patches to the tower's output."""
-        kept = Kept()
+        kept, before = Kept(), ExitStack()
 
         def gate(frame: StaticFrame, tokens: torch.Tensor) -> torch.Tensor:
-            kept.done = True
+            before.close()
             begin()
             index, gated = self.gated.index[:rung], self.gated
             self._account(index, gated)
             frame.take(index, gated.cu_seqlens, gated.tokens)
             return gated.tokens
 
-        with kept:
+        with before:
+            before.enter_context(kept)
             output, frame = self._pass(gate)
         if frame.seen is not None:
             self.slab.attention.copy_(frame.seen / frame.seen.mean(1, keepdim=True))
@@ -413,5 +412,7 @@ class Graphs:
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(rest)):
             raise Unrecordable("the tower takes tensors beside the frames")
         flags = [getattr(anatomy.tower.config, name, None) for name in ("output_hidden_states", "output_attentions")]
+        kind = frames.device.type
+        flags += [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)]
         names = tuple(state.name for state in states)
         return entry, names, frames.shape, frames.dtype, frames.device, tuple(map(repr, rest)), *flags
