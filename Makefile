@@ -2,7 +2,9 @@
 PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-SOURCES := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/include/neuroflow/*.h)
+SOURCES := $(wildcard $(addprefix csrc/,cpu/*.cpp cpu/*.h cuda/*.cu cuda/*.h include/neuroflow/*.h include/neuroflow/*.cuh))
+# CUDA for tests without a GPU.
+SHIM := $(wildcard tests/cuda_on_host/*.* tests/cuda_on_host/cuda/*)
 # Releases of transformers between which towers were rebuilt, the newest last; `make compat COMPAT=5.5.0` tests one.
 COMPAT ?= 4.57.6 5.5.0 5.17.0 5.23.0
 STRUCTURAL := families tubelets architectures streams rewrites reference_vectors policies vit_tiny baselines adapters llm
@@ -43,12 +45,12 @@ $(COMPAT:%=compat-%): compat-%: .venv/compat/%/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(SHIM)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(SHIM)
 
 bench: .venv/installed
 	$(BIN)/python -m bench.run --out .benchmarks/run.json
