@@ -1,6 +1,7 @@
 # One environment in .venv, from nothing but Python 3.11, make and a C++ compiler.
 PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
+OUT ?= .benchmarks/gpu
 BIN := .venv/bin
 SOURCES := $(wildcard $(addprefix csrc/,cpu/*.cpp cpu/*.h cuda/*.cu cuda/*.h include/neuroflow/*.h include/neuroflow/*.cuh))
 # CUDA for tests without a GPU.
@@ -9,7 +10,7 @@ SHIM := $(wildcard tests/cuda_on_host/*.* tests/cuda_on_host/cuda/*)
 COMPAT ?= 4.57.6 5.5.0 5.17.0 5.23.0
 STRUCTURAL := families tubelets architectures streams rewrites reference_vectors policies vit_tiny baselines adapters llm
 
-.PHONY: demo test test-slow compat $(COMPAT:%=compat-%) lint format bench clean
+.PHONY: demo test test-slow gpu compat $(COMPAT:%=compat-%) lint format bench clean
 
 .venv/installed: pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -56,6 +57,10 @@ bench: .venv/installed
 	$(BIN)/python -m bench.run --out .benchmarks/run.json
 	$(BIN)/python -m bench.plot .benchmarks/run.json
 	$(BIN)/python -m bench.compare bench/results/run-cpu.json .benchmarks/run.json
+
+# On a machine with a GPU, in the Python that has its torch: `make gpu PYTHON=python3`.
+gpu:
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python:$$PYTHONPATH" $(PYTHON) -m bench.gpu --out $(OUT)
 
 clean:
 	rm -rf .venv build dist demo *.egg-info neuroflow_kernels/*.so

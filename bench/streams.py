@@ -14,7 +14,7 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from bench import cases
-from bench.run import machine, timed
+from bench.run import DTYPES, machine, timed
 from bench.tables import table, write
 
 STREAMS = 8
@@ -22,14 +22,14 @@ SKIPS = (0.97, 0.84)
 SIZE = 224
 
 
-def vit_tiny():
+def vit_tiny(size):
     """The shape of ViT-Ti/16."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
-    return ViTModel(ViTConfig(**sizes, image_size=SIZE, patch_size=16), add_pooling_layer=False).eval()
+    return ViTModel(ViTConfig(**sizes, image_size=size, patch_size=16), add_pooling_layer=False).eval()
 
 
-MODELS = {"ViT-Ti": vit_tiny, "SigLIP base": lambda: cases.tower(SIZE, torch.float32)}
+MODELS = {"ViT-Ti": vit_tiny, "SigLIP base": lambda size: cases.tower(size, torch.float32)}
 
 
 def clips(model, streams, skip):
@@ -56,8 +56,8 @@ def embedding(model, output):
 
 
 @torch.inference_mode()
-def measure(name, dtype, arch, streams, skip, turns):
-    model = MODELS[name]().to(dtype)
+def measure(name, dtype, arch, streams, skip, turns, size=SIZE, device="cpu"):
+    model = MODELS[name](size).to(device, dtype)
     names = list(range(streams))
     frames = clips(model, streams, skip)
     first = next(frames)
@@ -68,11 +68,11 @@ def measure(name, dtype, arch, streams, skip, turns):
         ways[way] = way(copied, names)
         ways[way](first)
     times = {way: [] for way in ways}
-    for step, shown in enumerate(itertools.islice(frames, turns + 2)):
+    for step, shown in enumerate(itertools.islice(frames, turns + cases.RECORDED)):
         found = {}
         for way, encode in sorted(ways.items(), key=lambda _: step % 2, reverse=bool(step % 2)):
-            found[way], taken = timed(lambda encode=encode, shown=shown: encode(shown), "cpu")
-            if step >= 2:  # the first steps fill what later ones find
+            found[way], taken = timed(lambda encode=encode, shown=shown: encode(shown), device)
+            if step >= cases.RECORDED:
                 times[way].append(taken)
         error = cases.distance(found[together].float(), found[apart].float())
         if error > cases.TOLERANCE[dtype]:
@@ -80,7 +80,7 @@ def measure(name, dtype, arch, streams, skip, turns):
     ratios = [separate / packed for packed, separate in zip(times[together], times[apart], strict=True)]
     summary = neuroflow.summary(copied)
     return {
-        "model": f"{name}, {SIZE} px",
+        "model": f"{name}, {size} px",
         "dtype": cases.name_of(dtype),
         "arch": arch,
         "streams": streams,
@@ -111,11 +111,16 @@ def main():
     parser.add_argument("--streams", type=int, default=STREAMS)
     parser.add_argument("--skip", type=float, nargs="+", default=SKIPS)
     parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--size", type=int, default=SIZE)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", default="streams", help="the stem of the files in bench/results, or a path's")
     arguments = parser.parse_args()
     rows = []
-    dtypes = (torch.float32, torch.bfloat16)
-    for name, dtype, skip, arch in itertools.product(arguments.model, dtypes, arguments.skip, arguments.arch):
-        rows.append(measure(name, dtype, arch, arguments.streams, skip, arguments.turns))
+    where = {"size": arguments.size, "device": arguments.device}
+    of = itertools.product(arguments.model, arguments.dtype, arguments.skip, arguments.arch)
+    for name, dtype, skip, arch in of:
+        rows.append(measure(name, DTYPES[dtype], arch, arguments.streams, skip, arguments.turns, **where))
         print(*format_row(rows[-1]), sep="  ", flush=True)
     names = ["model", "dtype", "arch", "streams", "skipped", "apart, a frame", "together, a frame", "speed-up"]
     settings = {"machine": machine(), "turns": arguments.turns}
@@ -124,7 +129,7 @@ def main():
 {__doc__.partition(chr(10) * 2)[2].strip()}
 
 {table(names, [format_row(row) for row in rows])}"""
-    write("streams", settings, rows, text)
+    write(arguments.out, settings, rows, text)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ from neuroflow.adapters import describe as anatomy_of
 from neuroflow.adapters.anatomy import interpolation
 from neuroflow.evaluation import PUBLISHED as PUBLISHED
 from neuroflow.patch import copy_sharing_weights
-from neuroflow.video.preprocess import Preprocessor
-from neuroflow.video.source import Source
 from torch import nn
 
 from neuroflow_kernels.env import describe
@@ -56,6 +54,10 @@ def find(name):
 
 def read_clip(path, size, count):
     """The first `count` frames, [T, 3, size, size] float32."""
+    # Here, since a benchmark that writes a table may run where there is no PyAV.
+    from neuroflow.video.preprocess import Preprocessor
+    from neuroflow.video.source import Source
+
     preprocess = Preprocessor(size, size)
     with closing(Source(str(path))) as source:
         return torch.cat([preprocess(frame) for frame in itertools.islice(source, count)])
@@ -214,7 +216,8 @@ def write(stem, settings, rows, text):
     """bench/results/STEM.json with the machine, the versions, the commit, the settings and every row; STEM.md."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     facts = describe()
-    machine = {name: facts[name] for name in ("processor", "threads", "python", "torch", "transformers")}
+    named = ("processor", "threads", "cuda:0", "python", "torch", "transformers")
+    machine = {name: facts[name] for name in named if name in facts}
     RESULTS.mkdir(exist_ok=True)
     content = {"machine": machine, "commit": commit, "settings": settings, "rows": rows}
     Path(RESULTS, f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
