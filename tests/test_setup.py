@@ -1,0 +1,89 @@
+"""What setup.py decides to build: never by a GPU, which a machine that builds need not have."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+SETUP = Path(__file__).parents[1] / "setup.py"
+NVCC = """#!/bin/sh
+case $1 in
+  --version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
+  --list-gpu-arch) printf 'compute_70\\ncompute_75\\ncompute_80\\ncompute_86\\ncompute_90\\n' ;;
+esac
+"""
+
+
+@pytest.fixture
+def setup():
+    return runpy.run_path(str(SETUP))
+
+
+@pytest.fixture
+def toolkit(tmp_path, monkeypatch):
+    """A torch built for CUDA 13.0, and the nvcc of CUDA 13.2 for GPUs up to Hopper."""
+    for file, text in {"bin/nvcc": NVCC.format(release="13.2"), "include/cuda_runtime.h": ""}.items():
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text(text)
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    for name in ("NEUROFLOW_BUILD", "NEUROFLOW_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_cuda_is_built_where_nvcc_and_torch_for_cuda_are(setup, toolkit):
+    assert setup["cpp_missing"]() is None and setup["cuda_missing"]() is None
+    cpp, cuda = setup["extensions"]()["ext_modules"]
+    assert (cpp.name, cuda.name) == ("neuroflow_kernels._cpu", "neuroflow_kernels._cuda")
+    assert cpp.py_limited_api and cuda.py_limited_api
+    assert cuda.sources and all(source.startswith("csrc/cuda/") for source in cuda.sources)
+    assert [flag for flag in cuda.extra_compile_args["nvcc"] if "gencode" in flag] == [
+        "-gencode=arch=compute_75,code=sm_75",
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+
+
+def test_torch_cuda_arch_list_is_left_to_torch(setup, toolkit, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    cuda = setup["extensions"]()["ext_modules"][1]
+    assert not [flag for flag in cuda.extra_compile_args["nvcc"] if "arch" in flag]
+
+
+def test_cuda_is_left_out_with_its_reason(setup, toolkit, monkeypatch, capsys):
+    def left_out():
+        assert [extension.name for extension in setup["extensions"]()["ext_modules"]] == ["neuroflow_kernels._cpu"]
+        said = capsys.readouterr().err
+        assert said.startswith("neuroflow: building without CUDA kernels, Triton serves GPUs instead: ")
+        return said
+
+    (toolkit / "bin" / "nvcc").write_text(NVCC.format(release="12.8"))
+    assert "nvcc is of CUDA 12.8 and torch of 13.0" in left_out()
+    (toolkit / "include" / "cuda_runtime.h").unlink()
+    assert "has no include/cuda_runtime.h" in left_out()
+    (toolkit / "bin" / "nvcc").unlink()
+    assert "there is no nvcc" in left_out()
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    assert "there is no nvcc" in left_out()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert f"torch {torch.__version__} is built without CUDA" in left_out()
+    monkeypatch.setenv("NEUROFLOW_CUDA", "0")
+    assert "NEUROFLOW_CUDA=0" in left_out()
+    monkeypatch.setenv("NEUROFLOW_BUILD", "0")
+    assert setup["extensions"]() == {} and "NEUROFLOW_BUILD=0" in capsys.readouterr().err
+
+
+def test_nothing_but_python_is_needed_to_look(tmp_path):
+    """As a build in isolation, which has no torch, and should say so instead of failing."""
+    code = f"import runpy; print(runpy.run_path({str(SETUP)!r})['extensions']())"
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": ""}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.stdout == "{}\n" and "torch is not importable here (install torch first" in run.stderr
