@@ -198,11 +198,15 @@ def change_weights(model, how):
         elif how == "another dtype":
             model.double()
         else:
-            layer = neuroflow.adapters.describe(model).layers[1]
-            layer.mlp.fc1.weight = torch.nn.Parameter(layer.mlp.fc1.weight * 1.1)
+            mlp = neuroflow.adapters.describe(model).layers[1].mlp
+            if how == "another module":
+                torch.manual_seed(1)
+                mlp.fc1 = torch.nn.Linear(64, 128)
+            else:
+                mlp.fc1.weight = torch.nn.Parameter(mlp.fc1.weight * 1.1)
 
 
-@pytest.mark.parametrize("how", ["in place", "another dtype", "another parameter"])
+@pytest.mark.parametrize("how", ["in place", "another dtype", "another parameter", "another module"])
 def test_changed_weights_are_recorded_anew(clock, how):
     frames = clip(frames=14, changed=3)
     results = []
