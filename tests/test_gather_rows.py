@@ -8,6 +8,7 @@ from neuroflow_kernels.reference.gather_rows import gather_rows as reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # (S, N, D), rows per stream
 CASES = [((1, 1, 1), [1]), ((1, 5, 7), [3]), ((3, 4, 33), [2, 0, 4]), ((2, 9, 768), [5, 1]), ((2, 3, 8), [0, 0])]
+CASES += [((1, 3, 1152), [2]), ((1, 2, 2056), [1])]
 EMPTY = [((0, 4, 8), []), ((2, 0, 8), [0, 0])]
 
 
@@ -22,6 +23,11 @@ def select(generator, shape, counts):
     index = torch.full((streams * tokens,), -1, dtype=torch.int32)
     index[: len(packed)] = packed
     return index, torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+
+
+def misaligned(tensor):
+    """The same values, one element past where memory can be read 16 bytes at a time."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
 
 
 def layer_norm(generator, dim, dtype):
@@ -102,6 +108,16 @@ def test_x_need_not_be_contiguous(backend, generator):
     x = torch.randn(5, 2, 7, generator=generator).transpose(0, 1)
     index, cu_seqlens = select(generator, (2, 5, 7), [2, 3])
     assert torch.equal(gather_rows(x, index, cu_seqlens), x.reshape(-1, 7)[index[:5].long()])
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_memory_may_begin_anywhere(backend, generator, norm):
+    x = torch.randn(2, 5, 8, generator=generator)
+    selected = select(generator, x.shape, [2, 3])
+    norm = layer_norm(generator, 8, x.dtype) if norm else {}
+    expected = gather_rows(x, *selected, **norm)
+    norm = {name: misaligned(value) if isinstance(value, torch.Tensor) else value for name, value in norm.items()}
+    torch.testing.assert_close(gather_rows(misaligned(x), *selected, **norm), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

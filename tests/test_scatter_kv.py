@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_gather_rows import DTYPES, select
+from test_gather_rows import DTYPES, misaligned, select
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neuroflow_kernels import scatter_kv_, use_backend
@@ -58,6 +58,15 @@ def test_keys_and_values_may_lie_differently(backend, generator):
     expected = written(key_cache, key, *selected), written(value_cache, value, *selected)
     scatter_kv_(key_cache, value_cache, LAYOUTS["heads"](key), LAYOUTS["part of qkv"](value), *selected)
     assert torch.equal(key_cache, expected[0]) and torch.equal(value_cache, expected[1])
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_memory_may_begin_anywhere(backend, generator, moved):
+    *tensors, index, cu_seqlens = draw(generator, (2, 5, 3, 8), [2, 3])
+    expected = [written(cache, fresh, index, cu_seqlens) for cache, fresh in zip(tensors[:2], tensors[2:], strict=True)]
+    tensors[moved] = misaligned(tensors[moved])
+    for cache, result in zip(expected, scatter_kv_(*tensors, index, cu_seqlens), strict=True):
+        assert torch.equal(result, cache)
 
 
 def test_nan_and_inf_are_written_and_overwritten(backend):

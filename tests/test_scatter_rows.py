@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_gather_rows import CASES, DTYPES, EMPTY, select
+from test_gather_rows import CASES, DTYPES, EMPTY, misaligned, select
 
 from neuroflow_kernels import gather_rows, scatter_rows_, use_backend
 from neuroflow_kernels.reference.scatter_rows import scatter_rows_ as reference
@@ -67,6 +67,13 @@ def test_fewer_rows_than_active(backend, generator):
     expected[0, index[:2].long()] = packed[:2]
     scatter_rows_(cache, packed[:2], index, cu_seqlens)
     assert torch.equal(cache, expected)
+
+
+@pytest.mark.parametrize("blend", BLENDS)
+def test_memory_may_begin_anywhere(backend, generator, blend):
+    cache, packed, *selected = draw(generator, (2, 5, 8), [2, 3])
+    result = scatter_rows_(misaligned(cache), misaligned(packed), *selected, blend)
+    torch.testing.assert_close(result, scatter_rows_(cache, packed, *selected, blend))
 
 
 def test_packed_need_not_be_contiguous(backend, generator):
