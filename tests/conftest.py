@@ -6,9 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from neuroflow_kernels import unavailable, use_backend
+from neuroflow_kernels import BackendUnavailable, dispatch, unavailable, use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/test_triton.py runs the ops' tests again like this
+CUDA_ON_HOST = os.environ.get("NEUROFLOW_CUDA_ON_HOST")  # and tests/test_cuda_on_host.py with this library
+DEVICE = os.environ.get("NEUROFLOW_TEST_DEVICE", "cpu")  # and tests/test_cuda.py on cuda, where there is a GPU
+BACKENDS = ["triton"] if INTERPRETED else ["cuda"] if CUDA_ON_HOST else ["reference", "cpp"]
+if DEVICE != "cpu":
+    BACKENDS = ["reference", "cuda", "triton"]
+    torch.set_default_device(DEVICE)
 DATA = Path(os.environ.get("NEUROFLOW_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 if find_spec("torchvision"):
@@ -19,24 +25,33 @@ if find_spec("torchvision"):
         for op in ("nms", "qnms"):
             torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+if CUDA_ON_HOST:
+    # Tensors on the CPU now go where tensors on a GPU go, where there is no Triton.
+    torch.ops.load_library(CUDA_ON_HOST)
+    dispatch._EXTENSION_DEVICES["cuda"] = "cpu"
+    dispatch._extension_errors["cuda"] = None
+    dispatch._without_cuda_kernel = lambda op: "reference"
+    for op in dispatch.Operator.registry.values():
+        op.cuda = "csrc/cuda/" in torch._C._dispatch_dump(f"neuroflow::{op.name}")
+
 
 @pytest.fixture
 def poison():
     """What nobody wrote is NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def served_by(name):
-    reason = unavailable(name)
+    reason = unavailable(name, DEVICE)
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
-    with use_backend(name):
+    with use_backend("auto" if name == "cuda" else name):  # float64 goes past it
         yield name
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpp"])
+@pytest.fixture(params=BACKENDS)
 def backend(request, poison):
     """Every op called in the test runs on this backend, in poisoned memory."""
     yield from served_by(request.param)
@@ -46,6 +61,29 @@ def backend(request, poison):
 def cpu_backend(request, poison):
     """As `backend`, of the ops that have no Triton kernel."""
     yield from served_by(request.param)
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name in ("cuda", "triton")])
+def gpu_backend(request, poison):
+    """As `backend`, for what only kernels that cannot look at an index before they start have to promise."""
+    yield from served_by(request.param)
+
+
+@pytest.fixture
+def on_cpu():
+    if DEVICE != "cpu":
+        pytest.skip("what it tests is promised on the CPU")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Tests of the C++ kernels are skipped on a GPU."""
+    try:
+        return (yield)
+    except BackendUnavailable as error:
+        if DEVICE == "cpu" or "backend 'cpp'" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -59,7 +97,7 @@ def one_thread():
 
 @pytest.fixture
 def generator():
-    return torch.Generator().manual_seed(0)
+    return torch.Generator(DEVICE).manual_seed(0)
 
 
 @pytest.fixture

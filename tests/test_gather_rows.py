@@ -149,9 +149,27 @@ def test_many_rows_on_many_threads(generator, norm):
     torch.testing.assert_close(packed, expected)
 
 
+@pytest.mark.parametrize("dim", [3, 8])
+@pytest.mark.parametrize("norm", [False, True])
+def test_rows_outside_the_tensor_are_not_read(gpu_backend, generator, norm, dim):
+    guarded = torch.randn(6, dim, generator=generator)
+    guarded[0] = guarded[5] = torch.nan
+    norm = layer_norm(generator, dim, guarded.dtype) if norm else {}
+    index, cu_seqlens = torch.tensor([-1, 1, 4, 2**31 - 1, 0]).int(), torch.tensor([0, 5]).int()
+    packed = gather_rows(guarded[1:5][None], index, cu_seqlens, 5, **norm)
+    inside = gather_rows(guarded[1:5][None], index[[1, 4]], cu_seqlens.clamp(max=2), 2, **norm)
+    assert torch.equal(packed[[1, 4]], inside) and packed[[0, 2, 3]].eq(0).all()
+
+
+@pytest.mark.parametrize(("total", "length"), [(1, 2), (9, 1)], ids=["past the count", "past the index"])
+def test_index_is_read_up_to_the_count_and_its_end(gpu_backend, total, length):
+    index, cu_seqlens = torch.tensor([1, 0])[:length].int(), torch.tensor([0, total]).int()
+    assert gather_rows(torch.ones(1, 2, 3), index, cu_seqlens, 2).tolist() == [[1, 1, 1], [0, 0, 0]]
+
+
 @pytest.mark.parametrize("value", [10, -1, 2**31 - 1])
 @pytest.mark.parametrize("name", ["reference", "cpp"])
-def test_index_out_of_range(name, value):
+def test_index_out_of_range(on_cpu, name, value):
     index = torch.tensor([0, value]).int()
     with use_backend(name), pytest.raises(IndexError, match="index"):
         gather_rows(torch.zeros(2, 5, 3), index, torch.tensor([0, 1, 2]).int())

@@ -94,9 +94,27 @@ def test_many_rows_on_many_threads(generator):
     assert torch.equal(key_cache, expected[0]) and torch.equal(value_cache, expected[1])
 
 
+@pytest.mark.parametrize("dim", [3, 8])
+def test_rows_outside_the_caches_are_not_written(gpu_backend, generator, dim):
+    guarded, fresh = torch.randn(2, 6, dim, generator=generator), torch.randn(2, 4, 1, dim, generator=generator)
+    expected = guarded.clone()
+    expected[:, 2] = fresh[:, 1, 0]
+    index, cu_seqlens = torch.tensor([-1, 1, 4, 2**31 - 1]).int(), torch.tensor([0, 4]).int()
+    scatter_kv_(guarded[:1, 1:5], guarded[1:, 1:5], *fresh, index, cu_seqlens)
+    assert torch.equal(guarded, expected)
+
+
+@pytest.mark.parametrize(("total", "length"), [(1, 2), (9, 1)], ids=["past the count", "past the index"])
+def test_index_is_read_up_to_the_count_and_its_end(gpu_backend, total, length):
+    index, cu_seqlens = torch.tensor([1, 0])[:length].int(), torch.tensor([0, total]).int()
+    caches, fresh = (torch.ones(1, 2, 3), torch.ones(1, 2, 3)), torch.full((2, 1, 3), 2.0)
+    for cache in scatter_kv_(*caches, fresh, fresh, index, cu_seqlens):
+        assert cache.tolist() == [[[1, 1, 1], [2, 2, 2]]]
+
+
 @pytest.mark.parametrize("value", [10, -1])
 @pytest.mark.parametrize("name", ["reference", "cpp"])
-def test_index_out_of_range(name, value):
+def test_index_out_of_range(on_cpu, name, value):
     caches, fresh = (torch.ones(2, 5, 3), torch.ones(2, 5, 3)), torch.zeros(2, 1, 3)
     with use_backend(name), pytest.raises(IndexError, match="index"):
         scatter_kv_(*caches, fresh, fresh, torch.tensor([0, value]).int(), torch.tensor([0, 1, 2]).int())

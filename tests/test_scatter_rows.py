@@ -108,10 +108,28 @@ def test_many_rows_on_many_threads(generator, blend):
     torch.testing.assert_close(cache, expected)
 
 
+@pytest.mark.parametrize("dim", [3, 8])
+@pytest.mark.parametrize("blend", BLENDS)
+def test_rows_outside_the_cache_are_not_written(gpu_backend, generator, blend, dim):
+    guarded, packed = torch.randn(6, dim, generator=generator), torch.randn(4, dim, generator=generator)
+    expected = guarded.clone()
+    expected[2] = (1 - blend) * guarded[2] + blend * packed[1]
+    index, cu_seqlens = torch.tensor([-1, 1, 4, 2**31 - 1]).int(), torch.tensor([0, 4]).int()
+    scatter_rows_(guarded[1:5][None], packed, index, cu_seqlens, blend)
+    torch.testing.assert_close(guarded, expected)
+
+
+@pytest.mark.parametrize(("total", "length"), [(1, 2), (9, 1)], ids=["past the count", "past the index"])
+def test_index_is_read_up_to_the_count_and_its_end(gpu_backend, total, length):
+    index, cu_seqlens = torch.tensor([1, 0])[:length].int(), torch.tensor([0, total]).int()
+    cache = scatter_rows_(torch.ones(1, 2, 3), torch.full((2, 3), 2.0), index, cu_seqlens)
+    assert cache.tolist() == [[[1, 1, 1], [2, 2, 2]]]
+
+
 @pytest.mark.parametrize("blend", [1.0, 0.5])
 @pytest.mark.parametrize("value", [10, -1])
 @pytest.mark.parametrize("name", ["reference", "cpp"])
-def test_index_out_of_range(name, value, blend):
+def test_index_out_of_range(on_cpu, name, value, blend):
     cache = torch.ones(2, 5, 3)
     with use_backend(name), pytest.raises(IndexError, match="index"):
         scatter_rows_(cache, torch.zeros(2, 3), torch.tensor([0, value]).int(), torch.tensor([0, 1, 2]).int(), blend)
