@@ -2,8 +2,9 @@
 
 `ema_surprise_` measures each token against a running reference, `compact` turns surprise into a packed index,
 `gather_rows` and `scatter_rows_` move rows between the full and the packed layout, and `ema_gate_` does all of it up to
-the packed rows in one pass. All are batched over S independent streams and never wait for the device. `linear_rows` and
-`attend_rows` are what a transformer's block does with the packed rows, for CPUs.
+the packed rows in one pass. In a transformer's block `scatter_kv_` brings cached keys and values up to date and
+`attend_rows` attends from the packed rows to them. All are batched over S independent streams and never wait for the
+device. `linear_rows` is a linear layer over packed rows, for CPUs.
 """
 
 from .dispatch import BackendUnavailable, load_extensions, unavailable, use_backend, without_row_kernels

@@ -17,12 +17,17 @@ triton = pytest.importorskip("triton", reason="triton is not installed (`pip ins
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from neuroflow_kernels.triton import attend_rows as attention  # noqa: E402
+from neuroflow_kernels.triton.attend_rows import attend_rows  # noqa: E402
 from neuroflow_kernels.triton.compact import compact  # noqa: E402
 from neuroflow_kernels.triton.ema_surprise import ema_surprise_  # noqa: E402
 from neuroflow_kernels.triton.gather_rows import gather_rows  # noqa: E402
+from neuroflow_kernels.triton.scatter_kv import scatter_kv_  # noqa: E402
 from neuroflow_kernels.triton.scatter_rows import scatter_rows_  # noqa: E402
 
-OPS = ("ema_surprise", "compact", "gather_rows", "scatter_rows", "ema_gate")
+OPS = ("ema_surprise", "compact", "gather_rows", "scatter_rows", "ema_gate", "attend_rows", "scatter_kv")
+HEADS = {768: 12, 1152: 16}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 OLD_INTERPRETER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: the kernels are not compiled")
@@ -95,6 +100,8 @@ def launch_row_ops(dtype, streams, tokens, dim):
     gather_rows(x, index, cu_seqlens, tokens, weight, weight, 1e-6)
     scatter_rows_(x, x[0], index, cu_seqlens, 1.0)
     scatter_rows_(x, x[0], index, cu_seqlens, 0.5)
+    rows = x[0].unflatten(1, (HEADS.get(dim, 1), -1))  # [M, heads, head_dim]
+    scatter_kv_(x, x.clone(), rows, rows.transpose(0, 1).contiguous().transpose(0, 1), index, cu_seqlens)
 
 
 @compiles
@@ -135,6 +142,44 @@ def test_compaction_compiles_without_spills(kernels, tmp_path, capability, token
         assert ".ftz" not in kernel.asm["ptx"], kernel.name
 
 
+def launch_attention(dtype, streams, queries, tokens, heads, dim):
+    query, key = (
+        torch.zeros((queries, heads, dim), dtype=dtype),
+        torch.zeros((streams, tokens, heads, dim), dtype=dtype),
+    )
+    attend_rows(query, key, key, torch.zeros(streams + 1, dtype=torch.int32) if streams > 1 else None, 0.1)
+
+
+@compiles
+@pytest.mark.parametrize("capability", [75, 80, 90, 100])
+@pytest.mark.parametrize(
+    ("dtype", "streams", "queries", "tokens", "dim"),
+    [
+        (torch.bfloat16, 1, 64, 196, 64),
+        (torch.bfloat16, 1, 94, 3136, 64),
+        (torch.float16, 2, 16, 3136, 72),
+        (torch.bfloat16, 2, 128, 784, 256),
+        (torch.float32, 2, 94, 784, 256),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_attention_compiles_without_spills(kernels, tmp_path, capability, dtype, streams, queries, tokens, dim):
+    launch_attention(dtype, streams, queries, tokens, 12, dim)
+    assert [kernel.name for kernel in kernels] == ["_attend_kernel", "_combine_kernel"][: 1 + (tokens > 196)]
+    for kernel in kernels:
+        registers, stack, local = resources(kernel, tmp_path)
+        assert 0 < registers <= (255 if kernel.metadata.num_warps == 4 else 208), (kernel.name, registers)
+        assert (stack, local) == (0, 0), kernel.name
+        # Of the GPUs that run code for sm_80 and up, those for desktops have 99 KiB.
+        assert kernel.metadata.shared <= (64 if capability == 75 else 99) * 1024, kernel.name
+    ptx = kernels[0].asm["ptx"]
+    copies = re.findall(r"cp\.async\.c\w\.\S+ .*?, (0x\w+),", ptx)
+    if capability >= 80:
+        assert set(copies) == {"0x10"}, f"keys and values are not copied by 16 bytes: {copies}"
+    if capability >= 80 and dtype != torch.float32:
+        assert TENSOR_CORES[80 if queries <= 16 * streams else capability] in ptx
+
+
 @compiles
 @pytest.mark.parametrize("capability", [80])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -143,6 +188,7 @@ def test_sizes_of_one_compile(kernels, capability, dtype):
     launch_row_ops(dtype, 1, 1, 1)
     compact(torch.zeros((1, 1)), torch.zeros(1), None, 1)
     compact(torch.zeros((1, 1)), None, torch.zeros(1, dtype=torch.int32), 1)
+    launch_attention(dtype, 1, 1, 1, 1, 1)
 
 
 @compiles
@@ -155,9 +201,14 @@ def test_empty_inputs_launch_nothing(kernels, capability):
         index, cu_seqlens = compact(h[..., 0], torch.zeros(shape[0]), None, 4)
         assert index.shape == (0,) and cu_seqlens.tolist() == [0] * (shape[0] + 1)
         scatter_rows_(h, torch.zeros((3, 8)), none, cu_seqlens, 1.0)
+        scatter_kv_(h, h.clone(), torch.zeros((3, 2, 4)), torch.zeros((3, 2, 4)), none, cu_seqlens)
     h = torch.zeros((1, 2, 8))
     assert gather_rows(h, none, none.new_zeros(2), 0, None, None, 0.0).shape == (0, 8)
     scatter_rows_(h, torch.zeros((0, 8)), none, none.new_zeros(2), 1.0)
+    scatter_kv_(h, h.clone(), torch.zeros((0, 2, 4)), torch.zeros((0, 2, 4)), none, none.new_zeros(2))
+    for queries, streams in ((0, 1), (3, 0)):
+        query, key = torch.zeros(queries, 2, 4), torch.zeros(streams, 5, 2, 4)
+        assert attend_rows(query, key, key, none.new_zeros(streams + 1), 0.5).eq(0).all()
     assert not kernels
 
 
@@ -173,6 +224,12 @@ def test_rows_outside_the_tensor_are_neither_read_nor_written(blend):
     scatter_rows_(x, torch.full((4, 3), 2.0), index, cu_seqlens, blend)
     before[2] = (1 - blend) * before[2] + blend * 2
     assert guarded.equal(before)
+    other = guarded.clone()
+    scatter_kv_(x, other[1:5].unsqueeze(0), torch.full((4, 1, 3), 3.0), torch.full((4, 1, 3), 4.0), index, cu_seqlens)
+    before[2] = 3
+    assert guarded.equal(before)
+    before[2] = 4
+    assert other.equal(before)
 
 
 @interprets
@@ -184,6 +241,8 @@ def test_index_is_read_up_to_the_count_and_its_end(total, length):
     assert gather_rows(x, index, cu_seqlens, 2, None, None, 0.0).tolist() == [[1, 1, 1], [0, 0, 0]]
     scatter_rows_(x, torch.full((2, 3), 2.0), index, cu_seqlens, 1.0)
     assert x.tolist() == [[[1, 1, 1], [2, 2, 2]]]
+    scatter_kv_(x, x.clone(), torch.full((2, 1, 3), 3.0), torch.full((2, 1, 3), 4.0), index, cu_seqlens)
+    assert x.tolist() == [[[1, 1, 1], [3, 3, 3]]]
 
 
 @interprets
@@ -204,6 +263,50 @@ def test_float64_keeps_its_digits():
             packed = neuroflow_kernels.gather_rows(x, index, cu_seqlens, 4, **norm)
             results[name] = torch.cat([moved[0], blended[0], packed])
     torch.testing.assert_close(results["triton"], results["reference"], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted", "splits"), [(196, 9, 1), (511, 9, 1), (512, 9, 2), (3136, 1, 1), (3136, 9, 9), (3136, 99, 10)]
+)
+def test_splits_hold_whole_blocks_and_none_is_short(tokens, wanted, splits):
+    span = attention._span(tokens, 64, wanted)
+    assert triton.cdiv(tokens, span) == splits and span % 64 == 0
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """split(multiplies): keys are split as often as they may be, in tiles as tensor cores want them or not."""
+    tile = attention._tile
+
+    def choose(multiplies):
+        monkeypatch.setattr(attention, "_tile", lambda rows, dim, _: tile(rows, dim, multiplies))
+
+    monkeypatch.setattr(attention, "WARPS", 10**6)
+    return choose
+
+
+@interprets
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("counts", [[130], [0, 7, 0, 30]], ids=str)
+def test_splits_are_weighed_together(split, counts, multiplies):
+    split(multiplies)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn((sum(counts) + 2, 1, 20), generator=generator)
+    key, value = (torch.randn((len(counts), 800, 1, 20), generator=generator) for _ in range(2))
+    key *= torch.linspace(0.5, 4, 800)[:, None, None]
+    cu_seqlens = torch.tensor([0, *counts]).cumsum(0).int()
+    found, expected = (of(query, key, value, cu_seqlens, 0.3) for of in (attend_rows, attention.reference))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert found[-2:].eq(0).all()
+
+
+@interprets
+def test_a_split_of_scores_of_minus_infinity_counts_nothing(split):
+    split(False)
+    key, value = torch.zeros(1, 600, 1, 4), torch.randn(1, 600, 1, 4, generator=torch.Generator().manual_seed(0))
+    key[:, :500] = -torch.inf
+    found = attend_rows(torch.ones(2, 1, 4), key, value, None, 0.5)
+    torch.testing.assert_close(found, value[:, 500:].mean(1).expand(2, 1, 4))
 
 
 @interprets

@@ -12,10 +12,7 @@ def _fake(
 
 
 _operator = Operator(
-    __name__,
-    "attend_rows(Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens, float scale) -> Tensor",
-    _fake,
-    triton=False,
+    __name__, "attend_rows(Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens, float scale) -> Tensor", _fake
 )
 
 

@@ -1,5 +1,7 @@
 """What the row kernels share: their tile, and correctly rounded arithmetic."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,13 @@ def row_tile(dim: int, dtype: torch.dtype) -> dict[str, int | bool]:
         "num_warps": min(32, block_rows * block_dim // elements),
         **FUSE_MULTIPLY_ADD,
     }
+
+
+def stride_unit(*tensors: torch.Tensor) -> int:
+    """What a kernel may take the first two strides in: a compiler that knows their common power of two, up to 16
+    elements, can load as many at once.
+    """
+    return math.gcd(16, *(stride for tensor in tensors for stride in tensor.stride()[:2]))
 
 
 @triton.jit
