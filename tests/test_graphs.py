@@ -7,7 +7,7 @@ import weakref
 import neuroflow
 import pytest
 import torch
-from host_graph import HostGraph
+from host_graph import HostGraph, memory, tensors
 from models import clip, exact, inputs, tiny
 from neuroflow import graphs
 from neuroflow.cache import Engine
@@ -150,6 +150,31 @@ def test_replayed_frames_run_no_python(clock):
     del calls[:]
     encoded(model, "siglip", frames[5:])
     assert not calls
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_what_a_graph_reads_is_kept(clock, family):
+    """It finds tensors by where they lie: those that it did not make itself must stay there while it is used."""
+    model, frames = tiny(family), clip(frames=5, changed=5)
+    neuroflow.enable_cache(model, config(score="staleness", threshold=None, budget=5))
+    for frame in frames:
+        encoded(model, family, frame[None])
+    engine = engine_of(model)
+    [group] = engine.graphs.groups.values()
+    tower, slab = engine.anatomy.tower, group.slab
+    held = [*tower.parameters(), *tower.buffers(), *slab.caches.values(), *engine.ladders.values()]
+    held += [slab.age, slab.active, slab.surprise, slab.skipped, group.frames, group.decision]
+    held += [value for part in tower.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    held += tensors([slab.attention, *(kept for _, kept in engine.kept.values())])
+    for recorded in (group.gate, *group.encoders.values()):
+        assert recorded.calls >= 2
+        known = {memory(tensor) for tensor in [*held, *tensors(group.gate.result), *tensors(recorded.result)]}
+        made = {memory(result) for *_, fresh in recorded.graph.calls for result in fresh}
+        read = {memory(given) for _, args, kwargs, _ in recorded.graph.calls for given in tensors((args, kwargs))}
+        assert read <= known | made
+    # Nothing here is read that was computed in front of the blocks; what a tower hands to all of them would be.
+    [encoder] = group.encoders.values()
+    assert encoder.result.kept and not made & {memory(tensor) for tensor in encoder.result.kept}
 
 
 @pytest.mark.parametrize("what", ["cut", "nan", "many"])
