@@ -74,7 +74,7 @@ int meet_block(const char* intrinsic, int value);
 /// Until all 32 lanes of the warp are here; what each of them brought.
 const uint64_t* meet_warp(const char* intrinsic, unsigned mask, uint64_t value);
 
-/// Where a block sees what others did: one of them may run first. `waits`: nothing was changed, which cannot go on.
+/// Where a block sees what others did, or lets them see: one of them may run first. `waits`: it changes nothing.
 void meet_grid(bool waits);
 
 template <typename T>
