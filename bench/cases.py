@@ -25,6 +25,7 @@ from neuroflow_kernels import (
     ema_surprise_,
     gather_rows,
     linear_rows,
+    scatter_kv_,
     scatter_rows_,
 )
 
@@ -146,6 +147,32 @@ def attention_inputs(shape, dtype, generator):
     return [torch.randn(rows, *heads, generator=generator).to(dtype) for rows in (queries, tokens, tokens)]
 
 
+def streams_inputs(shape, dtype, generator):
+    """As many queries of each stream [S * M, heads, head_dim], keys and values [S, T, heads, head_dim], cu_seqlens, of
+    shape (S, M, T, heads, head_dim).
+    """
+    streams, queries, tokens, *heads = shape
+    sizes = (streams * queries,), (streams, tokens), (streams, tokens)
+    made = [torch.randn(*size, *heads, generator=generator).to(dtype) for size in sizes]
+    return *made, torch.arange(streams + 1, dtype=torch.int32) * queries
+
+
+def attend_known(query, key, value, cu_seqlens):
+    """With as many queries of each stream, which the host knows, attention is a batch."""
+    by_head = (tensor.transpose(1, 2) for tensor in (query.unflatten(0, (len(key), -1)), key, value))
+    return F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(0, 1)
+
+
+def projected(shape, dtype, generator):
+    """Caches [S, N, heads * head_dim], keys and values [M, heads, head_dim] as a model's attention has them, index and
+    cu_seqlens, of shape (S, N, heads, head_dim).
+    """
+    *frame, heads, dim = shape
+    key_cache, key, *selected = selection((*frame, heads * dim), dtype, generator)
+    key = key.unflatten(1, (heads, dim)).transpose(0, 1).contiguous().transpose(0, 1)
+    return key_cache, key_cache + 1, key, key + 1, *selected
+
+
 def eager_gate(h, ema, rows):
     surprise = 1 - F.cosine_similarity(h, ema, dim=-1)
     active = (surprise > THRESHOLD).flatten().nonzero()[:, 0]
@@ -248,6 +275,22 @@ OPS = [
         attend_rows,
         cost=lambda query, key, value: (size_of(query, query, key, value), 4 * query.numel() * len(key)),
         rounding=1 / 8,  # a kernel may round the weights of the values
+    ),
+    Op(
+        "attend_rows, streams",
+        ((8, 24, 784, 12, 64),),
+        streams_inputs,
+        lambda query, key, value, cu_seqlens: attend_rows(query, key, value, cu_seqlens=cu_seqlens),
+        cost=lambda query, key, value, _: (size_of(query, query, key, value), 4 * query.numel() * key.shape[1]),
+        baselines={"lengths known": attend_known},
+        rounding=1 / 8,
+    ),
+    Op(
+        "scatter_kv_",
+        tuple((*shape[:2], 12, 64) for shape in FRAMES),
+        projected,
+        scatter_kv_,
+        cost=lambda key_cache, value_cache, key, value, *_: (2 * size_of(key, value), 0),
     ),
 ]
 OP_CASES = [OpCase(op, shape, dtype) for op in OPS for shape in op.shapes for dtype in op.dtypes]

@@ -14,7 +14,7 @@ from bench.baselines import Published
 from neuroflow_kernels import BackendUnavailable, linear_rows, unavailable
 
 CEILINGS = {"memory": 1e9, "float32": 2e9, "bfloat16": 4e9}
-SHAPES = {3: (2, 40, 16), 4: (2, 9, 2, 8)}
+SHAPES = {3: (2, 40, 16), 4: (2, 9, 2, 8), 5: (2, 3, 9, 2, 8)}
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,8 @@ def test_cost_of_ops():
     assert cost("ema_gate_")[0] == 3 * frame + 2 * 40 * 8 + active
     assert cost("linear_rows") == (4 * (2 * 40 + 16 * 40 + 16 + 2 * 16), 2 * 2 * 40 * 16)
     assert cost("attend_rows") == (4 * 16 * (2 + 2 + 9 + 9), 4 * 2 * 9 * 16)
+    assert cost("attend_rows, streams") == (4 * 16 * (6 + 6 + 18 + 18), 4 * 6 * 9 * 16)
+    assert cost("scatter_kv_") == (4 * active, 0)
 
 
 def test_inputs_are_the_same_every_time_and_every_round_finds_as_many_active():
