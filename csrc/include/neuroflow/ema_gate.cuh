@@ -45,7 +45,7 @@ __device__ inline void write_packed(const Word* h, Word* packed, int64_t words, 
 
 /// Surprise, new references, index, cu_seqlens and packed rows, in one pass over h and ema.
 template <typename Token, typename Reference, int vectors>
-__global__ void __launch_bounds__(RowShape::threads, 5)
+__global__ void __launch_bounds__(RowShape::threads, vectors < most_vectors ? 6 : 5)
     ema_gate_kernel(const Token* h, Reference* ema, RowShape shape, Accumulator<Token> keep, Accumulator<Token> take,
                     bool move, const float* threshold, int floor, Tiles tiles, GateProgress progress, float* surprise,
                     int32_t* index, int32_t* cu_seqlens, Token* packed, int64_t rows) {

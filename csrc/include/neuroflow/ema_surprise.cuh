@@ -8,6 +8,8 @@
 
 namespace neuroflow::cuda {
 
+constexpr int most_vectors = 4;  // to a lane: many loads in flight at once, and no more registers than there are
+
 /// How rows of h and ema are spread over a block: each over `warps` warps, as many rows as there is room for.
 struct RowShape {
   static constexpr int threads = 128;  // few, so that a few hundred rows reach every multiprocessor
@@ -109,7 +111,7 @@ __device__ inline float ema_surprise(const Token* h, Reference* ema, bool inside
 }
 
 template <typename Token, typename Reference, int vectors>
-__global__ void __launch_bounds__(RowShape::threads, 5)
+__global__ void __launch_bounds__(RowShape::threads, vectors < most_vectors ? 6 : 5)
     ema_surprise_kernel(const Token* h, Reference* ema, float* surprise, int64_t rows, RowShape shape,
                         Accumulator<Token> keep, Accumulator<Token> take, bool move) {
   const int64_t row = int64_t{blockIdx.x} * shape.rows_per_block() + threadIdx.x / shape.row_threads();
@@ -117,8 +119,6 @@ __global__ void __launch_bounds__(RowShape::threads, 5)
                                                               shape, keep, take, move);
   if (row < rows && threadIdx.x % shape.row_threads() == 0) surprise[row] = value;
 }
-
-constexpr int most_vectors = 4;  // to a lane: many loads in flight at once, and no more registers than there are
 
 template <typename Token>
 RowShape row_shape(int64_t dim) {
