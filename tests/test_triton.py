@@ -233,10 +233,20 @@ def test_float64_keeps_its_digits():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "wanted", "splits"), [(196, 9, 1), (511, 9, 1), (512, 9, 2), (3136, 1, 1), (3136, 9, 9), (3136, 99, 10)]
+    ("tokens", "programs", "splits"),
+    [
+        (196, 12, 1),
+        (511, 12, 1),
+        (512, 12, 2),
+        (3136, 12, 10),  # of the 11 that fill 132 multiprocessors, in whole blocks
+        (12544, 36, 7),  # twice round; four splits would go round twice as well
+        (784, 192, 2),
+        (784, 132, 1),
+        (784, 1320, 1),
+    ],
 )
-def test_splits_hold_whole_blocks_and_none_is_short(tokens, wanted, splits):
-    span = attention._span(tokens, 64, wanted)
+def test_splits_fill_the_gpu_in_whole_blocks(tokens, programs, splits):
+    span = attention._span(tokens, 64, programs, 132)
     assert triton.cdiv(tokens, span) == splits and span % 64 == 0
 
 

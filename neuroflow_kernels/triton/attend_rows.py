@@ -17,7 +17,7 @@ from .common import FUSE_MULTIPLY_ADD, stride_unit
 LOG2_E = 1.4426950408889634
 WIDEST_HEAD = 256  # wider ones, and float64, go through the reference
 SHORTEST_SPLIT = 256  # keys; below it, partial sums take as long to write and read as the keys to read
-WARPS = 8  # to a multiprocessor, at least, if there are keys enough
+WARPS = 8  # that keep a multiprocessor busy
 
 
 @triton.jit(do_not_specialize=["streams", "rows", "tokens", "heads", "query_stride", "query_head_stride", "span"])
@@ -164,6 +164,7 @@ def _combine_kernel(
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
+    """132, an H100's, where kernels are only interpreted or compiled."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -202,9 +203,16 @@ def _tile(rows: int, block_dim: int, multiplies: bool) -> dict[str, int | None]:
     }
 
 
-def _span(tokens: int, block_tokens: int, splits: int) -> int:
-    """Keys of each of so many splits, or of fewer that are long enough: whole blocks."""
-    return triton.cdiv(triton.cdiv(tokens, block_tokens), max(1, min(splits, tokens // SHORTEST_SPLIT))) * block_tokens
+@functools.cache
+def _span(tokens: int, block_tokens: int, programs: int, at_once: int) -> int:
+    """Keys of a split, in whole blocks: the fewest splits that end within a seventh of the earliest possible time.
+
+    `programs` are there for each split, `at_once` of all run beside each other.
+    """
+    splits = range(1, max(1, tokens // SHORTEST_SPLIT) + 1)
+    times = [triton.cdiv(programs * count, at_once) / count for count in splits]
+    chosen = next(count for count, time in zip(splits, times, strict=True) if 7 * time <= 8 * min(times))
+    return triton.cdiv(triton.cdiv(tokens, block_tokens), chosen) * block_tokens
 
 
 def attend_rows(
@@ -221,11 +229,13 @@ def attend_rows(
     block_dim, unit = max(16, triton.next_power_of_2(dim)), stride_unit(query)
     with torch.cuda.device_of(query):
         multiplies = _multiplies(query.dtype)
-        tile = _tile(triton.cdiv(rows, streams), block_dim, multiplies)
-        # Each stream but one may leave its last tile partly empty.
+        share = triton.cdiv(rows, streams)  # a stream's queries, if all have as many
+        tile = _tile(share, block_dim, multiplies)
+        # At most: each stream but one may leave its last tile partly empty.
         tiles = triton.cdiv(rows, tile["BLOCK_ROWS"]) + streams - 1
-        wanted = triton.cdiv(_multiprocessors(query.device) * WARPS, tiles * heads * tile["num_warps"])
-        span = _span(tokens, tile["BLOCK_TOKENS"], wanted)
+        programs = streams * triton.cdiv(share, tile["BLOCK_ROWS"]) * heads
+        at_once = _multiprocessors(query.device) * WARPS // tile["num_warps"]
+        span = _span(tokens, tile["BLOCK_TOKENS"], programs, at_once)
         splits = triton.cdiv(tokens, span)
         mixes = peaks = totals = None
         if splits > 1:
