@@ -110,14 +110,17 @@ def test_x_need_not_be_contiguous(backend, generator):
     assert torch.equal(gather_rows(x, index, cu_seqlens), x.reshape(-1, 7)[index[:5].long()])
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_memory_may_begin_anywhere(backend, generator, norm):
+@pytest.mark.parametrize("moved", ["x", "x, normalised", "norm_weight", "norm_bias"])
+def test_memory_may_begin_anywhere(backend, generator, moved):
     x = torch.randn(2, 5, 8, generator=generator)
     selected = select(generator, x.shape, [2, 3])
-    norm = layer_norm(generator, 8, x.dtype) if norm else {}
+    norm = {} if moved == "x" else layer_norm(generator, 8, x.dtype)
     expected = gather_rows(x, *selected, **norm)
-    norm = {name: misaligned(value) if isinstance(value, torch.Tensor) else value for name, value in norm.items()}
-    torch.testing.assert_close(gather_rows(misaligned(x), *selected, **norm), expected)
+    if moved in norm:
+        norm[moved] = misaligned(norm[moved])
+    else:
+        x = misaligned(x)
+    torch.testing.assert_close(gather_rows(x, *selected, **norm), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -69,11 +69,13 @@ def test_fewer_rows_than_active(backend, generator):
     assert torch.equal(cache, expected)
 
 
+@pytest.mark.parametrize("moved", [0, 1])
 @pytest.mark.parametrize("blend", BLENDS)
-def test_memory_may_begin_anywhere(backend, generator, blend):
-    cache, packed, *selected = draw(generator, (2, 5, 8), [2, 3])
-    result = scatter_rows_(misaligned(cache), misaligned(packed), *selected, blend)
-    torch.testing.assert_close(result, scatter_rows_(cache, packed, *selected, blend))
+def test_memory_may_begin_anywhere(backend, generator, blend, moved):
+    *tensors, index, cu_seqlens = draw(generator, (2, 5, 8), [2, 3])
+    expected = scatter_rows_(tensors[0].clone(), tensors[1], index, cu_seqlens, blend)
+    tensors[moved] = misaligned(tensors[moved])
+    torch.testing.assert_close(scatter_rows_(*tensors, index, cu_seqlens, blend), expected)
 
 
 def test_packed_need_not_be_contiguous(backend, generator):
