@@ -212,7 +212,7 @@ def tiny(family, size=48):
 
 def exact(**settings):
     """A configuration under which just those patches are active whose surprise lies above the threshold."""
-    plain = {"score": "surprise", "max_age": None, "cut_share": None, "cut_surprise": None}
+    plain = {"score": "surprise", "max_age": None, "cut_share": None, "cut_surprise": None, "dense_above": 1.0}
     return neuroflow.NeuroFlowConfig(**plain | settings)
 
 

@@ -30,6 +30,8 @@ def test_a_budget_takes_the_place_of_the_threshold():
         ("reference", "last"),
         ("max_age", 0),
         ("mid_layer", -1),
+        ("dense_above", -0.1),
+        ("dense_above", 1.1),
         ("ladder", ()),
         ("ladder", (8, 8)),
         ("ladder", (0, 8)),

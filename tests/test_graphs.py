@@ -326,7 +326,7 @@ def test_no_more_groups_than_the_limit(clock, monkeypatch):
 def test_graphs_slower_than_a_dense_pass_are_not_used(clock):
     """Found out when the first is recorded; the next frame with as many patches is dense, those with fewer are not."""
     model, frames = tiny("siglip"), clip(frames=9, changed=9)
-    neuroflow.enable_cache(model, config())
+    neuroflow.enable_cache(model, config(dense_above=None))
     for frame in frames[:2]:
         encoded(model, "siglip", frame[None])
     clock["graph"] = 0.6  # of the gate and of what encodes, together more than the dense 1.0
@@ -334,10 +334,18 @@ def test_graphs_slower_than_a_dense_pass_are_not_used(clock):
         encoded(model, "siglip", frame[None])
     stream = neuroflow.summary(model).streams["default"]
     assert stream.active.all() and stream.key_frames >= 2
+    assert list(neuroflow.summary(model).crossovers.values()) == [15 / 36]
     clock["graph"] = 0.3
     for _ in range(3):
         encoded(model, "siglip", frames[5:6])
     assert neuroflow.summary(model).streams["default"].active.sum() == 4
+
+
+@pytest.mark.parametrize("share", [15 / 36, 16 / 36, 1.0])
+def test_a_given_share_decides_instead_of_times(clock, share):
+    clock["graph"] = 0.6
+    found = compare("siglip", "E", clip(frames=6, changed=9)[:, None], dense_above=share)
+    assert sum(len(group.encoders) for group in found.groups.values()) == (share >= 16 / 36)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from neuroflow_kernels import attend_rows, compact, ema_surprise_, gather_rows, linear_rows, scatter_rows_
 
-from . import graphs, policies
+from . import crossover, graphs, policies
 from .adapters import Anatomy, Grid
 from .config import NeuroFlowConfig
 from .frame import Frame, StaticFrame, Unrecordable, current_frame, split
@@ -40,7 +40,7 @@ from .rewrites import (
     patch_windows,
     project_windows,
 )
-from .state import Seen, StreamState, copied
+from .state import Seen, Size, StreamState, copied
 from .streams import StreamCache
 
 ATTENTION = "neuroflow"
@@ -86,6 +86,7 @@ class Engine:
         self.kept: dict[Hashable, tuple[list, Any]] = {}  # by `derived`
         self.ladders: dict[torch.device, torch.Tensor] = {}
         self.graphs = graphs.Graphs(self) if config.engine == "graph" else None
+        self.crossovers: dict[Size, float] = {}  # those that are known
         self.streams = streams
         self.named: ContextVar[tuple[Hashable, ...]] = ContextVar("neuroflow_streams", default=(DEFAULT_STREAM,))
         self.numbered: ContextVar[tuple[int, ...] | None] = ContextVar("neuroflow_frame_ids", default=None)
@@ -180,6 +181,8 @@ class Engine:
                 state.valid = finite
                 if attention is not None:
                     state.attention = copied((attention / attention.mean()).float(), state.attention)
+        if frame.unmeasured is not None:
+            self.crossovers[frame.unmeasured] = crossover.measure(frame, *frame.first_block)
         return output
 
     def _note_gaps(self, states: list[StreamState]) -> None:
@@ -277,6 +280,8 @@ class Engine:
                 tokens = frame.gate(frame, tokens)
             else:
                 self._gate(frame, tokens)
+                if frame.unmeasured is not None:
+                    frame.first_block = tokens, lambda tokens: forward(tokens, *args, **kwargs)
             if self.config.arch in ("active", "dual", "context"):
                 tokens = self._pack(frame, tokens)
         return forward(tokens, *args, **kwargs)
@@ -419,6 +424,8 @@ class Engine:
             of_streams = zip(frame.states, signals, frame.grids, strict=True)
             surprises = [self._surprise(state, h, grid) for state, h, grid in of_streams]
         chosen = self._choose(frame, surprises)
+        if crossover.is_above(frame, tokens, chosen):
+            chosen = [None] * len(chosen)
         leading = torch.arange(prefix, dtype=torch.int32, device=tokens.device)
         rows: list[torch.Tensor | None] = []
         for stream, (state, h, surprise, index) in enumerate(

@@ -30,7 +30,7 @@ class NeuroFlowConfig:
 
     The default is the training-free architecture E on the patch projection, against the content at each patch's last
     encoding, scored by staleness. The published system's gate is `signal="embedding", reference="ema",
-    score="surprise", max_age=None, cut_share=None, cut_surprise=None`.
+    score="surprise", max_age=None, cut_share=None, cut_surprise=None, dense_above=1`.
 
     Args:
         arch: what inactive patches contribute. "context" (E): their keys and values of every block and their last
@@ -59,6 +59,10 @@ class NeuroFlowConfig:
             once, but encodes them beside what is stale itself, so that errors fade and do not end.
         cut_share: a frame with more than this share of its patches active becomes a key frame; None: never.
         cut_surprise: so does one whose mean surprise lies above this; None: never.
+        dense_above: a pass with more than this share of the patches of all its streams active runs dense, each stream
+            with a key frame, as partial frames would take longer; 1: none does. None: the share is measured on the
+            machine, in about half the time of a dense pass after the first one of a size and dtype. Hooks on parts of
+            the first block see it run for that.
         blend: weight of a patch's new output in its cache, above 0 to 1. 1 replaces; less damps flicker.
         mid_layer: for "midlayer", the number of the last block that runs on all patches; None is half of them.
         engine: "graph": on a GPU, sparse frames of streams that keep coming together are recorded as CUDA graphs, whose
@@ -90,6 +94,7 @@ class NeuroFlowConfig:
     refresh: Refresh = "key"
     cut_share: float | None = 0.5
     cut_surprise: float | None = 0.25
+    dense_above: float | None = None
     blend: float = 1.0
     mid_layer: int | None = None
     engine: Launch = "graph"
@@ -127,6 +132,8 @@ class NeuroFlowConfig:
         _require(self.cut_share is None or 0 < self.cut_share <= 1, "cut_share", self.cut_share, "None or 0 to 1")
         cut = self.cut_surprise is None or 0 < self.cut_surprise <= 2
         _require(cut, "cut_surprise", self.cut_surprise, "None or a number above 0, at most 2")
+        bounded = self.dense_above is None or 0 <= self.dense_above <= 1
+        _require(bounded, "dense_above", self.dense_above, "None or a share from 0 to 1")
         _require(0 < self.blend <= 1, "blend", self.blend, "a number above 0, at most 1")
         placed = self.mid_layer is None or (isinstance(self.mid_layer, int) and self.mid_layer >= 0)
         _require(placed, "mid_layer", self.mid_layer, "None or the number of a block, counted from 0")

@@ -13,7 +13,7 @@ from neuroflow_kernels import attend_rows, gather_rows, scatter_kv_, scatter_row
 from .adapters.anatomy import Grid
 from .policies import paid_attention
 from .rewrites import row_kernels_serve
-from .state import Slab, StreamState
+from .state import Size, Slab, StreamState
 
 if TYPE_CHECKING:
     from .cache import Engine
@@ -58,6 +58,8 @@ class Frame:
         self.partial = False  # some of its rows are not encoded
         self.packed = False  # the residual stream holds active tokens only
         self.row_kernels = False  # what is partial is multiplied by the kernels for few rows
+        self.unmeasured: Size | None = None  # its own, if the crossover is to be measured after it
+        self.first_block: tuple[torch.Tensor, Callable] | None = None  # of what is unmeasured: its tokens, and itself
 
     def select(self, active: list[torch.Tensor | None], tokens: torch.Tensor) -> None:
         """Take each stream's active tokens among all of `tokens`: int32 rows of its T, or None for all of them."""

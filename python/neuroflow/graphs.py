@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from neuroflow_kernels import gather_rows, scatter_rows_
 
-from . import policies
+from . import crossover, policies
 from .adapters.anatomy import Grid
 from .frame import StaticFrame, Unrecordable, current_frame
 from .state import Slab, StreamState, copied
@@ -228,7 +228,9 @@ class Group:
         self.encoders: dict[int, Recorded] = {}
         self.held_bytes = 0  # by its graphs
         self.dense_seconds = seconds(lambda: forward(*bound.args, **bound.kwargs), device)
-        self.most = self.slab.age.numel()  # a pass of more patches is no faster than a dense one
+        self.patches = self.slab.age.numel()
+        self.timed = engine.config.dense_above is None
+        self.dense_above = 1.0 if self.timed else engine.config.dense_above
 
     @property
     def valid(self) -> bool:
@@ -245,16 +247,19 @@ class Group:
         if self.frames.is_cuda:
             torch.cuda.current_stream(self.frames.device).synchronize()
         rung = self.decision.item()
-        if rung in (-1, self.slab.age.numel()):
+        if rung in (-1, self.patches):
             return None, self.gated.surprise.clone()
-        if rung > self.most:
+        if rung / self.patches > self.dense_above:
             return None, None
         if rung not in self.encoders:
             self.encoders[rung] = Recorded(lambda begin: self._encode(rung, begin), self.pool)
         encoder = self.encoders[rung]
         output = tree_map_only(torch.Tensor, torch.clone, self._run(encoder).output)
-        if encoder.calls == 2 and self.gate.seconds + encoder.seconds >= self.dense_seconds:
-            self.most = min(self.most, rung - 1)
+        if encoder.calls == 2 and self.timed:
+            if self.gate.seconds + encoder.seconds >= self.dense_seconds:
+                self.dense_above = min(self.dense_above, (rung - 1) / self.patches)
+            size = crossover.size_of([self.grid] * len(self.names), self.gated.tokens)
+            self.engine.crossovers[size] = self.dense_above
         return output, None
 
     def _run(self, recorded: Recorded) -> Any:

@@ -193,7 +193,7 @@ def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
 
 
 def summary(model: nn.Module) -> Summary:
-    """What every stream has skipped so far, and what it holds.
+    """What every stream has skipped so far and holds, and from which share on passes run dense.
 
     Raises:
         RuntimeError: the model is not patched.
@@ -216,6 +216,7 @@ def summary(model: nn.Module) -> Summary:
         arch=engine.config.arch,
         streams=streams,
         limit_bytes=engine.streams.limit_bytes,
+        crossovers=dict(engine.crossovers),
         graph_bytes=0 if engine.graphs is None else engine.graphs.held_bytes,
     )
 

@@ -142,6 +142,20 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else copied(torch.cat(parts), None)
 
 
+class Size(NamedTuple):
+    """What one crossover is measured for: a pass of so many streams, of the rows and columns of its largest frame."""
+
+    streams: int
+    grid: Grid
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        rows, columns = self.grid
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.streams} stream(s) of {rows}x{columns} patches, {dtype} on {self.device}"
+
+
 @dataclasses.dataclass(frozen=True)
 class StreamSummary:
     """One stream since it was opened or reset.
@@ -175,12 +189,15 @@ class Summary:
         streams: by name, the least recently used first.
         limit_bytes: what all of them together can come to hold, by the limits of the model's `StreamCache`; None where
             it has none.
+        crossovers: by size of pass, above which share of active patches it runs dense, as far as that was measured; a
+            size is (streams, (rows, columns) of the largest frame, dtype, device).
         graph_bytes: what recorded CUDA graphs hold beside the streams.
     """
 
     arch: str
     streams: dict[Hashable, StreamSummary]
     limit_bytes: int | None
+    crossovers: dict[Size, float]
     graph_bytes: int = 0
 
     @property
@@ -198,5 +215,9 @@ class Summary:
             f"{stream.skipped:.1%} of patches skipped, {stream.nonfinite} frames with NaN/Inf, "
             f"{stream.state_bytes / 2**20:.1f} MiB"
             for name, stream in self.streams.items()
+        ]
+        lines += [
+            f"  {size}: " + (f"dense above {share:.1%} active" if share < 1 else "never dense")
+            for size, share in self.crossovers.items()
         ]
         return "\n".join(lines)
