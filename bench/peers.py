@@ -56,7 +56,7 @@ class NeuroFlow:
 
     def __init__(self, model, threshold):
         self.model = copy_sharing_weights(model)
-        neuroflow.enable_cache(self.model, neuroflow.NeuroFlowConfig(threshold=threshold))
+        neuroflow.enable_cache(self.model, neuroflow.NeuroFlowConfig(threshold=threshold, dense_above=1.0))
 
     def reset(self):
         neuroflow.reset_cache(self.model)

@@ -74,8 +74,9 @@ def run(model, clips, config, *, dense=None):
     """A `Run` for each of `clips`, which are streams of one pass where they are of one length.
 
     With `dense`, the unpatched model is run in turns with the patched one, clip by clip; returns its embeddings too.
+    What is encoded does not depend on how fast the machine is.
     """
-    neuroflow.enable_cache(model, config)
+    neuroflow.enable_cache(model, dataclasses.replace(config, dense_above=1.0))
     try:
         if dense is not None:
             return list(zip(*(_run_in_turns(model, clip, dense) for clip in clips), strict=True))

@@ -100,6 +100,16 @@ def test_frames_may_be_any_iterable_that_starts_over():
     assert frames.passes == 1 + len(result.trials)
 
 
+def test_the_threshold_does_not_depend_on_the_machines_speed(monkeypatch):
+    model, frames = tiny("siglip"), drift(frames=5)
+    expected = calibrate(model, frames, PLAIN, skip=0.6)
+    monkeypatch.setattr("neuroflow.crossover.measure", lambda *_: 0.2)
+    result = calibrate(model, frames, dataclasses.replace(PLAIN, dense_above=None), skip=0.6)
+    assert result == dataclasses.replace(expected, config=dataclasses.replace(expected.config, dense_above=None))
+    with pytest.raises(CalibrationError, match="is not reached"):  # with frames above it dense
+        calibrate(model, frames, dataclasses.replace(PLAIN, dense_above=0.2), skip=0.6)
+
+
 def test_a_bfloat16_model_takes_float32_frames():
     result = calibrate(tiny("siglip", 96).to(torch.bfloat16), drift(side=96), skip=0.7)
     assert result.skipped == pytest.approx(0.7, abs=0.005) and result.fidelity > 0.9

@@ -337,14 +337,18 @@ def test_prompts_are_lower_case_words(tmp_path, monkeypatch):
     assert prompts == [["a video of apply eye makeup.", "a video of yo yo."], ["apply eye makeup", "yo yo"]]
 
 
-def test_the_published_table_is_one_command(folder, model, classes, monkeypatch, neuroflow):
+def test_the_published_table_is_one_command_and_no_table_depends_on_the_machines_speed(
+    folder, model, classes, monkeypatch, neuroflow
+):
     configs = {}
     monkeypatch.setattr(command, "_patched", lambda model, config: configs.setdefault(config.threshold, config))
     monkeypatch.setattr(command, "classify", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert neuroflow("eval", "video", folder, "--model", model, "--classes", classes, "--preset", "published")[0] == 130
     gate = {"signal": "embedding", "reference": "ema", "ema_decay": 0.01, "score": "surprise", "max_age": None}
-    always = {"arch": "C", "cut_share": None, "cut_surprise": None, "floor": 4}
+    always = {"arch": "C", "cut_share": None, "cut_surprise": None, "dense_above": 1.0, "floor": 4}
     assert configs == {t: NeuroFlowConfig(threshold=t, **gate, **always) for t in (0.05, 0.1, 0.2)}
+    assert neuroflow("eval", "video", folder, "--model", model, "--classes", classes, "--threshold", 0.3)[0] == 130
+    assert configs[0.3] == NeuroFlowConfig(arch="C", threshold=0.3, dense_above=1.0)
 
 
 def test_the_packages_own_tower_names_drawn_clips_and_frames(neuroflow, tmp_path):

@@ -8,6 +8,8 @@ import torch
 from models import FAMILIES, clip, exact, inputs, tiny
 from neuroflow import crossover
 from neuroflow.adapters import describe
+from neuroflow.cli.track import background_gate
+from neuroflow.evaluation import PUBLISHED
 from neuroflow.frame import Frame, current_frame
 from neuroflow.saving import COUNTERS
 from neuroflow.state import PATCHES
@@ -235,6 +237,12 @@ def test_what_the_model_records_is_of_the_pass_alone(monkeypatch):
     assert len(output.hidden_states) == 5
     assert len(neuroflow.summary(model).crossovers) == 1
     assert not any(tensor.requires_grad for tensor in output.hidden_states)
+
+
+def test_what_must_not_depend_on_speed_does_not():
+    """What is published, and a background that no refresh may set back."""
+    assert neuroflow.NeuroFlowConfig(**PUBLISHED).dense_above == 1
+    assert background_gate(1.3, 0.05).dense_above == 1
 
 
 def test_a_pass_that_fails_measures_nothing(measured):

@@ -31,6 +31,7 @@ PUBLISHED = {
     "max_age": None,
     "cut_share": None,
     "cut_surprise": None,
+    "dense_above": 1.0,
 }
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 DENSE = "dense"

@@ -373,6 +373,8 @@ def _configs(arguments: argparse.Namespace) -> dict[str, neuroflow.NeuroFlowConf
             archs = [base.arch]
         else:
             base = neuroflow.NeuroFlowConfig()
+        if base.dense_above is None:
+            base = dataclasses.replace(base, dense_above=1.0)  # fidelity does not depend on the machine's speed
         configs = {}
         for arch, threshold in itertools.product(
             arguments.arch or archs, arguments.threshold or thresholds or [base.threshold]

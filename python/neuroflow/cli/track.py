@@ -123,6 +123,7 @@ def background_gate(threshold: float, ema_decay: float) -> neuroflow.NeuroFlowCo
         dilation=1,
         refresh="rolling",
         cut_share=None,
+        dense_above=1.0,
     )
 
 
