@@ -389,12 +389,12 @@ def error_of(model, name, pixels, expected):
     arch = name[-1]
     if name != arch:
         return distance(Published(model, 0, arch)(second), expected)
-    everything = dense(patched(model, arch, threshold=0))
+    everything = dense(patched(model, arch, threshold=0, dense_above=1.0))
     everything(first)
     errors = [distance(everything(second), expected)]
     active = active_of(model, max(SKIPS))
     # Eager, as a graph encodes more patches than are active, up to the next number of its ladder.
-    part = dense(patched(model, arch, budget=active, floor=0, engine="eager"))
+    part = dense(patched(model, arch, budget=active, floor=0, engine="eager", dense_above=1.0))
     if arch == "E":
         part(second)
         errors.append(distance(part(second), expected))
@@ -405,7 +405,7 @@ def error_of(model, name, pixels, expected):
         errors.append(distance(found, other))
     if model.device.type == "cuda":
         ways = [
-            dense(patched(model, arch, budget=active, floor=0, ladder=LADDER, engine=engine))
+            dense(patched(model, arch, budget=active, floor=0, ladder=LADDER, engine=engine, dense_above=1.0))
             for engine in ("eager", "graph")
         ]
         for shown in itertools.islice(frames(model, active), RECORDED):
