@@ -48,7 +48,7 @@ def shared_library(name):
 
 
 def build(target):
-    """Compile what changed."""
+    """Compile what changed; what the library defines of torch's symbols it uses itself."""
     if shutil.which(COMPILER.split()[0]) is None:
         pytest.skip(f"no C++ compiler: {COMPILER!r} is not on PATH (set CXX)")
     if not os.path.isabs(shared_library("libasan.so")):
@@ -71,7 +71,7 @@ def build(target):
     ]
     BUILD.mkdir(parents=True, exist_ok=True)
     (BUILD / "build.ninja").write_text("\n".join(rules) + "\n")
-    run = subprocess.run(["ninja", "-C", BUILD, target], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "ninja", "-C", BUILD, target], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return BUILD / target
 

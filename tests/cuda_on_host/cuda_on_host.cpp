@@ -98,7 +98,6 @@ struct Block {
   std::vector<Fiber*> ready;
   std::vector<Warp> warps;
   Meeting meeting{};
-  int count = 0, result = 0;
   Fiber host{};
   Fiber* current = &host;
 
@@ -267,15 +266,8 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& k
   return last_error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
-int meet_block(const char* intrinsic, int value) {
-  Block& here = *block;
-  here.count += value != 0;
-  const int count = here.count;
-  if (here.is_last(here.meeting, intrinsic, here.fibers.data(), here.fibers.size())) {
-    here.result = count;
-    here.count = 0;
-  }
-  return here.result;
+void meet_block(const char* intrinsic) {
+  block->is_last(block->meeting, intrinsic, block->fibers.data(), block->fibers.size());
 }
 
 const uint64_t* meet_warp(const char* intrinsic, unsigned mask, uint64_t value) {

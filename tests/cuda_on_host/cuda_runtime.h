@@ -13,7 +13,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
 // A block runs on one thread of the host from its first to its last instruction.
 #define __shared__ static thread_local
@@ -26,10 +25,6 @@ struct dim3 {
   unsigned x, y, z;
 
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-
-struct __attribute__((may_alias, aligned(8))) uint2 {
-  unsigned x, y;
 };
 
 struct __attribute__((may_alias, aligned(16))) uint4 {
@@ -68,8 +63,8 @@ namespace cuda_on_host {
 
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
 
-/// Until every thread of the block is here; how many came with a `value` other than 0.
-int meet_block(const char* intrinsic, int value);
+/// Until every thread of the block is here.
+void meet_block(const char* intrinsic);
 
 /// Until all 32 lanes of the warp are here; what each of them brought.
 const uint64_t* meet_warp(const char* intrinsic, unsigned mask, uint64_t value);
@@ -105,9 +100,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cuda_on_host::run(*config, [=] { kernel(arguments...); });
 }
 
-inline void __syncthreads() { cuda_on_host::meet_block("__syncthreads", 0); }
-inline int __syncthreads_count(int predicate) { return cuda_on_host::meet_block("__syncthreads_count", predicate); }
-inline int __syncthreads_or(int predicate) { return cuda_on_host::meet_block("__syncthreads_or", predicate) > 0; }
+inline void __syncthreads() { cuda_on_host::meet_block("__syncthreads"); }
 inline void __syncwarp(unsigned mask = ~0u) { cuda_on_host::meet_warp("__syncwarp", mask, 0); }
 inline void __nanosleep(unsigned) { cuda_on_host::meet_grid(true); }
 inline int __popc(unsigned bits) { return std::popcount(bits); }
@@ -131,16 +124,9 @@ T __shfl_up_sync(unsigned mask, T value, unsigned distance) {
   return cuda_on_host::shuffle("__shfl_up_sync", mask, value, cuda_on_host::lane() - static_cast<int>(distance));
 }
 
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned distance) {
-  return cuda_on_host::shuffle("__shfl_down_sync", mask, value, cuda_on_host::lane() + static_cast<int>(distance));
-}
-
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return cuda_on_host::ballot("__ballot_sync", mask, predicate);
 }
-
-inline int __any_sync(unsigned mask, int predicate) { return cuda_on_host::ballot("__any_sync", mask, predicate) != 0; }
 
 inline int __all_sync(unsigned mask, int predicate) {
   return cuda_on_host::ballot("__all_sync", mask, predicate) == mask;
