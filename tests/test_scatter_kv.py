@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from test_gather_rows import DTYPES, misaligned, select
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,6 +22,7 @@ LAYOUTS = {
     "rows": lambda fresh: fresh.clone(),
     "heads": lambda fresh: fresh.transpose(0, 1).contiguous().transpose(0, 1),
     "part of qkv": lambda fresh: torch.stack((fresh + 1, fresh, fresh + 2), 1)[:, 1],
+    "padded heads": lambda fresh: F.pad(fresh, (0, 1))[..., :-1],
     "interleaved": lambda fresh: torch.stack((fresh, fresh + 1), 3)[..., 0],
 }
 
