@@ -26,7 +26,7 @@ struct Selection {
   int64_t slots;  // entries of index that may be read
   int64_t limit;  // rows of the tensor
 
-  /// Which row of the tensor goes with this packed one; -1 where none does, nor any of the tensor's.
+  /// The row of the tensor for this packed row; -1 where there is none, or index names one outside the tensor.
   __device__ int64_t operator[](int64_t packed) const {
     if (packed >= slots) return -1;
     const int32_t row = index[packed];  // not after the count is known: one wait instead of two
