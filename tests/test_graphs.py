@@ -93,7 +93,7 @@ def test_recorded_frames_equal_launched_ones(clock, family, arch):
 
 
 @pytest.mark.parametrize("arch", ["A", "C", "D", "E"])
-@pytest.mark.parametrize("family", ["siglip", "vit"])
+@pytest.mark.parametrize("family", ["siglip", "vit", "dinov3"])
 def test_several_streams_share_a_graph(clock, family, arch):
     clips = [clip(frames=7, seed=seed, changed=changed) for seed, changed in enumerate((1, 4, 2))]
     found = compare(family, arch, torch.stack(clips, 1), ("a", "b", "c"))
@@ -123,6 +123,18 @@ def test_every_setting_is_recorded(clock, settings):
         frames = torch.stack([clip(frames=9, seed=seed, changed=3) for seed in range(len(names))], 1)
         found = compare(family, "E", frames, tuple(names), **settings)
         assert sum(replays(found).values()) >= 3 and not found.refused
+
+
+def test_attention_of_several_blocks_is_added_up(clock):
+    frames, results = clip(frames=6, changed=5), []
+    for engine in ("eager", "graph"):
+        model = tiny("vit").double()
+        neuroflow.enable_cache(model, config(score="staleness", threshold=None, budget=5, engine=engine))
+        engine_of(model).watched = range(1, 4)
+        for frame in frames:
+            encoded(model, "vit", frame[None].double())
+        results.append(engine_of(model).streams["default"].attention)
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_outputs_belong_to_the_caller(clock):

@@ -209,19 +209,19 @@ class Engine:
         windows = [patch_windows(projection, image) for image in pixels.split(1)]  # [1, N, values] each
         if self.config.signal == "pixel":
             frame.pixels = torch.cat(windows)
-        rows = [self._project(frame, *of) for of in zip(frame.states, windows, strict=True)]  # [1, N, D] each
+        rows = [self._project(*of) for of in zip(frame.states, windows, strict=True)]  # [1, N, D] each
         projected = rows[0] if len(rows) == 1 else torch.cat(rows)
         counts = [length // size for length, size in zip(pixels.shape[2:], projection.kernel_size, strict=True)]
         frame.projected = projected.transpose(1, 2).unflatten(2, counts)
         return frame.projected
 
-    def _project(self, frame: Frame, state: StreamState, windows: torch.Tensor) -> torch.Tensor:
+    def _project(self, state: StreamState, windows: torch.Tensor) -> torch.Tensor:
         """One stream's patches [1, N, values] projected to [1, N, D]; those with the last frame's pixels were already.
 
         Only on the CPU: a GPU would be waited for, and loses little by projecting all.
         """
         projection = self.anatomy.projection
-        if windows.device.type != "cpu" or isinstance(frame, StaticFrame):
+        if windows.device.type != "cpu":
             return project_windows(projection, windows)
         weights = self.derived(projection, "projection", object)  # another object for other weights
         seen, state.seen = state.seen, None

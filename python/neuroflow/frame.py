@@ -221,7 +221,7 @@ class StaticFrame(Frame):
         scatter_kv_(*caches, key[0].transpose(0, 1), value[0].transpose(0, 1), self.index, self.cu_seqlens)
 
     def restored(self, name: Hashable) -> torch.Tensor:
-        return self.slab.caches[name].clone().view(self.shape)
+        return self.slab.caches[name].view(self.shape)  # what becomes the output is copied as a whole
 
     def pay(self, attention: list[torch.Tensor], first: int = 0) -> None:
         paid = torch.stack(attention)
