@@ -154,18 +154,19 @@ def test_alignment_does_not_show(backend, generator, dtype, dim):
 @pytest.mark.parametrize(
     ("shape", "floor", "rows"),
     [
-        ((1, 300), 0, 37),
-        ((1, 300), 250, 400),
-        ((3, 150), 90, 5000),
-        ((3, 150), 1000, 37),
-        ((40, 10), 3, 0),
-        ((40, 10), 8, 350),
-        ((1, 4200), 1000, 900),  # in larger tiles
+        ((1, 300, 8), 0, 37),
+        ((1, 300, 8), 250, 400),
+        ((3, 150, 8), 90, 5000),
+        ((3, 150, 8), 1000, 37),
+        ((40, 10, 8), 3, 0),
+        ((40, 10, 8), 8, 350),
+        ((1, 4200, 8), 1000, 900),  # two rounds of rows to a tile
+        ((1, 1100, 1028), 0, 10),  # and several warps to a row
     ],
 )
 def test_gate_of_many_tiles(backend, generator, shape, floor, rows):
     """Streams above the floor and below it, where a tile waits for others, and more than a warp sees at once."""
-    h, ema = frame(generator, (*shape, 8))
+    h, ema = frame(generator, shape)
     threshold = torch.rand(shape[0], generator=generator).mul(0.3)
     threshold[::3], threshold[1::5] = 1.9, 0.0
     rule = {"threshold": threshold, "floor": floor, "rows": rows}

@@ -121,12 +121,12 @@ __device__ inline T warp_inclusive_sum(T value) {
   return value;
 }
 
-/// The sum over the threads of a block before this one. `scratch`: shared, one element for each warp.
+/// The sum over the threads of a block before this one. `scratch`: shared, one element for each warp, which no thread
+/// still reads.
 template <typename T>
 __device__ inline T block_exclusive_sum(T value, T* scratch) {
   const T inclusive = warp_inclusive_sum(value);
   const int warp = threadIdx.x / warp_size;
-  __syncthreads();  // what the last call left in scratch has been read
   if (threadIdx.x % warp_size == warp_size - 1) scratch[warp] = inclusive;
   __syncthreads();
   T sum = inclusive - value;

@@ -64,7 +64,8 @@ struct WarpPart {
   }
 };
 
-/// How many tokens are above the key, by a whole block; and, for `write_active`, how many of each warp's part.
+/// How many tokens are above the key, by a whole block; and, for `write_active`, how many of each warp's part. Not
+/// twice in a row: `select_most` in between sees to it that no thread still reads the last count.
 __device__ inline int count_active(const float* surprise, int tokens, uint32_t key, SelectScratch& scratch) {
   const int warp = threadIdx.x / warp_size;
   const WarpPart part(tokens);
@@ -75,7 +76,6 @@ __device__ inline int count_active(const float* surprise, int tokens, uint32_t k
   });
   above = warp_sum(above);
   equal = warp_sum(equal);
-  __syncthreads();  // what the last count left in scratch has been read
   if (threadIdx.x % warp_size == 0) {
     scratch.above[warp] = above;
     scratch.equal[warp] = equal;
