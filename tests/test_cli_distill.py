@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 32
+NAMES = ["0", "1", "2", "3", "0.75*3", "0.5*3", "0.25*3"]  # of what is evaluated
 OPTIONS = ("--epochs", 3, "--frames", 4, "--strides", 1, "--rate", 1e-3, "--thresholds", 0.01, 0.2, "--forgetting", 1)
 
 
@@ -60,11 +61,11 @@ def test_the_main_job(neuroflow, distil, footage, model, tmp_path):
     assert code == 0, progress
     assert "2 to learn from, 1 held out" in table and f"written           {out}, epoch" in table
     assert "epoch 3" in progress and "evaluation 3" in progress
-    rows = [line.split() for line in table.splitlines() if line.split()[0].isdecimal()]
+    rows = [line.split() for line in table.splitlines() if line.split()[0][0].isdecimal()]
     with safe_open(out, "pt") as file:
         history = json.loads(file.metadata()["history"])
         assert {name.split(".")[2] for name in file.keys() if "layers" in name} == {"2", "3"}  # noqa: SIM118
-    assert [row[0] for row in rows] == ["0", "1", "2", "3"] and len(rows[0]) == 5
+    assert [row[0] for row in rows] == NAMES and len(rows[0]) == len(rows[4]) == 5
     for row, epoch in zip(rows, history, strict=True):
         assert f"{epoch['fidelity']:.4f}" in row and row[-1] == f"{epoch['outside']:.1%}"
     assert [file.name for file in tmp_path.iterdir()] == [out.name]
@@ -97,7 +98,7 @@ def test_resumed_after_a_kill_is_as_uninterrupted(distil, tmp_path, monkeypatch)
     code, _, message = distil(out, "--resume", "--epochs", 4)
     assert code == 2 and "other settings" in message and message.count("\n") == 1
     code, table, _ = distil(out, "--resume")
-    assert code == 0 and [line.split()[0] for line in table.splitlines()[3:-1]] == ["0", "1", "2", "3"]
+    assert code == 0 and [line.split()[0] for line in table.splitlines()[3:-1]] == NAMES
     with safe_open(out, "pt") as ours, safe_open(whole, "pt") as other:
         assert ours.metadata() == other.metadata() and set(ours.keys()) == set(other.keys())
         assert all(torch.equal(ours.get_tensor(name), other.get_tensor(name)) for name in ours.keys())  # noqa: SIM118

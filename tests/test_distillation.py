@@ -11,8 +11,10 @@ from models import tiny
 from neuroflow import distillation
 from neuroflow.adapters import describe
 from neuroflow.distillation import (
+    SHARES,
     Distillation,
     DistillationConfig,
+    Epoch,
     Pictures,
     distillation_loss,
     distilled_config,
@@ -56,7 +58,7 @@ def trained(model, videos, path=None, stop=None, **settings):
     if path is not None and path.exists():
         run.resume(path)
     while not run.finished and len(run.history) != stop:
-        loss = run.train(videos[1:]) if run.history else None
+        loss = run.train(videos[1:]) if run.history and not run.trained else None
         run.evaluate(videos[:1], Pictures([clip[0] for clip in videos]), loss)
         if path is not None:
             run.checkpoint(path)
@@ -126,8 +128,8 @@ def test_what_is_trained(model, videos, train, blocks):
 
 def test_it_learns(model, videos):
     run = trained(model, videos, epochs=8, strides=1, rate=3e-3, forgetting=1)
-    losses = [epoch.loss for epoch in run.history[1:]]
-    assert run.history[0].loss is None and losses[-1] < 0.5 * losses[0]
+    losses = [epoch.loss for epoch in run.epochs[1:]]
+    assert run.history[0].loss is None and len(losses) == 8 and losses[-1] < 0.5 * losses[0]
     assert run.history[0].skipped == pytest.approx(1 - max(int(16 * 0.1), 4) / 16)
     assert not neuroflow.is_patched(model)
 
@@ -141,7 +143,7 @@ def test_draws_and_clips(model, videos, monkeypatch):
     monkeypatch.setattr(
         run, "_step", lambda pixels, expected: rates.append(run.optimizer.param_groups[0]["lr"]) or float(len(pixels))
     )
-    run.history = [None, None]
+    run.history = [Epoch(number, None, 0.0, 0.0, 0.0, None) for number in range(2)]
     assert run.train([video(0, 23)] * 20) > 1
     thresholds, decays = (torch.tensor(values).log() for values in zip(*drawn, strict=True))
     assert math.log(0.01) <= thresholds.min() < math.log(0.02) and math.log(0.05) < thresholds.max() <= math.log(0.1)
@@ -166,10 +168,11 @@ def test_resumed_is_as_uninterrupted(videos, tmp_path):
     path = tmp_path / "checkpoint"
     trained(tiny("siglip", SIDE), videos, path, stop=2, forgetting=1)
     resumed = trained(tiny("siglip", SIDE), videos, path, forgetting=1)
-    assert resumed.history == whole.history and len(whole.history) == 4
+    assert resumed.history == whole.history and len(whole.history) == 4 + len(SHARES)
     for name, parameter in whole.weights.items():
         assert torch.equal(resumed.weights[name], parameter)
         assert torch.equal(resumed.best[name], whole.best[name])
+    trained(tiny("siglip", SIDE), videos, path, stop=5, forgetting=1)
     finished = trained(tiny("siglip", SIDE), videos, path, forgetting=1)
     assert finished.chosen.number > 0 and finished.history == whole.history
     assert all(torch.equal(finished.best[name], whole.best[name]) for name in whole.best)
@@ -181,9 +184,9 @@ def test_resumed_is_as_uninterrupted(videos, tmp_path):
 def test_training_ends_when_it_forgets(model, videos, tmp_path):
     before = copy.deepcopy(model)
     run = trained(model, videos, rate=0.5, epochs=9, patience=2)
-    assert run.history[0].outside == 1 and all(epoch.outside < 0.99 for epoch in run.history[-2:])
-    assert run.history[-3].outside >= 0.99
-    assert len(run.history) < 10 and run.chosen.outside >= 0.99
+    assert run.history[0].outside == 1 and all(epoch.outside < 0.99 for epoch in run.epochs[-2:])
+    assert run.epochs[-3].outside >= 0.99
+    assert len(run.epochs) < 10 and run.finished and run.chosen.outside >= 0.99
     if run.chosen.number == 0:
         assert all(
             torch.equal(run.best[name], parameter) for name, parameter in before.named_parameters() if name in run.best
@@ -207,6 +210,35 @@ def test_weights_that_forgot_are_never_the_best(model, videos):
     run.history = [first._replace(fidelity=-1.0)]
     run.evaluate(videos[:1], outside)
     assert run.chosen.number == 1 and all(torch.equal(run.best[name], run.weights[name]) for name in before)
+
+
+def test_weights_on_the_way_to_the_trained_ones_are_tried(model, videos, monkeypatch):
+    """Half-way ones are kept where the trained ones forgot, and the trained ones are not lost by that."""
+    seen, outside = [], {1.0: 0.5, 0.75: 0.98, 0.5: 0.995, 0.25: 1.0}
+
+    def figures(run, videos, pictures):
+        name, parameter = next(iter(run.weights.items()))
+        start = run.teacher.get_parameter(name)
+        at = ((parameter - start).norm() / (reached - start).norm()).item() if run.trained else 1.0
+        seen.append({name: parameter.clone() for name, parameter in run.weights.items()})
+        return at if run.history else 0.0, 0.0, 0.9, outside[round(at, 2)] if run.history else 1.0
+
+    run = Distillation(model, DistillationConfig(**SETTINGS | {"epochs": 1}))
+    monkeypatch.setattr(Distillation, "_figures", figures)
+    run.evaluate(videos[:1], None)
+    run.evaluate(videos[:1], None, run.train(videos[1:]))
+    weights = {name: parameter.detach().clone() for name, parameter in run.weights.items()}
+    reached = next(iter(weights.values()))
+    while not run.finished:
+        run.evaluate(videos[:1], None)
+        assert all(torch.equal(parameter, weights[name]) for name, parameter in run.weights.items())
+    assert [(epoch.number, epoch.share) for epoch in run.history] == [(0, 1), (1, 1), (1, 0.75), (1, 0.5), (1, 0.25)]
+    assert [epoch.fidelity for epoch in run.history] == pytest.approx([0, 1, 0.75, 0.5, 0.25])  # where they lie
+    assert run.chosen.share == 0.5 and run.epochs == run.history[:2]
+    for name, parameter in weights.items():
+        half = 0.5 * (run.teacher.get_parameter(name) + parameter)
+        torch.testing.assert_close(run.best[name], half.detach())
+        assert torch.equal(run.best[name], seen[3][name])
 
 
 def test_what_is_known():

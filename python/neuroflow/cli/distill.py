@@ -88,11 +88,11 @@ def distill(arguments: argparse.Namespace) -> int:
             print("finished epochs are kept: the same command with --resume continues", file=sys.stderr)
         raise
     checkpoint.unlink(missing_ok=True)
-    if len(distillation.history) <= distillation.config.epochs:
+    if len(distillation.epochs) <= distillation.config.epochs:
         print(
             f"ended early       more than {distillation.config.forgetting:.1%} of the pictures outside were forgotten"
         )
-    print(f"written           {out}, epoch {distillation.chosen.number}, for neuroflow run --weights")
+    print(f"written           {out}, epoch {_name(distillation.chosen)}, for neuroflow run --weights")
     return 0
 
 
@@ -106,8 +106,8 @@ def _go_on(
     """Train and evaluate until it is finished, with a row for every epoch."""
     shown = [] if outside is None else [outside.frames]
     while not distillation.finished:
-        loss, number = None, len(distillation.history)
-        if number:
+        loss, number = None, len(distillation.epochs)
+        if number and not distillation.trained:
             with _progress(videos, f"epoch {number}"):
                 loss = distillation.train(videos)
         with _progress([*held_out, *shown], f"evaluation {number}"):
@@ -121,7 +121,12 @@ def format_epoch(epoch: Epoch) -> str:
     loss = "" if epoch.loss is None else f"{epoch.loss:.4f}"
     outside = "" if epoch.outside is None else f"{epoch.outside:.1%}"
     figures = f"{epoch.skipped:>12.1%}{epoch.fidelity:>12.4f}{epoch.fidelity_p5:>10.4f}"
-    return f"{epoch.number:>6}{loss:>12}{figures}{outside:>12}"
+    return f"{_name(epoch):>6}{loss:>12}{figures}{outside:>12}"
+
+
+def _name(epoch: Epoch) -> str:
+    """Its number, times the share of the way from the teacher's weights where that is not all of it."""
+    return str(epoch.number) if epoch.share == 1 else f"{epoch.share:g}*{epoch.number}"
 
 
 @contextlib.contextmanager

@@ -75,7 +75,9 @@ student to the unpatched teacher is measured there. A student may forget what th
 directory of pictures of other things; epochs that forget too much of them are not chosen. In folders named like the
 model's classes (a classes.safetensors beside its weights, as the package's own has) the pictures known are those named
 rightly; otherwise those whose embedding by the student is nearest to the teacher's of the same picture.
-The weights of the best epoch are written, with the settings of the gate: `neuroflow run --weights FILE` takes both.
+When training is over, weights part of the way from the teacher's to the trained ones are tried as well, as they forget
+less: 0.5*12 in the table is half of the way to those of epoch 12. The best are written, with the settings of the gate:
+`neuroflow run --weights FILE` takes both.
 What stands in front of the first block is never trained, as the gate reads it.
 """
 
