@@ -25,7 +25,9 @@ def attend_rows(
 ) -> torch.Tensor:
     """Attention of the active tokens to the cached keys and values of all tokens of their own stream.
 
-    Everything lies token by token, as a projection writes it and a cache keeps it.
+    Everything lies token by token, as a projection writes it and a cache keeps it. With the C++ backend a row's result
+    does not depend on the rows and streams that come with it; on a GPU its last bits may, as the keys are split by how
+    many there are.
 
     Args:
         query: [M, heads, head_dim] in float32, bfloat16, float16 or float64; sums are kept in float32 (float64 for
