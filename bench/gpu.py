@@ -49,7 +49,10 @@ def environment():
     if not torch.cuda.is_available():
         raise SystemExit(f"make gpu: torch {torch.__version__} finds no CUDA device here")
     major, minor = torch.cuda.get_device_capability()
+    toolkit = Path("/usr/local/cuda")  # where nvcc on PATH may be a script that is not in it
+    home = {"CUDA_HOME": str(toolkit)} if (toolkit / "include/cuda_runtime.h").exists() else {}
     return {
+        **home,
         **os.environ,
         "PYTHONUNBUFFERED": "1",
         "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}"),
