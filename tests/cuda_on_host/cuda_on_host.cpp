@@ -98,6 +98,7 @@ struct Block {
   std::vector<Fiber*> ready;
   std::vector<Warp> warps;
   Meeting meeting{};
+  size_t choice = 0;  // how many of those that became ready last one is drawn from
   Fiber host{};
   Fiber* current = &host;
 
@@ -115,7 +116,7 @@ struct Block {
   /// Runs any thread that can run, or the host, where there is none.
   void run_any() {
     if (ready.empty() || !grid.error.empty()) return switch_to(host);
-    std::swap(ready[grid.draw(ready.size())], ready.back());
+    std::swap(ready[ready.size() - 1 - grid.draw(std::min(choice, ready.size()))], ready.back());
     Fiber& next = *ready.back();
     ready.pop_back();
     switch_to(next);
@@ -202,6 +203,7 @@ std::string stuck(const Block& block) {
 void run_block(Grid& grid, int host_thread, unsigned number) {
   const dim3 size = grid.config.blockDim, blocks = grid.config.gridDim;
   Block running{grid, host_thread, std::vector<Fiber>(size.x), {}, std::vector<Warp>(size.x / warpSize)};
+  running.choice = grid.draw(2) == 0 ? size.x : 4;  // of few, a warp runs far ahead of others
   poison_shared_memory();
   block = &running;
   blockDim = {size.x, 1, 1};
@@ -288,6 +290,7 @@ void meet_grid(bool waits) {
   if (++grid.idle > patience) here.fail("all blocks wait for each other");
   if (grid.draw(waits ? 32 : 4) == 0) grid.hand_over(here.host_thread);  // seldom, as that takes the longest
   here.ready.push_back(here.current);
+  std::swap(here.ready[grid.draw(here.ready.size())], here.ready.back());
   here.run_any();
 }
 
