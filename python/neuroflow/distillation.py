@@ -47,7 +47,8 @@ class DistillationConfig:
         train: "head", the final norm and the pooling head; "last-K", the last K blocks too; "all", all blocks.
         epochs: times that every video is gone through.
         rate: learning rate of AdamW, which falls to nothing over the epochs as a cosine does.
-        frames: of a clip, which is a batch.
+        frames: of a clip, which is a pass.
+        clips: whose gradients make a step. One clip's frames are alike, and steps after each are noisy.
         strides: a clip takes every frame, or up to every so-manieth one; which is drawn for each video.
         thresholds: between these a clip's threshold is drawn, evenly on a log scale. The default skips about 50 to 98 %
             of the patches of footage that stands still; the published 1e-4 to 0.35 is for surprise with the positional
@@ -69,6 +70,7 @@ class DistillationConfig:
     epochs: int = 12
     rate: float = 1e-4
     frames: int = 24
+    clips: int = 1
     strides: int = 4
     thresholds: tuple[float, float] = (0.02, 0.5)
     decays: tuple[float, float] = (1e-3, 0.1)
@@ -83,6 +85,7 @@ class DistillationConfig:
             "epochs": (self.epochs >= 1, "1 or more"),
             "rate": (0 < self.rate < math.inf, "above 0"),
             "frames": (self.frames >= 2, "2 or more, as a clip's first is encoded whole"),
+            "clips": (self.clips >= 1, "1 or more"),
             "strides": (self.strides >= 1, "1 or more"),
             "thresholds": (0 < self.thresholds[0] <= self.thresholds[1] < math.inf, "two numbers above 0, ascending"),
             "decays": (0 < self.decays[0] <= self.decays[1] <= 1, "two numbers above 0 and up to 1, ascending"),
@@ -97,7 +100,7 @@ class DistillationConfig:
     def gate(self, **rule: Any) -> NeuroFlowConfig:
         """Architecture B with the published gate on the patch projection, by `skip` or another rule."""
         rule = rule or {"budget": 1 - self.skip}
-        free = {"max_age": None, "cut_share": None, "cut_surprise": None}
+        free = {"max_age": None, "cut_share": None, "cut_surprise": None, "dense_above": 1.0}
         return NeuroFlowConfig(arch="B", reference="ema", score="surprise", **free, **rule)
 
 
@@ -268,7 +271,11 @@ class Distillation:
                     for group in self.optimizer.param_groups:
                         group["lr"] = rate * warm
                     keys = [("train", number, index) for index in indices]
-                    losses.append(self._step(pixels, self._expected(keys, pixels.split(1))))
+                    losses.append(self._learn(pixels, self._expected(keys, pixels.split(1))))
+                    if len(losses) % config.clips == 0:
+                        self._step()
+            if len(losses) % config.clips:
+                self._step()
         finally:
             disable_cache(self.model)
         if not losses:
@@ -398,16 +405,19 @@ class Distillation:
             indices, pixels = zip(*clip, strict=True)
             yield list(indices), torch.cat(pixels)
 
-    def _step(self, pixels: torch.Tensor, expected: torch.Tensor) -> float:
+    def _learn(self, pixels: torch.Tensor, expected: torch.Tensor) -> float:
+        """Add a clip's gradients to those of the step; its loss."""
         with torch.autocast(expected.device.type, self.dtype, enabled=self.dtype != torch.float32):
             found = self.embed(self.model, pixels)
         # A clip's first frame is encoded whole. Few as they are, whole frames would be forgotten beside the others.
         loss = 0.5 * (distillation_loss(found[:1], expected[:1]) + distillation_loss(found[1:], expected[1:]))
-        self.optimizer.zero_grad()
-        loss.backward()
+        (loss / self.config.clips).backward()
+        return loss.item()
+
+    def _step(self) -> None:
         nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
         self.optimizer.step()
-        return loss.item()
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def _expected(self, keys: Sequence[tuple[str, int, int]], frames: Sequence[torch.Tensor]) -> torch.Tensor:
