@@ -141,7 +141,7 @@ def test_draws_and_clips(model, videos, monkeypatch):
     monkeypatch.setattr(run.engine, "draw", lambda *gate: drawn.append(gate))
     monkeypatch.setattr(run, "_expected", lambda keys, frames: clips.append(keys) or torch.zeros(len(keys), 64))
     monkeypatch.setattr(
-        run, "_learn", lambda pixels, expected: rates.append(run.optimizer.param_groups[0]["lr"]) or float(len(pixels))
+        run, "_step", lambda pixels, expected: rates.append(run.optimizer.param_groups[0]["lr"]) or float(len(pixels))
     )
     run.history = [Epoch(number, None, 0.0, 0.0, 0.0, None) for number in range(2)]
     assert run.train([video(0, 23)] * 20) > 1
@@ -161,31 +161,6 @@ def test_draws_and_clips(model, videos, monkeypatch):
     run.train([video(0, 23)] * 20)
     assert rates[:2] == pytest.approx([1e-3 / 20, 2e-3 / 20]) and rates[19:] == pytest.approx([1e-3] * len(rates[19:]))
     assert {number for keys in clips for _, number, _ in keys} == set(range(20))
-
-
-def test_a_step_is_of_several_clips(model, videos, monkeypatch):
-    """Of the mean of their gradients; what is left at the end of an epoch is a step too."""
-    run = Distillation(model, DistillationConfig(**SETTINGS | {"clips": 2, "frames": 9, "strides": 1}))
-    run.evaluate(videos[:1], None)
-    alone, steps, learn = [], [], run._learn
-    monkeypatch.setattr(distillation.nn.utils, "clip_grad_norm_", lambda *_: None)
-    weight = next(iter(run.weights.values()))
-
-    def learned(pixels, expected):
-        before = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
-        object.__setattr__(run.config, "clips", 1)
-        learn(pixels, expected)
-        alone.append(weight.grad - before)
-        weight.grad = before
-        object.__setattr__(run.config, "clips", 2)
-        return learn(pixels, expected)
-
-    monkeypatch.setattr(run, "_learn", learned)
-    monkeypatch.setattr(run.optimizer, "step", lambda: steps.append((len(alone), weight.grad.clone())))
-    run.train(videos)
-    assert [clips for clips, _ in steps] == [2, 3] and all(gradient.abs().max() > 0 for gradient in alone)
-    torch.testing.assert_close(steps[0][1], (alone[0] + alone[1]) / 2)
-    torch.testing.assert_close(steps[1][1], alone[2] / 2)
 
 
 def test_what_is_encoded_does_not_depend_on_the_machines_speed():
@@ -291,7 +266,7 @@ def test_a_clips_whole_frame_counts_as_much_as_the_others(model, monkeypatch):
     found, expected = torch.zeros(3, 4) + torch.arange(3.0)[:, None] + 1, torch.ones(3, 4)
     weight = next(iter(run.weights.values()))
     monkeypatch.setattr(run, "embed", lambda model, pixels: found + 0 * weight.sum())
-    assert run._learn(torch.zeros(3, 3, SIDE, SIDE), expected) == pytest.approx(0.5 * (0 + (1 + 4) / 2))
+    assert run._step(torch.zeros(3, 3, SIDE, SIDE), expected) == pytest.approx(0.5 * (0 + (1 + 4) / 2))
 
 
 def test_weights_come_back(model, videos, tmp_path):
@@ -334,7 +309,6 @@ def test_mixed_precision_is_near(videos):
         {"epochs": 0},
         {"rate": 0},
         {"frames": 1},
-        {"clips": 0},
         {"strides": 0},
         {"thresholds": (0.2, 0.1)},
         {"decays": (0.1, 2)},

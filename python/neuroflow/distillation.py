@@ -47,8 +47,7 @@ class DistillationConfig:
         train: "head", the final norm and the pooling head; "last-K", the last K blocks too; "all", all blocks.
         epochs: times that every video is gone through.
         rate: learning rate of AdamW, which falls to nothing over the epochs as a cosine does.
-        frames: of a clip, which is a pass.
-        clips: whose gradients make a step. One clip's frames are alike, and steps after each are noisy.
+        frames: of a clip, which is a batch.
         strides: a clip takes every frame, or up to every so-manieth one; which is drawn for each video.
         thresholds: between these a clip's threshold is drawn, evenly on a log scale. The default skips about 50 to 98 %
             of the patches of footage that stands still; the published 1e-4 to 0.35 is for surprise with the positional
@@ -70,7 +69,6 @@ class DistillationConfig:
     epochs: int = 12
     rate: float = 1e-4
     frames: int = 24
-    clips: int = 1
     strides: int = 4
     thresholds: tuple[float, float] = (0.02, 0.5)
     decays: tuple[float, float] = (1e-3, 0.1)
@@ -85,7 +83,6 @@ class DistillationConfig:
             "epochs": (self.epochs >= 1, "1 or more"),
             "rate": (0 < self.rate < math.inf, "above 0"),
             "frames": (self.frames >= 2, "2 or more, as a clip's first is encoded whole"),
-            "clips": (self.clips >= 1, "1 or more"),
             "strides": (self.strides >= 1, "1 or more"),
             "thresholds": (0 < self.thresholds[0] <= self.thresholds[1] < math.inf, "two numbers above 0, ascending"),
             "decays": (0 < self.decays[0] <= self.decays[1] <= 1, "two numbers above 0 and up to 1, ascending"),
@@ -271,11 +268,7 @@ class Distillation:
                     for group in self.optimizer.param_groups:
                         group["lr"] = rate * warm
                     keys = [("train", number, index) for index in indices]
-                    losses.append(self._learn(pixels, self._expected(keys, pixels.split(1))))
-                    if len(losses) % config.clips == 0:
-                        self._step()
-            if len(losses) % config.clips:
-                self._step()
+                    losses.append(self._step(pixels, self._expected(keys, pixels.split(1))))
         finally:
             disable_cache(self.model)
         if not losses:
@@ -405,19 +398,16 @@ class Distillation:
             indices, pixels = zip(*clip, strict=True)
             yield list(indices), torch.cat(pixels)
 
-    def _learn(self, pixels: torch.Tensor, expected: torch.Tensor) -> float:
-        """Add a clip's gradients to those of the step; its loss."""
+    def _step(self, pixels: torch.Tensor, expected: torch.Tensor) -> float:
         with torch.autocast(expected.device.type, self.dtype, enabled=self.dtype != torch.float32):
             found = self.embed(self.model, pixels)
         # A clip's first frame is encoded whole. Few as they are, whole frames would be forgotten beside the others.
         loss = 0.5 * (distillation_loss(found[:1], expected[:1]) + distillation_loss(found[1:], expected[1:]))
-        (loss / self.config.clips).backward()
-        return loss.item()
-
-    def _step(self) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
         nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        return loss.item()
 
     @torch.no_grad()
     def _expected(self, keys: Sequence[tuple[str, int, int]], frames: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -310,8 +310,7 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
     training.add_argument("--train", metavar="WHAT", help="head, last-K (blocks, and the head) or all (default: all)")
     training.add_argument("--epochs", type=_count, metavar="N", help="times through all videos (default: 12)")
     training.add_argument("--rate", type=float, metavar="R", help="learning rate (default: 1e-4)")
-    training.add_argument("--frames", type=_count, metavar="N", help="of a clip, which is a pass (default: 24)")
-    training.add_argument("--clips", type=_count, metavar="N", help="whose gradients make a step (default: 1)")
+    training.add_argument("--frames", type=_count, metavar="N", help="of a clip, which is a batch (default: 24)")
     training.add_argument("--strides", type=_count, metavar="N", help="clips take every 1st to Nth frame (default: 4)")
     training.add_argument(
         "--thresholds",
