@@ -9,6 +9,7 @@ from models import FAMILIES, clip, exact, inputs, tiny
 from neuroflow import crossover
 from neuroflow.adapters import describe
 from neuroflow.cli.track import background_gate
+from neuroflow.distillation import DistillationConfig
 from neuroflow.evaluation import PUBLISHED
 from neuroflow.frame import Frame, current_frame
 from neuroflow.saving import COUNTERS
@@ -240,8 +241,9 @@ def test_what_the_model_records_is_of_the_pass_alone(monkeypatch):
 
 
 def test_what_must_not_depend_on_speed_does_not():
-    """What is published, and a background that no refresh may set back."""
+    """What is published, what is learnt, and a background that no refresh may set back."""
     assert neuroflow.NeuroFlowConfig(**PUBLISHED).dense_above == 1
+    assert DistillationConfig().gate().dense_above == 1
     assert background_gate(1.3, 0.05).dense_above == 1
 
 
