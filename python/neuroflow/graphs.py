@@ -235,7 +235,7 @@ class Group:
     @property
     def valid(self) -> bool:
         """Whether its streams are still open and their tensors where they were."""
-        return all(ref() is not None and ref().slab is self.slab for ref in self.states)
+        return all((state := ref()) is not None and state.slab is self.slab for ref in self.states)
 
     def run(self, frames: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
         """The tower's output for frames [S, ...]; or None where they need another pass.
@@ -295,6 +295,7 @@ class Group:
         try:
             self._pass(gate)
         except Decided as decided:
+            decided.__traceback__ = None  # which holds on to the pass
             return decided.gated
         raise Unrecordable("its blocks were not reached")
 

@@ -114,7 +114,8 @@ class StreamCache:
         for name in list(names):
             with self._changed:
                 self._changed.wait_for(lambda name=name: name not in self._busy)
-                self._states.pop(name, None)
+                if name in self._states:
+                    self._forget(name)
         give_back_memory()
 
     def _make_room(self, states: list[StreamState], patches: list[int]) -> None:
@@ -147,7 +148,7 @@ class StreamCache:
             own = sum(state.state_bytes for state in states)
             if own > self.max_bytes:
                 for state in states:
-                    del self._states[state.name]
+                    self._forget(state.name)
                 raise ValueError(
                     f"max_bytes is {self.max_bytes}; accepted is at least the {own} of the {len(states)} stream(s) of "
                     "this pass"
@@ -163,4 +164,7 @@ class StreamCache:
 
     def _evict(self, name: Hashable) -> None:
         if name not in self._busy:
-            del self._states[name]
+            self._forget(name)
+
+    def _forget(self, name: Hashable) -> None:
+        self._states.pop(name).slab = None  # so that graphs which use it give their memory back too
