@@ -10,7 +10,9 @@ SHIM := $(wildcard tests/cuda_on_host/*.* tests/cuda_on_host/cuda/*)
 COMPAT ?= 4.57.6 5.5.0 5.17.0 5.23.0
 STRUCTURAL := families tubelets architectures streams graphs rewrites reference_vectors policies vit_tiny baselines adapters llm
 
-.PHONY: demo test test-slow gpu compat $(COMPAT:%=compat-%) lint format bench clean
+KERNELS := $(addprefix tests/test_,triton.py cuda.py cuda_on_host.py timm.py attend_rows.py)
+
+.PHONY: demo test test-kernels test-others test-slow gpu compat $(COMPAT:%=compat-%) lint format bench clean
 
 .venv/installed: pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -26,8 +28,15 @@ STRUCTURAL := families tubelets architectures streams graphs rewrites reference_
 demo: .venv/installed
 	$(BIN)/neuroflow demo --out-dir demo
 
+# Compiling and emulating kernels takes one core for as long as everything else takes the other.
 test: .venv/installed .venv/timm lint
-	$(BIN)/python -m pytest -m 'not slow'
+	$(MAKE) --jobs=2 --output-sync=target test-kernels test-others
+
+test-kernels:
+	$(BIN)/python -m pytest -m 'not slow' $(KERNELS)
+
+test-others:
+	$(BIN)/python -m pytest -m 'not slow' $(KERNELS:%=--ignore=%)
 
 test-slow: .venv/installed .venv/timm
 	$(BIN)/python -m pytest
