@@ -269,7 +269,6 @@ def test_what_shapes_the_output_has_graphs_of_its_own(clock):
     neuroflow.enable_cache(model, config())
     calls = {
         "plain": lambda frame: model(pixel_values=frame[None]),
-        "hidden states": lambda frame: model(pixel_values=frame[None], output_hidden_states=True),
         "autocast": lambda frame: torch.autocast("cpu", torch.bfloat16)(model)(pixel_values=frame[None]),
     }
     kinds = {}
@@ -278,10 +277,19 @@ def test_what_shapes_the_output_has_graphs_of_its_own(clock):
             for frame in frames:
                 output = call(frame)
             assert sum(replays(engine_of(model).graphs).values()) >= 3, name
-            kinds[name] = output.hidden_states is not None, output.pooler_output.dtype
-    assert kinds["plain"] == (False, torch.float32)
-    assert kinds["hidden states"] == (True, torch.float32)
-    assert kinds["autocast"] == (False, torch.bfloat16)
+            kinds[name] = output.pooler_output.dtype
+    assert kinds == {"plain": torch.float32, "autocast": torch.bfloat16}
+
+
+@pytest.mark.parametrize("how", ["argument", "configuration"])
+def test_hidden_states_come_without_graphs(clock, how):
+    model, frames = tiny("siglip"), clip(frames=5, changed=3)
+    model.config.output_hidden_states = how == "configuration"
+    neuroflow.enable_cache(model, config())
+    asked = {"output_hidden_states": True} if how == "argument" else {}
+    with torch.inference_mode(), pytest.warns(RuntimeWarning, match="output_hidden_states is asked for"):
+        outputs = [model(pixel_values=frame[None], **asked) for frame in frames]
+    assert all(output.hidden_states is not None for output in outputs) and not engine_of(model).graphs.groups
 
 
 def test_another_size_has_graphs_of_its_own(clock):

@@ -417,8 +417,12 @@ class Graphs:
             raise Unrecordable("arch 'active' pads its output to the longest stream")
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(rest)):
             raise Unrecordable("the tower takes tensors beside the frames")
-        flags = [getattr(anatomy.tower.config, name, None) for name in ("output_hidden_states", "output_attentions")]
+        named = bound.arguments | next((held for held in bound.arguments.values() if isinstance(held, dict)), {})
+        for name in ("output_hidden_states", "output_attentions"):
+            if named.get(name) or getattr(anatomy.tower.config, name, None):
+                # Releases of transformers before 5 leave a tower that ends behind the gate collecting them for good.
+                raise Unrecordable(f"{name} is asked for")
         kind = frames.device.type
-        flags += [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)]
+        cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         names = tuple(state.name for state in states)
-        return entry, names, frames.shape, frames.dtype, frames.device, tuple(map(repr, rest)), *flags
+        return entry, names, frames.shape, frames.dtype, frames.device, tuple(map(repr, rest)), cast
