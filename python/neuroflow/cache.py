@@ -162,19 +162,17 @@ class Engine:
                 "frame of each stream: neuroflow.encode(model, pixels, stream_ids=[...]) names them"
             )
         order = None if self.anatomy.order is None else self.anatomy.order(arguments)
-        with self.streams.used(names, [rows * columns for rows, columns in grids]) as states:
+        with self.streams.used(names, [rows * columns for rows, columns in grids]) as states, torch.no_grad():
             self._note_gaps(states)
             surprises = None
             if self.graphs is not None:
-                with torch.no_grad():
-                    output, surprises = self.graphs.run(entry, forward, bound, states, grids)
+                output, surprises = self.graphs.run(entry, forward, bound, states, grids)
                 if output is not None:
                     return output
             frame = Frame(self, states, grids, order, surprises)
             token = current_frame.set(frame)
             try:
-                with torch.no_grad():
-                    output = forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
             finally:
                 current_frame.reset(token)
             for state, finite, attention in zip(states, frame.finite, frame.attention, strict=True):

@@ -337,7 +337,7 @@ class Graphs:
         self.engine = engine
         self.groups: dict[Hashable, Group] = {}  # the least recently used first
         self.refused: set[Hashable] = set()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def run(
         self, entry: str, forward: Callable, bound: BoundArguments, states: list[StreamState], grids: list[Grid]
@@ -394,7 +394,7 @@ class Graphs:
             if group.weights.changed():
                 return None
         else:
-            self.groups = {key: group for key, group in self.groups.items() if group.valid}
+            self.prune()
             while len(self.groups) >= GROUPS:
                 del self.groups[next(iter(self.groups))]
             group = Group(self.engine, forward, bound, states, grid)
