@@ -108,8 +108,8 @@ def generator():
 
 
 @pytest.fixture
-def neuroflow(capsys):
-    """neuroflow(command, *arguments) -> exit code, stdout, stderr without its warnings."""
+def neuroflow_with_warnings(capsys):
+    """neuroflow_with_warnings(command, *arguments) -> exit code, stdout, stderr."""
 
     from neuroflow.cli.main import main
 
@@ -118,7 +118,17 @@ def neuroflow(capsys):
             code = main([str(argument) for argument in arguments])
         except SystemExit as stop:
             code = stop.code
-        table, message = capsys.readouterr()
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def neuroflow(neuroflow_with_warnings):
+    """neuroflow(command, *arguments) -> exit code, stdout, stderr without its warnings."""
+
+    def call(*arguments):
+        code, table, message = neuroflow_with_warnings(*arguments)
         return code, table, "".join(line for line in message.splitlines(True) if not line.startswith("warning: "))
 
     return call
