@@ -17,7 +17,23 @@ from safetensors import safe_open
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 32
 NAMES = ["0", "1", "2", "3", "0.75*3", "0.5*3", "0.25*3"]  # of what is evaluated
-OPTIONS = ("--epochs", 3, "--frames", 4, "--strides", 1, "--rate", 1e-3, "--thresholds", 0.01, 0.2, "--forgetting", 1)
+OPTIONS = (
+    "--epochs",
+    3,
+    "--batch",
+    8,
+    "--clips",
+    2,
+    "--strides",
+    1,
+    "--rate",
+    1e-3,
+    "--thresholds",
+    0.01,
+    0.2,
+    "--forgetting",
+    1,
+)
 
 
 @pytest.fixture(scope="session")

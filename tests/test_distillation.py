@@ -1,6 +1,7 @@
 """Sparse distillation: that the student computes what the patched model does, learns, is kept, and goes on."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -12,6 +13,7 @@ from neuroflow import distillation
 from neuroflow.adapters import describe
 from neuroflow.distillation import (
     SHARES,
+    Clip,
     Distillation,
     DistillationConfig,
     Epoch,
@@ -22,11 +24,12 @@ from neuroflow.distillation import (
 )
 from neuroflow.models import ClassHead
 from neuroflow.patch import copy_sharing_weights, install
+from neuroflow.state import StreamState
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 32
-SETTINGS = {"epochs": 3, "rate": 1e-3, "frames": 5, "strides": 2, "thresholds": (0.01, 0.1)}
+SETTINGS = {"epochs": 3, "rate": 1e-3, "batch": 10, "clips": 2, "strides": 2, "thresholds": (0.01, 0.1)}
 
 
 def video(seed, frames=9, side=SIDE):
@@ -65,32 +68,60 @@ def trained(model, videos, path=None, stop=None, **settings):
     return run
 
 
+def clip_of(run, frames, decay=0.05, **rule):
+    """A clip of the frames, none of them whole but the first, for the run's engine."""
+    gate = dataclasses.replace(run.config.gate(**rule), ema_decay=decay)
+    return Clip(0, enumerate(frames), gate, StreamState("clip"), [False] * len(frames))
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.03, 1.5])
 @pytest.mark.parametrize("name", ["siglip", "clip", "vit", "dinov2", "dinov3"])
 def test_the_student_computes_what_the_patched_model_does(name, threshold):
+    """For two clips in one pass, each under its own gate, and again for what follows of them."""
     model = tiny(name, SIDE)
-    config = DistillationConfig()
-    run = Distillation(model, config)
-    run.engine.draw(threshold, 0.05)
-    frames = video(0)
+    run = Distillation(model, DistillationConfig())
+    videos, rules = [video(0), video(1)], [{"threshold": threshold}, {"budget": 0.25, "decay": 0.5}]
+    clips = [clip_of(run, frames[:5], **rule) for frames, rule in zip(videos, rules, strict=True)]
+    run.engine.clips = clips
     install(run.engine)
-    found = run.embed(model, torch.cat(frames))
+    found = [run.embed(model, torch.cat([frame for frames in videos for frame in frames[:5]]))]
+    for clip in clips:
+        clip.whole = [False] * 4
+    found.append(run.embed(model, torch.cat([frame for frames in videos for frame in frames[5:]])))
     neuroflow.disable_cache(model)
-    assert found.requires_grad
-    gate = neuroflow.NeuroFlowConfig(**{**vars(config.gate(threshold=threshold)), "ema_decay": 0.05})
-    neuroflow.enable_cache(model, gate)
-    expected = torch.cat([run.embed(model, frame) for frame in frames])
-    skipped = neuroflow.summary(model).streams["default"].skipped
-    assert (skipped > 0) == (threshold > 0)
-    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-5)
+    assert all(part.requires_grad for part in found)
+    assert run.engine.whole == [threshold == 0] * 4 + [False] * 4
+    for number, (frames, clip) in enumerate(zip(videos, clips, strict=True)):
+        neuroflow.enable_cache(model, clip.gate)
+        expected = torch.cat([run.embed(model, frame) for frame in frames])
+        skipped = neuroflow.summary(model).streams["default"].skipped
+        neuroflow.disable_cache(model)
+        assert (skipped > 0) == (clip.gate.threshold != 0)
+        own = torch.cat([part.detach().chunk(2)[number] for part in found])
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)
+
+
+def test_whole_frames_do_not_disturb_the_gate(model):
+    run = Distillation(model, DistillationConfig())
+    frames = video(0)
+    clip = clip_of(run, frames, budget=0.25)
+    clip.whole = [number in (2, 3) for number in range(len(frames))]
+    run.engine.clips = [clip]
+    install(run.engine)
+    found = run.embed(model, torch.cat(frames)).detach()
+    neuroflow.disable_cache(model)
+    dense = torch.cat([run.embed(model, frame) for frame in frames])
+    neuroflow.enable_cache(model, clip.gate)
+    sparse = torch.cat([run.embed(model, frame) for frame in frames])
+    whole = [number in (0, 2, 3) for number in range(len(frames))]
+    assert run.engine.whole == whole
+    torch.testing.assert_close(found, dense.where(torch.tensor(whole)[:, None], sparse), rtol=0, atol=1e-5)
 
 
 def test_gradients_are_those_of_the_definition(model):
     """Of the tower written out on the active tokens alone, with the plain pooling head."""
     run = Distillation(model, DistillationConfig())
-    run.engine.draw(0.03, 0.05)
-    frames = torch.cat(video(0, 3))
-    seen = []
+    frames, seen = torch.cat(video(0, 3)), []
     install(run.engine)
     select = distillation.Frame.select
     with pytest.MonkeyPatch.context() as patched:
@@ -98,7 +129,9 @@ def test_gradients_are_those_of_the_definition(model):
             distillation.Frame, "select", lambda self, rows, tokens: (seen.append(rows), select(self, rows, tokens))[1]
         )
         with torch.no_grad():
+            run.engine.clips = [clip_of(run, frames, threshold=0.03)]
             run.embed(model, frames)  # leaves nothing behind that has no gradient
+        run.engine.clips = [clip_of(run, frames, threshold=0.03)]
         run.embed(model, frames).square().sum().backward()
     neuroflow.disable_cache(model)
     found = {name: parameter.grad.clone() for name, parameter in run.weights.items()}
@@ -134,33 +167,108 @@ def test_it_learns(model, videos):
     assert not neuroflow.is_patched(model)
 
 
-def test_draws_and_clips(model, videos, monkeypatch):
-    """The gate within its ranges, and every clip of consecutive frames at its stride."""
-    drawn, clips, rates = [], [], []
-    run = Distillation(model, DistillationConfig(**SETTINGS))
-    monkeypatch.setattr(run.engine, "draw", lambda *gate: drawn.append(gate))
-    monkeypatch.setattr(run, "_expected", lambda keys, frames: clips.append(keys) or torch.zeros(len(keys), 64))
-    monkeypatch.setattr(
-        run, "_step", lambda pixels, expected: rates.append(run.optimizer.param_groups[0]["lr"]) or float(len(pixels))
-    )
-    run.history = [Epoch(number, None, 0.0, 0.0, 0.0, None) for number in range(2)]
-    assert run.train([video(0, 23)] * 20) > 1
-    thresholds, decays = (torch.tensor(values).log() for values in zip(*drawn, strict=True))
-    assert math.log(0.01) <= thresholds.min() < math.log(0.02) and math.log(0.05) < thresholds.max() <= math.log(0.1)
-    assert math.log(1e-3) <= decays.min() < math.log(2e-3) and math.log(0.05) < decays.max() <= math.log(0.1)
-    assert thresholds.mean() == pytest.approx(math.log(0.01 * 0.1) / 2, abs=0.2)  # evenly on a log scale
+def recorded_steps(run, videos, monkeypatch):
+    """(clip numbers, indices, gates, whole, rate) of every step of an epoch in which nothing is computed."""
+    steps = []
+
+    def step(clips, taken, rate):
+        numbers = [clip.number for clip in clips]
+        indices = [[index for index, _ in frames] for frames in taken]
+        steps.append((numbers, indices, [clip.gate for clip in clips], [clip.whole for clip in clips], rate))
+        return float(len(steps))
+
+    monkeypatch.setattr(run, "_step", step)
+    assert run.train(videos) == pytest.approx((len(steps) + 1) / 2)
+    return steps
+
+
+def test_a_step_takes_the_next_frames_of_many_videos(model, monkeypatch):
+    run = Distillation(model, DistillationConfig(**SETTINGS | {"batch": 12, "clips": 3}))
+    run.history = [Epoch(0, None, 0.0, 0.0, 0.0, None)]
+    lengths = [*[23, 9, 16, 1, 30, 12, 7, 23] * 5, 200]
+    steps = recorded_steps(run, [video(0, length) for length in lengths], monkeypatch)
+    seen = {}
+    for numbers, indices, gates, whole, _ in steps:
+        assert len(set(numbers)) == len(numbers) <= 3
+        assert [len(each) for each in indices] == [len(each) for each in whole]
+        assert all(len(each) <= 12 // len(numbers) for each in indices)
+        for number, each, gate in zip(numbers, indices, gates, strict=True):
+            seen.setdefault(number, ([], gate))[0].extend(each)
+            assert seen[number][1] is gate
     strides = set()
-    for keys in clips:
-        numbers = [index for _, _, index in keys]
-        assert 2 <= len(numbers) <= 5 and len({number for _, number, _ in keys}) == 1
-        strides |= {after - before for before, after in itertools.pairwise(numbers)}
+    assert set(seen) == set(range(len(lengths)))
+    assert {indices[0] for indices, _ in seen.values() if indices} == {0, 1}
+    assert max(len(each) for numbers, indices, *_ in steps for each in indices if len(numbers) < 3) > 4
+    for number, (indices, _) in seen.items():
+        steps_between = {after - before for before, after in itertools.pairwise(indices)}
+        assert len(steps_between) <= 1 and (indices or lengths[number] == 1)
+        if indices:
+            (stride,) = steps_between or {1}
+            strides.add(stride)
+            assert indices[0] < 2 and indices[-1] + 2 >= lengths[number]  # to its end
     assert strides == {1, 2}
-    assert rates == pytest.approx([0.75e-3] * len(rates))  # the second of three epochs
-    rates.clear()
-    run.history.pop()
-    run.train([video(0, 23)] * 20)
-    assert rates[:2] == pytest.approx([1e-3 / 20, 2e-3 / 20]) and rates[19:] == pytest.approx([1e-3] * len(rates[19:]))
-    assert {number for keys in clips for _, number, _ in keys} == set(range(20))
+    full = [sum(len(each) for each in indices) for _, indices, *_ in steps]
+    assert max(full) == 12 and sorted(full)[len(full) // 2] >= 9
+    drawn = [each for *_, whole, _ in steps for of_clip in whole for each in of_clip]
+    assert 0.05 < sum(drawn) / len(drawn) < 0.2
+
+
+def test_what_is_drawn_for_a_video(model, monkeypatch):
+    """The budget of `skip` for every second one; thresholds and decays within their ranges for the others."""
+    run = Distillation(model, DistillationConfig(**SETTINGS))
+    run.history = [Epoch(0, None, 0.0, 0.0, 0.0, None)]
+    steps = recorded_steps(run, [video(0, 3)] * 60, monkeypatch)
+    gates = list({id(gate): gate for _, _, gates, *_ in steps for gate in gates}.values())
+    drawn = [gate.threshold for gate in gates if gate.threshold is not None]
+    assert len(gates) == 60 and len(drawn) == 30
+    assert [gate.budget for gate in gates if gate.budget is not None] == pytest.approx([0.1] * 30)
+    for values, low, high in ((drawn, 0.01, 0.1), ([gate.ema_decay for gate in gates], 1e-3, 0.1)):
+        logs = torch.tensor(values).log()
+        third = (math.log(high) - math.log(low)) / 3
+        assert math.log(low) <= logs.min() < math.log(low) + third
+        assert math.log(high) - third < logs.max() <= math.log(high)
+        assert logs.mean() == pytest.approx(math.log(low * high) / 2, abs=third / 2)  # evenly on a log scale
+
+
+def test_the_rate_falls_over_the_epochs(model, videos, monkeypatch):
+    run = Distillation(model, DistillationConfig(**SETTINGS | {"clips": 1}))
+    rates = []
+    for number in range(3):
+        run.history.append(Epoch(number, None, 0.0, 0.0, 0.0, None))
+        rates += [rate for *_, rate in recorded_steps(run, [video(0, 3)] * 10, monkeypatch)]
+    whole = len(rates)
+    assert rates[0] == 1e-3 and rates == sorted(rates, reverse=True) and rates[-1] < 0.01e-3
+    assert rates[whole // 2] == pytest.approx(0.5e-3, rel=0.1)
+
+
+def test_a_step(model, monkeypatch):
+    """Whole frames count as much as the others, however few; the rate warms up; the average follows the weights."""
+    run = Distillation(model, DistillationConfig(**SETTINGS))
+    frames = [(index, torch.zeros(1, 3, SIDE, SIDE)) for index in range(3)]
+    clip = clip_of(run, frames)
+    name, weight = next(iter(run.weights.items()))
+    found, expected = torch.zeros(3, 4) + torch.arange(3.0)[:, None] + 1, torch.ones(3, 4)
+    monkeypatch.setattr(run, "embed", lambda model, pixels: found + 0 * weight.sum())
+    monkeypatch.setattr(run, "_expected", lambda keys, frames: expected)
+    start, average = weight.detach().clone(), weight.detach().clone()
+    for number in range(40):
+        run.engine.whole = [True, False, False]
+        assert run._step([clip], [frames], 1e-2) == pytest.approx(0.5 * (0 + (1 + 4) / 2))
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * min((number + 1) / 30, 1))
+        average.lerp_(weight.detach(), 1 - min(0.99, (number + 1) / (number + 10)))
+    torch.testing.assert_close(run.average[name], average)
+    assert not torch.equal(weight, start) and run.steps == 40  # by weight decay alone
+    run.engine.whole = [False, False, False]
+    assert run._step([clip], [frames], 1e-2) == pytest.approx((0 + 1 + 4) / 3)
+
+
+def test_videos_that_cannot_be_learned_from(model):
+    run = Distillation(model, DistillationConfig(**SETTINGS))
+    with pytest.raises(ValueError, match=r"frames of \[\(32, 32\), \(48, 48\)\]; accepted are those of one size"):
+        run.train([video(0), video(1, side=48)])
+    with pytest.raises(ValueError, match="videos give no frame"):
+        run.train([[], []])
+    assert not neuroflow.is_patched(model)
 
 
 def test_what_is_encoded_does_not_depend_on_the_machines_speed():
@@ -207,13 +315,13 @@ def test_weights_that_forgot_are_never_the_best(model, videos):
     run.history[0] = first._replace(fidelity=-1.0, outside=2.0)
     before = copy.deepcopy(run.best)
     with torch.no_grad():
-        for parameter in run.weights.values():
-            parameter.add_(0.01)
+        for average in run.average.values():
+            average.add_(0.01)
     assert run.evaluate(videos[:1], outside).fidelity > run.chosen.fidelity and run.chosen.number == 0
     assert all(torch.equal(run.best[name], before[name]) for name in before)
     run.history = [first._replace(fidelity=-1.0)]
     run.evaluate(videos[:1], outside)
-    assert run.chosen.number == 1 and all(torch.equal(run.best[name], run.weights[name]) for name in before)
+    assert run.chosen.number == 1 and all(torch.equal(run.best[name], run.average[name]) for name in before)
 
 
 def test_weights_on_the_way_to_the_trained_ones_are_tried(model, videos, monkeypatch):
@@ -232,7 +340,7 @@ def test_weights_on_the_way_to_the_trained_ones_are_tried(model, videos, monkeyp
     run.evaluate(videos[:1], None)
     run.evaluate(videos[:1], None, run.train(videos[1:]))
     weights = {name: parameter.detach().clone() for name, parameter in run.weights.items()}
-    reached = next(iter(weights.values()))
+    reached = next(iter(run.average.values()))
     while not run.finished:
         run.evaluate(videos[:1], None)
         assert all(torch.equal(parameter, weights[name]) for name, parameter in run.weights.items())
@@ -241,8 +349,8 @@ def test_weights_on_the_way_to_the_trained_ones_are_tried(model, videos, monkeyp
         [0, 1, 0.75, 0.5, 0.25], abs=1e-3
     )  # where they lie
     assert run.chosen.share == 0.5 and run.epochs == run.history[:2]
-    for name, parameter in weights.items():
-        half = 0.5 * (run.teacher.get_parameter(name) + parameter)
+    for name in weights:
+        half = 0.5 * (run.teacher.get_parameter(name) + run.average[name])
         torch.testing.assert_close(run.best[name], half.detach())
         assert torch.equal(run.best[name], seen[3][name])
 
@@ -259,14 +367,6 @@ def test_what_is_known():
 def test_the_loss_is_the_definition():
     found, expected = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     assert distillation_loss(found, expected).item() == pytest.approx((1 + 4) / 4 + 0.5 * (0 + 1) / 2)
-
-
-def test_a_clips_whole_frame_counts_as_much_as_the_others(model, monkeypatch):
-    run = Distillation(model, DistillationConfig())
-    found, expected = torch.zeros(3, 4) + torch.arange(3.0)[:, None] + 1, torch.ones(3, 4)
-    weight = next(iter(run.weights.values()))
-    monkeypatch.setattr(run, "embed", lambda model, pixels: found + 0 * weight.sum())
-    assert run._step(torch.zeros(3, 3, SIDE, SIDE), expected) == pytest.approx(0.5 * (0 + (1 + 4) / 2))
 
 
 def test_weights_come_back(model, videos, tmp_path):
@@ -308,7 +408,9 @@ def test_mixed_precision_is_near(videos):
         {"train": "last-0"},
         {"epochs": 0},
         {"rate": 0},
-        {"frames": 1},
+        {"batch": 1},
+        {"clips": 0},
+        {"clips": 129},
         {"strides": 0},
         {"thresholds": (0.2, 0.1)},
         {"decays": (0.1, 2)},
@@ -323,7 +425,7 @@ def test_settings_out_of_range(changed):
         DistillationConfig(**changed)
 
 
-def test_models_that_cannot_be_distilled(model, videos):
+def test_models_that_cannot_be_distilled(model):
     with pytest.raises(ValueError, match=r"last-4 at most, as there are 4 blocks"):
         Distillation(model, DistillationConfig(train="last-5"))
     with pytest.raises(ValueError, match="IJepaModel has no pooled output"):
@@ -332,5 +434,3 @@ def test_models_that_cannot_be_distilled(model, videos):
     with pytest.raises(RuntimeError, match="is patched"):
         Distillation(model, DistillationConfig())
     neuroflow.disable_cache(model)
-    with pytest.raises(ValueError, match="no clip of two frames"):
-        Distillation(model, DistillationConfig(strides=1)).train([videos[0][:1]])

@@ -1,12 +1,13 @@
 """Sparse distillation: architecture B taught to give, from the active patches alone, what the whole frame gives.
 
-The unpatched model is the teacher, a copy of it the student. A clip is one pass: its frames lie side by side as streams
-would, the engine's own gate goes through them in order, and the student encodes what is active, with gradients. The
-gate's threshold and decay are drawn for every clip. What stands in front of the first block is never trained: the gate
-reads the patch projection, and would choose other patches if it changed.
+The unpatched model is the teacher, a copy of it the student. Many videos are gone through at once, and a step takes the
+next few frames of each. They lie side by side as streams would, the engine's own gate goes through each video's in
+order, and the student encodes what is active, with gradients. What stands in front of the first block is never trained:
+the gate reads the patch projection, and would choose other patches if it changed.
 
-Weights part of the way from the teacher's to the trained ones forget much less and give up little (Wortsman et al.
-2022, Robust fine-tuning of zero-shot models), so some of these are evaluated as well when training is over.
+Two things keep what the videos do not show. Some frames of every step are encoded whole; and weights part of the way
+from the teacher's to the trained ones, which forget less and give up little (Wortsman et al. 2022, Robust fine-tuning
+of zero-shot models), are evaluated as well when training is over.
 """
 
 import copy
@@ -35,7 +36,9 @@ from .state import StreamState
 from .streams import StreamCache
 
 STREAM = "clip"
-WARM_UP = 20  # clips until the learning rate is reached
+WARM_UP = 30  # steps until the learning rate is reached
+AVERAGED = 0.99  # of the weights' moving average stays at a step, less at the first ones
+WHOLE = 0.125  # chance of a frame to be encoded whole
 SHARES = (0.75, 0.5, 0.25)  # of the way from the teacher's weights to the trained ones, tried when training is over
 
 
@@ -47,11 +50,12 @@ class DistillationConfig:
         train: "head", the final norm and the pooling head; "last-K", the last K blocks too; "all", all blocks.
         epochs: times that every video is gone through.
         rate: learning rate of AdamW, which falls to nothing over the epochs as a cosine does.
-        frames: of a clip, which is a batch.
-        strides: a clip takes every frame, or up to every so-manieth one; which is drawn for each video.
-        thresholds: between these a clip's threshold is drawn, evenly on a log scale. The default skips about 50 to 98 %
-            of the patches of footage that stands still; the published 1e-4 to 0.35 is for surprise with the positional
-            embedding in it.
+        batch: frames of a step.
+        clips: videos that a step's frames are from, or all videos where there are fewer.
+        strides: a video is gone through by every frame, or up to every so-manieth one; which is drawn for each.
+        thresholds: between these a video's threshold is drawn, evenly on a log scale; every second video's budget is
+            that of `skip` instead. The default skips about 50 to 98 % of the patches of footage that stands still; the
+            published 1e-4 to 0.35 is for surprise with the positional embedding in it.
         decays: the same for the weight of the new frame in the moving average that the gate compares with.
         skip: share of the patches that the evaluation skips, and the distilled model from then on.
         forgetting: an epoch that misses the teacher's score outside the domain by more is not chosen.
@@ -61,14 +65,15 @@ class DistillationConfig:
     Raises:
         ValueError: a value that makes no sense; the message says which does.
 
-    Source: Schmitt 2026, sparse distillation; the ranges of the draws, the clips' strides and the end by forgetting are
-    ours.
+    Source: Schmitt 2026, sparse distillation; steps over many videos, the ranges of the draws, strides, whole frames,
+    averaged weights and the end by forgetting are ours.
     """
 
     train: str = "all"
     epochs: int = 12
     rate: float = 1e-4
-    frames: int = 24
+    batch: int = 128
+    clips: int = 32
     strides: int = 4
     thresholds: tuple[float, float] = (0.02, 0.5)
     decays: tuple[float, float] = (1e-3, 0.1)
@@ -82,7 +87,8 @@ class DistillationConfig:
             "train": (re.fullmatch("head|all|last-[1-9][0-9]*", self.train), "'head', 'last-K' or 'all'"),
             "epochs": (self.epochs >= 1, "1 or more"),
             "rate": (0 < self.rate < math.inf, "above 0"),
-            "frames": (self.frames >= 2, "2 or more, as a clip's first is encoded whole"),
+            "batch": (self.batch >= 2, "2 or more"),
+            "clips": (1 <= self.clips <= self.batch, "1 or more, up to the frames of a step"),
             "strides": (self.strides >= 1, "1 or more"),
             "thresholds": (0 < self.thresholds[0] <= self.thresholds[1] < math.inf, "two numbers above 0, ascending"),
             "decays": (0 < self.decays[0] <= self.decays[1] <= 1, "two numbers above 0 and up to 1, ascending"),
@@ -144,13 +150,33 @@ class Epoch(NamedTuple):
     share: float = 1.0
 
 
-class Student(Engine):
-    """The engine of architecture B with gradients: the frames of one clip in one pass, gated in order, nothing kept."""
+@dataclasses.dataclass
+class Clip:
+    """A video that is being gone through.
 
-    def draw(self, threshold: float, decay: float) -> None:
-        """The gate for the next clips."""
-        self.config = dataclasses.replace(self.config, threshold=threshold, ema_decay=decay)
-        self.decay = decay
+    Args:
+        number: of the video. frames: what is left of it, with the frames' own numbers. gate: what chooses its patches.
+        state: of the gate.
+        whole: of each frame in the next step, whether it is encoded whole.
+    """
+
+    number: int
+    frames: Iterator[tuple[int, torch.Tensor]]
+    gate: NeuroFlowConfig
+    state: StreamState
+    whole: list[bool]
+
+
+class Student(Engine):
+    """The engine of architecture B with gradients: frames of several clips in one pass, each clip's gated in order.
+
+    Attributes:
+        clips: those of the next pass, whose frames come one clip after another.
+        whole: of each frame of the last pass, whether it was encoded whole.
+    """
+
+    clips: Sequence[Clip] = ()
+    whole: Sequence[bool] = ()
 
     def on_tower(self, entry: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         if current_frame.get() is not None:
@@ -174,16 +200,20 @@ class Student(Engine):
         return compute()  # what is kept has no gradient
 
     def _gate(self, frame: Frame, tokens: torch.Tensor) -> None:
-        state = frame.states[0]
-        active = []
+        active: list[torch.Tensor | None] = []
         with torch.no_grad():
-            for number, grid in enumerate(frame.grids):
-                this = slice(number, number + 1)
-                own = Frame(self, [state], [grid], None if frame.order is None else frame.order[this])
-                own.projected = None if frame.projected is None else frame.projected[this]
-                super()._gate(own, tokens[this])
-                state.valid = own.finite[0]
-                active.append(own.active[0] if own.partial else None)
+            for clip in self.clips:
+                self.config, self.decay = clip.gate, clip.gate.ema_decay
+                for whole in clip.whole:
+                    number = len(active)
+                    this = slice(number, number + 1)
+                    order = None if frame.order is None else frame.order[this]
+                    own = Frame(self, [clip.state], [frame.grids[number]], order)
+                    own.projected = None if frame.projected is None else frame.projected[this]
+                    super()._gate(own, tokens[this])
+                    clip.state.valid = own.finite[0]
+                    active.append(own.active[0] if own.partial and not whole else None)
+        self.whole = [rows is None for rows in active]
         frame.select(active, tokens)
         frame.row_kernels = False
 
@@ -218,14 +248,17 @@ class Distillation:
             raise ValueError(f"{type(model).__name__} makes features between its blocks, which B does not serve")
         self.model, self.config, self.dtype = model, config, dtype
         self.teacher = copy.deepcopy(model)
-        self.engine = Student(anatomy, config.gate(threshold=config.thresholds[0]), StreamCache())
+        self.engine = Student(anatomy, config.gate(), StreamCache())
         self.weights = _trained(model, anatomy, config.train)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in self.weights.values():
             parameter.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.rate)
+        # A run has hundreds of steps, not thousands, and the average of squares is to follow them.
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.rate, betas=(0.9, 0.98))
+        self.steps = 0
         self.history: list[Epoch] = []
+        self.average = {name: parameter.detach().clone() for name, parameter in self.weights.items()}
         self.best = {name: parameter.detach().clone() for name, parameter in self.weights.items()}
         self._dense: dict[tuple[str, int, int], torch.Tensor] = {}
 
@@ -250,29 +283,36 @@ class Distillation:
         """One epoch; the mean loss.
 
         Args:
-            videos: each gives consecutive frames [1, 3, H, W] whenever it is gone through.
+            videos: each gives consecutive frames [1, 3, H, W], of one size in all, whenever it is gone through.
 
         Raises:
-            ValueError: no clip of two frames in any of them.
+            ValueError: no frame in any of them, or frames of several sizes.
         """
         epoch, config = len(self.epochs), self.config
-        rate = config.rate * (0.5 + 0.5 * math.cos(math.pi * (epoch - 1) / config.epochs))
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        waiting = torch.randperm(len(videos), generator=generator).tolist()
+        clips: list[Clip] = []
         losses = []
         install(self.engine)
         try:
-            for number in torch.randperm(len(videos), generator=generator).tolist():
-                for indices, pixels in self._clips(videos[number], generator):
-                    self.engine.draw(_between(*config.thresholds, generator), _between(*config.decays, generator))
-                    warm = min((len(losses) + 1) / WARM_UP, 1) if epoch == 1 else 1
-                    for group in self.optimizer.param_groups:
-                        group["lr"] = rate * warm
-                    keys = [("train", number, index) for index in indices]
-                    losses.append(self._step(pixels, self._expected(keys, pixels.split(1))))
+            while waiting or clips:
+                done = epoch - (len(waiting) + len(clips)) / len(videos)
+                while waiting and len(clips) < config.clips:
+                    number = waiting.pop()
+                    clips.append(self._open(number, videos[number], len(videos) - len(waiting), generator))
+                asked = config.batch // len(clips)
+                taken = [list(itertools.islice(clip.frames, asked)) for clip in clips]
+                if any(taken):
+                    for clip, frames in zip(clips, taken, strict=True):
+                        clip.whole = (torch.rand(len(frames), generator=generator) < WHOLE).tolist()
+                    self.engine.clips = clips
+                    rate = config.rate * (0.5 + 0.5 * math.cos(math.pi * done / config.epochs))
+                    losses.append(self._step(clips, taken, rate))
+                clips = [clip for clip, frames in zip(clips, taken, strict=True) if len(frames) == asked]
         finally:
             disable_cache(self.model)
         if not losses:
-            raise ValueError("videos give no clip of two frames; accepted are longer ones")
+            raise ValueError("videos give no frame; accepted are longer ones")
         return sum(losses) / len(losses)
 
     @torch.no_grad()
@@ -291,7 +331,7 @@ class Distillation:
             number, share = number - 1, SHARES[len(self.history) - number]
         reached = {name: parameter.clone() for name, parameter in self.weights.items()}
         for name, parameter in self.weights.items():
-            parameter.copy_(torch.lerp(self.teacher.get_parameter(name), parameter, share))
+            parameter.copy_(torch.lerp(self.teacher.get_parameter(name), self.average[name], share))
         try:
             epoch = Epoch(number, loss, *self._figures(videos, outside), share)
             if not self.history or (epoch.fidelity > self.chosen.fidelity and not self._forgot(epoch)):
@@ -350,10 +390,12 @@ class Distillation:
     def checkpoint(self, path: Path) -> None:
         """Write what `resume` needs to go on after the last evaluation as if nothing had happened."""
         tensors = {f"weights.{name}": tensor.detach() for name, tensor in self.weights.items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
-        _write(path, tensors, {"settings": self._settings(), "history": self._history()})
+        metadata = {"settings": self._settings(), "history": self._history(), "steps": str(self.steps)}
+        _write(path, tensors, metadata)
 
     @torch.no_grad()
     def resume(self, path: Path) -> None:
@@ -368,6 +410,7 @@ class Distillation:
         weights = {name: tensors[f"weights.{name}"] for name in self.weights}
         for name, parameter in self.weights.items():
             parameter.copy_(weights[name])
+            self.average[name] = tensors[f"average.{name}"].to(parameter)
             self.best[name] = tensors[f"best.{name}"].to(parameter)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
@@ -376,6 +419,7 @@ class Distillation:
                 state.setdefault(int(number), {})[name] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.history = [Epoch(**epoch) for epoch in json.loads(metadata["history"])]
+        self.steps = int(metadata["steps"])
 
     def _history(self) -> str:
         return json.dumps([epoch._asdict() for epoch in self.history])
@@ -387,26 +431,43 @@ class Distillation:
     def _forgot(self, epoch: Epoch) -> bool:
         return epoch.outside is not None and epoch.outside < self.history[0].outside - self.config.forgetting
 
-    def _clips(
-        self, video: Iterable[torch.Tensor], generator: torch.Generator
-    ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Numbers and pixels [T, 3, H, W] of the frames of one clip after another."""
-        stride = int(torch.randint(1, self.config.strides + 1, (), generator=generator))
+    def _open(self, number: int, video: Iterable[torch.Tensor], turn: int, generator: torch.Generator) -> Clip:
+        """The video of that number, which is the `turn`-th of its epoch."""
+        config = self.config
+        stride = int(torch.randint(1, config.strides + 1, (), generator=generator))
         start = int(torch.randint(stride, (), generator=generator))
+        threshold, decay = _between(*config.thresholds, generator), _between(*config.decays, generator)
+        rule = {"threshold": threshold} if turn % 2 else {}
+        gate = dataclasses.replace(config.gate(**rule), ema_decay=decay)
         frames = itertools.islice(enumerate(video), start, None, stride)
-        while len(clip := list(itertools.islice(frames, self.config.frames))) > 1:
-            indices, pixels = zip(*clip, strict=True)
-            yield list(indices), torch.cat(pixels)
+        return Clip(number, frames, gate, StreamState(STREAM), [])
 
-    def _step(self, pixels: torch.Tensor, expected: torch.Tensor) -> float:
+    def _step(self, clips: list[Clip], taken: list[list[tuple[int, torch.Tensor]]], rate: float) -> float:
+        """One step on frames taken from clips, numbers and pixels of each; the loss."""
+        frames = [pixels for of_clip in taken for _, pixels in of_clip]
+        if len(sizes := {tuple(pixels.shape[2:]) for pixels in frames}) > 1:
+            raise ValueError(f"videos give frames of {sorted(sizes)}; accepted are those of one size")
+        keys = [
+            ("train", clip.number, index) for clip, of_clip in zip(clips, taken, strict=True) for index, _ in of_clip
+        ]
+        expected = self._expected(keys, frames)
         with torch.autocast(expected.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            found = self.embed(self.model, pixels)
-        # A clip's first frame is encoded whole. Few as they are, whole frames would be forgotten beside the others.
-        loss = 0.5 * (distillation_loss(found[:1], expected[:1]) + distillation_loss(found[1:], expected[1:]))
+            found = self.embed(self.model, torch.cat(frames))
+        # Few as they are, whole frames would be forgotten beside the others.
+        whole = torch.tensor(self.engine.whole, device=found.device)
+        losses = [distillation_loss(found[one], expected[one]) for one in (whole, ~whole) if one.any()]
+        loss = sum(losses) / len(losses)
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * min(self.steps / WARM_UP, 1)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
         self.optimizer.step()
+        with torch.no_grad():
+            kept = min(AVERAGED, self.steps / (self.steps + 9))
+            for name, parameter in self.weights.items():
+                self.average[name].lerp_(parameter, 1 - kept)
         return loss.item()
 
     @torch.no_grad()

@@ -310,14 +310,15 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
     training.add_argument("--train", metavar="WHAT", help="head, last-K (blocks, and the head) or all (default: all)")
     training.add_argument("--epochs", type=_count, metavar="N", help="times through all videos (default: 12)")
     training.add_argument("--rate", type=float, metavar="R", help="learning rate (default: 1e-4)")
-    training.add_argument("--frames", type=_count, metavar="N", help="of a clip, which is a batch (default: 24)")
-    training.add_argument("--strides", type=_count, metavar="N", help="clips take every 1st to Nth frame (default: 4)")
+    training.add_argument("--batch", type=_count, metavar="N", help="frames of a step (default: 128)")
+    training.add_argument("--clips", type=_count, metavar="N", help="videos that a step's are from (default: 32)")
+    training.add_argument("--strides", type=_count, metavar="N", help="videos give every 1st to Nth frame (default: 4)")
     training.add_argument(
         "--thresholds",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="a clip's is drawn between these (default: 0.02 0.5)",
+        help="a video's is drawn between these (default: 0.02 0.5)",
     )
     training.add_argument(
         "--skip",
