@@ -32,7 +32,7 @@ from neuroflow_kernels import (
 PATCH = 16
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES, SKIPS = (224, 448, 896), (0.97, 0.84, 0.0)
-SYSTEMS = ("published-C", "C", "E")
+SYSTEMS = ("published-C", "C", "E", "rounded-C", "rounded-E")
 SHARP = 0.5  # the published system's threshold: noise of a new kind is far from its average, what stood still is at 0
 NOISE = 4 / 127.5  # a sensor's standard deviation, in units of pixels from -1 to 1
 RECORDED = 4  # frames after which all of them are replayed: a key frame, one to set up, one to record, one more
@@ -351,6 +351,15 @@ def patched(model, arch, **rule):
     return model
 
 
+def precision_of(name):
+    """A rounded system's products are of bfloat16 where it encodes a part of the frame."""
+    return "bfloat16" if name.startswith("rounded") else "model"
+
+
+def tolerance_of(model, name):
+    return TOLERANCE[torch.bfloat16 if name.startswith("rounded") else model.dtype]
+
+
 def flops(model, name, active):
     """FLOPs of the blocks in a frame of which `active` patches are encoded.
 
@@ -386,15 +395,15 @@ def error_of(model, name, pixels, expected):
     pixels: two frames [1, 3, size, size]. expected: dense's embedding of the second.
     """
     first, second = pixels
-    arch = name[-1]
-    if name != arch:
+    arch, always = name[-1], {"dense_above": 1.0, "precision": precision_of(name)}
+    if name.startswith("published"):
         return distance(Published(model, 0, arch)(second), expected)
-    everything = dense(patched(model, arch, threshold=0, dense_above=1.0))
+    everything = dense(patched(model, arch, threshold=0, **always))
     everything(first)
     errors = [distance(everything(second), expected)]
     active = active_of(model, max(SKIPS))
     # Eager, as a graph encodes more patches than are active, up to the next number of its ladder.
-    part = dense(patched(model, arch, budget=active, floor=0, engine="eager", dense_above=1.0))
+    part = dense(patched(model, arch, budget=active, floor=0, engine="eager", **always))
     if arch == "E":
         part(second)
         errors.append(distance(part(second), expected))
@@ -405,7 +414,7 @@ def error_of(model, name, pixels, expected):
         errors.append(distance(found, other))
     if model.device.type == "cuda":
         ways = [
-            dense(patched(model, arch, budget=active, floor=0, ladder=LADDER, engine=engine, dense_above=1.0))
+            dense(patched(model, arch, budget=active, floor=0, ladder=LADDER, engine=engine, **always))
             for engine in ("eager", "graph")
         ]
         for shown in itertools.islice(frames(model, active), RECORDED):

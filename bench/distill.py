@@ -244,7 +244,7 @@ def plot(rows, history):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--videos", type=int, default=700, help="to draw; one in five is held out")
-    parser.add_argument("--pictures", type=int, default=300, help="outside scenes to draw, a picture of each")
+    parser.add_argument("--pictures", type=int, default=600, help="outside scenes to draw, a picture of each")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--test", type=int, default=20, help="unseen scenes to measure on at the end")

@@ -150,7 +150,8 @@ def test_flops_are_those_that_the_published_system_counts(model):
 
 
 def test_models_are_checked_and_measured(model, capsys):
-    systems, clips = ["published-B", "published-C", *"ABCDE"], [(0.8, True), (0.8, False), (0.0, False)]
+    systems = ["published-B", "published-C", *"ABCDE", "rounded-C", "rounded-E"]
+    clips = [(0.8, True), (0.8, False), (0.0, False)]
     rows = run.measure_model(model, systems, clips, CEILINGS, seconds=0, groups=2)
     found = {(row["system"], (row["skip"], row["noise"])): row for row in rows}
     nothing, noisy, still, moving = (None, None), *clips
@@ -159,9 +160,17 @@ def test_models_are_checked_and_measured(model, capsys):
     assert found["dense", nothing]["rounds"] == 2 * 3 and found["dense", nothing]["speedup"] == 1
     for row in rows:
         assert row["shape"] == [48, 48] and row["dtype"] == "float32" and row["case"] == "SigLIP base"
-        assert row["share_of_ceiling"] == pytest.approx(row["flops"] / 2e9 / (row["median_ms"] / 1e3))
+        rate = CEILINGS["bfloat16" if row["system"].startswith("rounded") else "float32"]
+        assert row["share_of_ceiling"] == pytest.approx(row["flops"] / rate / (row["median_ms"] / 1e3))
     assert 0 < found["C", still]["outside_blocks"] < 1
-    assert found["E", still]["state_bytes"] > found["C", still]["state_bytes"] > 0
+    assert (
+        found["E", still]["state_bytes"] > found["rounded-E", still]["state_bytes"] > found["C", still]["state_bytes"]
+    )
+
+
+def test_only_models_in_float32_are_rounded(model):
+    rows = run.measure_model(model.bfloat16(), ["C", "rounded-C"], [(0.8, False)], CEILINGS, seconds=0, groups=1)
+    assert [row["system"] for row in rows] == ["dense", "C"]
 
 
 @pytest.mark.parametrize("noise", [False, True])

@@ -170,6 +170,7 @@ def test_half_precision(tmp_path, neuroflow_run, clip, dtype):
             "budget 3, floor 1, signal patch, reference refreshed, at most 9 frames old",
         ),
         (["--signal", "embedding", "--reference", "ema"], "signal embedding, reference ema 0.01"),
+        (["--precision", "bfloat16"], "at most 128 frames old, precision bfloat16"),
     ],
 )
 def test_gate_options_reach_the_gate(neuroflow_run, clip, options, gate):

@@ -32,6 +32,7 @@ def test_a_budget_takes_the_place_of_the_threshold():
         ("mid_layer", -1),
         ("dense_above", -0.1),
         ("dense_above", 1.1),
+        ("precision", "float16"),
         ("ladder", ()),
         ("ladder", (8, 8)),
         ("ladder", (0, 8)),
@@ -53,6 +54,11 @@ def test_a_ladder_excludes_dilation_and_survives_a_file(tmp_path):
     config = neuroflow.NeuroFlowConfig(ladder=[8, 16])
     config.save(tmp_path / "config.json")
     assert neuroflow.NeuroFlowConfig.load(tmp_path / "config.json") == config
+
+
+def test_precision_needs_frames_that_are_packed_as_a_whole():
+    with pytest.raises(ValueError, match="precision is 'bfloat16'; accepted is 'model' for arch 'mlp'"):
+        neuroflow.NeuroFlowConfig(arch="A", precision="bfloat16")
 
 
 def test_configurations_are_values():

@@ -92,6 +92,18 @@ def test_recorded_frames_equal_launched_ones(clock, family, arch):
     assert replays(found) == {8: 5, 4: 0} and not found.refused
 
 
+@pytest.mark.parametrize("arch", ["B", "C", "D", "E"])
+def test_products_in_bfloat16(clock, arch):
+    model, frames = tiny("vit"), clip(frames=6, changed=5)[:, None]
+    settings = {"arch": arch, "precision": "bfloat16"}
+    eager = run(model, "vit", frames, config(engine="eager", **settings))
+    recorded = run(model, "vit", frames, config(**settings))
+    plain = run(model, "vit", frames, config(arch=arch))
+    assert replays(recorded[4])[8] > 0 and torch.equal(recorded[1], eager[1])
+    error = (recorded[0] - eager[0]).abs().max()
+    assert error < 0.2 * (eager[0] - plain[0]).abs().max()
+
+
 @pytest.mark.parametrize("arch", ["A", "C", "D", "E"])
 @pytest.mark.parametrize("family", ["siglip", "vit", "dinov3"])
 def test_several_streams_share_a_graph(clock, family, arch):

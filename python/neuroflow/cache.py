@@ -35,6 +35,7 @@ from .rewrites import (
     are_few,
     attention_pool,
     fold_head,
+    in_bfloat16,
     is_foldable,
     is_patch_projection,
     patch_windows,
@@ -290,10 +291,16 @@ class Engine:
 
     def on_linear(self, module: nn.Linear, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
         frame = current_frame.get()
-        if frame is None or not frame.row_kernels or not are_few(tokens):
+        rounded = frame is not None and frame.packed and frame.rounded
+        few = frame is not None and frame.row_kernels and are_few(tokens)
+        if not rounded and not few:
             return forward(tokens)
-        rows = linear_rows(tokens.flatten(0, -2), module.weight, module.bias)
-        return rows.unflatten(0, tokens.shape[:-1])
+        rows, weight, bias = tokens.flatten(0, -2), module.weight, module.bias
+        if rounded:
+            rows = rows.bfloat16()
+            weight, bias = self.derived(module, (module, "rounded"), lambda: in_bfloat16(module))
+        product = linear_rows(rows, weight, bias) if few else nn.functional.linear(rows, weight, bias)
+        return product.to(tokens.dtype).unflatten(0, tokens.shape[:-1])
 
     def on_mlp_input(self, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
         frame = current_frame.get()
@@ -374,6 +381,10 @@ class Engine:
         name = "sdpa" if self.attention_name == ATTENTION else self.attention_name
         attention = ALL_ATTENTION_FUNCTIONS.get(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
         context, layer = self.config.arch == "context", self.layer_of[module]
+        if frame.packed and frame.rounded and query.dtype == torch.float32:
+            rounded = (heads.bfloat16() for heads in (query, key, value))
+            attended, weights = self.attend(frame, module, *rounded, mask, product, **kwargs)
+            return attended.to(query.dtype), weights
         if context:
             frame.store_heads(layer, key, value)
         watched = layer in self.watched and (context or not frame.packed)
@@ -391,7 +402,7 @@ class Engine:
         parts = [frame.heads(heads) for heads in (query, key, value)]
         for stream, (state, queries, keys, values) in enumerate(zip(frame.states, *parts, strict=True)):
             rows = key_rows = frame.rows[stream] if frame.packed else None
-            if context:
+            if context and frame.packed:
                 keys = state.tensors["key", layer].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
                 values = state.tensors["value", layer].unflatten(2, (value.shape[1], -1)).transpose(1, 2)
                 key_rows = None

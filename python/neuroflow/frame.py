@@ -58,12 +58,14 @@ class Frame:
         self.partial = False  # some of its rows are not encoded
         self.packed = False  # the residual stream holds active tokens only
         self.row_kernels = False  # what is partial is multiplied by the kernels for few rows
+        self.rounded = False  # what is packed is multiplied in bfloat16
         self.unmeasured: Size | None = None  # its own, if the crossover is to be measured after it
         self.first_block: tuple[torch.Tensor, Callable] | None = None  # of what is unmeasured: its tokens, and itself
 
     def select(self, active: list[torch.Tensor | None], tokens: torch.Tensor) -> None:
         """Take each stream's active tokens among all of `tokens`: int32 rows of its T, or None for all of them."""
         self.shape = tokens.shape
+        self.rounded = self._rounds(tokens)
         width = tokens.shape[1:-1].numel()  # rows of `tokens` from one stream to the next, if they are a batch
         self.starts = [
             stream * width if tokens.ndim > 2 else sum(self.counts[:stream]) for stream in range(len(self.counts))
@@ -84,6 +86,9 @@ class Frame:
         self.index = torch.cat([chosen + start for start, chosen in zip(self.starts, self.rows, strict=True)])
         self.cu_seqlens = torch.tensor(self.offsets, dtype=torch.int32, device=device)
         self.ends = torch.tensor([[0, length] for length in self.lengths], dtype=torch.int32, device=device)
+
+    def _rounds(self, tokens: torch.Tensor) -> bool:
+        return self.engine.config.precision == "bfloat16" and tokens.dtype == torch.float32
 
     def pack(self, tokens: torch.Tensor) -> torch.Tensor:
         """All tokens -> [1, M, D]"""
@@ -129,8 +134,9 @@ class Frame:
 
     def store_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Bring the keys and values [1 or S, heads, rows, head_dim] of one block's cache up to date."""
-        self.store(("key", layer), key.transpose(1, 2).flatten(2))
-        self.store(("value", layer), value.transpose(1, 2).flatten(2))
+        for name, heads in (("key", key), ("value", value)):
+            rows = heads.transpose(1, 2).flatten(2)
+            self.store((name, layer), rows.bfloat16() if self.rounded else rows)
 
     def pay(self, attention: list[torch.Tensor], first: int = 0) -> None:
         """Add what the patches of streams from `first` on got of the pooled output's attention, [N] each."""
@@ -195,6 +201,7 @@ class StaticFrame(Frame):
         """Take the patches `index` of all streams, rows of [S * N], and every stream's prefix among all of `tokens`."""
         prefix, streams, patches = self.engine.anatomy.prefix, len(self.states), self.patches[0]
         self.shape = tokens.shape
+        self.rounded = self._rounds(tokens)
         self.partial = True
         self.row_kernels = row_kernels_serve(tokens)
         self.cu_seqlens, self.index = cu_seqlens, index

@@ -27,6 +27,11 @@ def are_few(tokens: torch.Tensor) -> bool:
     return tokens.numel() <= FEW_ROWS * tokens.shape[-1]
 
 
+def in_bfloat16(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Its weight, and its bias where it has one."""
+    return linear.weight.bfloat16(), None if linear.bias is None else linear.bias.bfloat16()
+
+
 def is_patch_projection(module: nn.Module) -> bool:
     """Whether `project_windows` can stand in for `module`: a convolution over windows that tile the image or clip."""
     return (

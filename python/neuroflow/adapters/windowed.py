@@ -211,6 +211,6 @@ def _position_bias(
         if table.shape[0] != 2 * length - 1:
             table = F.interpolate(table.T[None], size=2 * length - 1, mode="linear")[0].T
         distance = at[..., None] - torch.arange(length, device=at.device) + length - 1  # [W, M, length]
-        products = query @ table.T  # [W, heads, M, distances]
+        products = query @ table.T.to(query.dtype)  # [W, heads, M, distances]
         along.append(products.gather(-1, distance[:, None].expand(*products.shape[:-1], -1)))
     return (along[0][..., None] + along[1][..., None, :]).flatten(-2)

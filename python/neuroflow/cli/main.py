@@ -499,6 +499,9 @@ def _add_gate(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         const=True,
         help="take the frame's mean surprise off: moving cameras",
     )
+    gate.add_argument(
+        "--precision", help="of what is encoded in part of a float32 model: model or bfloat16 (default: model)"
+    )
     return gate
 
 

@@ -330,7 +330,7 @@ def gate_config(arguments: argparse.Namespace) -> neuroflow.NeuroFlowConfig:
         CommandError: a file or a value that NeuroFlowConfig does not accept.
     """
     names = ("arch", "threshold", "budget", "floor", "max_age", "refresh", "score", "signal", "reference", "ema_decay")
-    names += ("dilation", "normalise_motion")
+    names += ("dilation", "normalise_motion", "precision")
     given = {name: value for name in names if (value := vars(arguments).get(name)) is not None}
     # One of the two given takes the place of the other in the file.
     if "threshold" in given:
