@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from models import FAMILIES, clip, exact, inputs, tiny
 from neuroflow.adapters import describe
 from neuroflow.patch import engine_of
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from neuroflow_kernels import use_backend
@@ -68,6 +69,10 @@ def test_products_are_of_bfloat16_factors(monkeypatch, few, backend):
             return kernel(*tensors)
 
         monkeypatch.setattr(neuroflow.cache, name, watched)
+    between = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, given, made: between.append((given[0].dtype, made.dtype)))
     neuroflow.enable_cache(model, exact(threshold=1e-4, precision="bfloat16"))
     with use_backend(backend), Watch():
         model(pixel_values=frames[0])
@@ -76,6 +81,7 @@ def test_products_are_of_bfloat16_factors(monkeypatch, few, backend):
         model(pixel_values=frames[1])
     rounded = [dtypes for dtypes in seen if torch.bfloat16 in dtypes]
     assert len(rounded) == 4 * (6 + 1) + 3 and all(set(dtypes) == {torch.bfloat16} for dtypes in rounded)
+    assert set(between) == {(torch.float32, torch.float32)}
 
 
 def test_streams_beside_each_other():
