@@ -8,7 +8,7 @@ SOURCES := $(wildcard $(addprefix csrc/,cpu/*.cpp cpu/*.h cuda/*.cu cuda/*.h inc
 SHIM := $(wildcard tests/cuda_on_host/*.* tests/cuda_on_host/cuda/*)
 # Releases of transformers between which towers were rebuilt, the newest last; `make compat COMPAT=5.5.0` tests one.
 COMPAT ?= 4.57.6 5.5.0 5.17.0 5.23.0
-STRUCTURAL := families tubelets architectures streams graphs rewrites reference_vectors policies vit_tiny baselines adapters llm
+STRUCTURAL := families tubelets architectures streams graphs precision rewrites reference_vectors policies vit_tiny baselines adapters llm
 
 KERNELS := $(addprefix tests/test_,triton.py cuda.py cuda_on_host.py timm.py attend_rows.py)
 

@@ -31,7 +31,16 @@ def test_everything_about_timm_passes():
     path = os.pathsep.join([str(BESIDE), *filter(None, [os.environ.get("PYTHONPATH")])])
     tests = Path(__file__).parent
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-k", "timm", __file__, tests / "test_families.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-k",
+            "timm",
+            __file__,
+            tests / "test_families.py",
+            tests / "test_precision.py",
+        ],
         env={**os.environ, "PYTHONPATH": path},
         cwd=tests.parent,
         capture_output=True,
