@@ -66,10 +66,10 @@ class NeuroFlowConfig:
             the first block see it run for that.
         blend: weight of a patch's new output in its cache, above 0 to 1. 1 replaces; less damps flicker.
         mid_layer: for "midlayer", the number of the last block that runs on all patches; None is half of them.
-        precision: "model", the model's own; or "bfloat16": where a frame is encoded in part, a float32 model's linear
-            layers and attention multiply in bfloat16, and the caches hold keys and values in it. Sums, the residual
-            stream and key frames stay float32. Takes half the weights' memory more, half the keys' and values' less,
-            and nearly half the time on processors with AVX-512 BF16. Models of other dtypes stay as they are.
+        precision: "model", the model's own; or "bfloat16": in a pass that encodes a part of its frames, a float32
+            model's linear layers and attention multiply in bfloat16, and the caches hold keys and values in it. Sums,
+            the residual stream and passes of whole frames stay float32. Takes half the weights' memory more and half
+            the keys' and values' less. Models of other dtypes stay as they are.
         engine: "graph": on a GPU, sparse frames of streams that keep coming together are recorded as CUDA graphs, whose
             numbers of patches are those of the ladder (64, 96, 128, 192, ... where none is given). Hooks on the tower's
             modules run when a graph is recorded, and not with every frame. "eager": every frame is launched op by op,
