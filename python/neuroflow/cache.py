@@ -291,8 +291,9 @@ class Engine:
 
     def on_linear(self, module: nn.Linear, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
         frame = current_frame.get()
-        rounded = frame is not None and frame.packed and frame.rounded
-        few = frame is not None and frame.row_kernels and are_few(tokens)
+        if frame is None:
+            return forward(tokens)
+        rounded, few = frame.packed and frame.rounded, frame.row_kernels and are_few(tokens)
         if not rounded and not few:
             return forward(tokens)
         rows, weight, bias = tokens.flatten(0, -2), module.weight, module.bias
