@@ -352,12 +352,13 @@ def patched(model, arch, **rule):
 
 
 def precision_of(name):
-    """A rounded system's products are of bfloat16 where it encodes a part of the frame."""
+    """A rounded system's products are of bfloat16 where it encodes a part of a float32 model's frame."""
     return "bfloat16" if name.startswith("rounded") else "model"
 
 
-def tolerance_of(model, name):
-    return TOLERANCE[torch.bfloat16 if name.startswith("rounded") else model.dtype]
+def dtype_of(name, dtype):
+    """That of the factors of most of a system's products, the model's being `dtype`."""
+    return torch.bfloat16 if precision_of(name) == "bfloat16" else dtype
 
 
 def flops(model, name, active):

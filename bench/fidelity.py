@@ -64,6 +64,12 @@ CALIBRATED_ON = 30
 FIGURES = ("skipped", "cosine_mean", "cosine_p5", "top1", "top1_led")
 
 
+def large_clips():
+    """The paths of the clips that are measured at more than one size, by name."""
+    paths = sorted(find("videos").iterdir())
+    return {part.strip("."): path for path in paths for part in LARGE_CLIPS if part in path.name}
+
+
 def load_classifier():
     """The patched model's classifier and an unpatched one that shares its weights."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -114,7 +120,7 @@ def measure_clip(model, dense, name, clip, variants, skips, starts):
 def clips(arguments):
     large = arguments.size > SIDE
     variants = {name: VARIANTS[name] for name in MAIN} if large else VARIANTS
-    paths = [p for p in sorted(find("videos").iterdir()) if not large or any(part in p.name for part in LARGE_CLIPS)]
+    paths = large_clips().values() if large else sorted(find("videos").iterdir())
     model, dense = load_classifier()
 
     def skips(variant):

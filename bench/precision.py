@@ -10,8 +10,8 @@ import argparse
 import neuroflow
 import torch
 
-from bench.fidelity import LARGE_CLIPS, load_classifier
-from bench.tables import cosine, embeddings, find, read_clip, run, score, share, table, write
+from bench.fidelity import large_clips, load_classifier
+from bench.tables import cosine, embeddings, read_clip, run, score, share, table, write
 
 SIZE, FRAMES = 224, 120
 PRECISIONS = ("model", "bfloat16")
@@ -22,19 +22,18 @@ def main():
     parser.parse_args()
     model, unpatched = load_classifier()
     rows, lines = [], []
-    for path in sorted(find("videos").iterdir()):
-        for name in (name for name in LARGE_CLIPS if name in path.name):
-            clip = read_clip(path, SIZE, FRAMES)
-            with torch.inference_mode():
-                dense = torch.cat([embeddings(unpatched, part) for part in clip.split(30)])
-            cells = []
-            for precision in PRECISIONS:
-                runs = run(model, [clip], neuroflow.NeuroFlowConfig(precision=precision))
-                figures = score([dense], runs, model.classifier)
-                rows.append({"clip": name.strip("."), "precision": precision} | figures)
-                cells.append(f"{cosine(figures['cosine_mean'])}, {cosine(figures['cosine_p5'])}")
-            lines.append([rows[-1]["clip"], share(figures["skipped"]), *cells])
-            print(*lines[-1], sep="  ", flush=True)
+    for name, path in large_clips().items():
+        clip = read_clip(path, SIZE, FRAMES)
+        with torch.inference_mode():
+            dense = torch.cat([embeddings(unpatched, part) for part in clip.split(30)])
+        cells = []
+        for precision in PRECISIONS:
+            runs = run(model, [clip], neuroflow.NeuroFlowConfig(precision=precision))
+            figures = score([dense], runs, model.classifier)
+            rows.append({"clip": name, "precision": precision} | figures)
+            cells.append(f"{cosine(figures['cosine_mean'])}, {cosine(figures['cosine_p5'])}")
+        lines.append([name, share(figures["skipped"]), *cells])
+        print(*lines[-1], sep="  ", flush=True)
     about = __doc__.partition("\n\n")[2].strip()
     text = f"# Products in bfloat16\n\n{about}\n\n{table(['clip', 'skipped', 'float32', 'bfloat16'], lines)}"
     write("precision", {"size": SIZE, "frames": FRAMES}, rows, text)

@@ -87,8 +87,8 @@ def measure_ceilings(device):
 
 def share_of(ceilings, row):
     """The least time that the ceilings allow over the time that it took."""
-    dtype = "bfloat16" if cases.precision_of(row["system"]) == "bfloat16" else row["dtype"]
-    seconds = max(row.get("bytes", 0) / ceilings["memory"], row["flops"] / ceilings[dtype])
+    dtype = cases.dtype_of(row["system"], DTYPES[row["dtype"]])
+    seconds = max(row.get("bytes", 0) / ceilings["memory"], row["flops"] / ceilings[cases.name_of(dtype)])
     return 1e3 * seconds / row["median_ms"]
 
 
@@ -216,7 +216,7 @@ def rung_of(model, active):
 
 def passes(model, name, error):
     """Whether a system is right and may be measured; says so where it is not."""
-    right = error <= cases.tolerance_of(model, name)
+    right = error <= cases.TOLERANCE[cases.dtype_of(name, model.dtype)]
     if not right:
         size, dtype = model.config.image_size, cases.name_of(model.dtype)
         print(f"{name} {size} px {dtype}: not measured, it is wrong by {error:.1e} where the right output is known")
@@ -245,7 +245,7 @@ def measure_model(model, names, clips, ceilings, compiled=False, seconds=15, gro
     first, second = itertools.islice(cases.frames(model, cases.patches_of(model)), 2)
     dense = cases.dense(model)
     expected = dense(second)
-    names = [name for name in names if model.dtype == torch.float32 or not name.startswith("rounded")]
+    names = [name for name in names if model.dtype == torch.float32 or cases.precision_of(name) == "model"]
     names = [name for name in names if passes(model, name, cases.error_of(model, name, (first, second), expected))]
     turns = [[System(model, name, *clip) for name in names] for clip in clips]
     system = compile_dense(model, second, expected) if compiled else None

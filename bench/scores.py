@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from neuroflow import policies
 from tqdm import tqdm
 
-from bench.fidelity import LARGE_CLIPS, load_classifier
-from bench.tables import cosine, embeddings, find, gate_of, read_clip, run_at_skip, score, share, table, write
+from bench.fidelity import large_clips, load_classifier
+from bench.tables import cosine, embeddings, gate_of, read_clip, run_at_skip, score, share, table, write
 
 SIZE, FRAMES = 224, 120
 SKIPS = (0.84,)
@@ -121,11 +121,7 @@ def main():
     parser.parse_args()
     model, unpatched = load_classifier()
     gate = gate_of(model)
-    clips = {}
-    for path in sorted(find("videos").iterdir()):
-        for name in LARGE_CLIPS:
-            if name in path.name:
-                clips[name.strip(".")] = read_clip(path, SIZE, FRAMES)
+    clips = {name: read_clip(path, SIZE, FRAMES) for name, path in large_clips().items()}
     dense = {name: torch.cat([embeddings(unpatched, part) for part in clip.split(30)]) for name, clip in clips.items()}
     rows = []
     bar = tqdm(total=len(CANDIDATES) * len(SKIPS) * len(clips), unit="clip")

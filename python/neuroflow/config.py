@@ -109,8 +109,14 @@ class NeuroFlowConfig:
         names = [*ARCHITECTURES, *ARCHITECTURES.values()]
         _require(self.arch in names, "arch", self.arch, "one of " + ", ".join(names))
         object.__setattr__(self, "arch", ARCHITECTURES.get(self.arch, self.arch))
-        kinds = {"signal": Signal, "reference": Reference, "score": Score, "refresh": Refresh, "engine": Launch}
-        kinds["precision"] = Precision
+        kinds = {
+            "signal": Signal,
+            "reference": Reference,
+            "score": Score,
+            "refresh": Refresh,
+            "precision": Precision,
+            "engine": Launch,
+        }
         for name, kind in kinds.items():
             _require(getattr(self, name) in get_args(kind), name, getattr(self, name), "one of " + _listed(kind))
         if self.budget is None and self.threshold is None:
