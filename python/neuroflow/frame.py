@@ -134,9 +134,17 @@ class Frame:
 
     def store_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Bring the keys and values [1 or S, heads, rows, head_dim] of one block's cache up to date."""
-        for name, heads in (("key", key), ("value", value)):
-            rows = heads.transpose(1, 2).flatten(2)
-            self.store((name, layer), rows.bfloat16() if self.rounded else rows)
+        if self.rounded:
+            key, value = key.bfloat16(), value.bfloat16()
+        for stream, (state, *fresh) in enumerate(zip(self.states, self.heads(key), self.heads(value), strict=True)):
+            active = self.active[stream] if self.partial else None
+            if active is None:
+                for name, heads in zip(("key", "value"), fresh, strict=True):
+                    state.put((name, layer), heads.transpose(1, 2).flatten(2))
+            else:
+                caches = state.tensors["key", layer], state.tensors["value", layer]
+                lying = (heads[0].transpose(0, 1) for heads in fresh)  # [M, heads, head_dim]
+                scatter_kv_(*caches, *lying, active, self.ends[stream])
 
     def pay(self, attention: list[torch.Tensor], first: int = 0) -> None:
         """Add what the patches of streams from `first` on got of the pooled output's attention, [N] each."""
