@@ -13,9 +13,10 @@ FEW_ROWS = 512
 
 
 def row_kernels_serve(tokens: torch.Tensor) -> bool:
-    """Whether `linear_rows` and `attend_rows` have fast kernels for such tokens on this machine."""
+    """Whether `linear_rows` and `attend_rows`, which have no gradient, have fast kernels for such tokens here."""
     return (
-        tokens.device.type == "cpu"
+        not torch.is_grad_enabled()
+        and tokens.device.type == "cpu"
         and tokens.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_autocast_enabled("cpu")
         and without_row_kernels() is None
@@ -119,13 +120,16 @@ def attention_pool(
     """
     out_proj = head.attention.out_proj
     tokens = tokens.to(folded.probe.dtype)
-    scores = tokens @ folded.probe.T  # [S, N, heads]
+    if row_kernels_serve(tokens):
+        scores = torch.stack([linear_rows(folded.probe, own) for own in tokens])
+    else:
+        scores = folded.probe @ tokens.mT  # [S, heads, N]
     if lengths is not None:
         position = torch.arange(tokens.shape[1], device=tokens.device)
         past_end = position >= torch.tensor(lengths, device=tokens.device)[:, None]
-        scores = scores.masked_fill(past_end[..., None], -torch.inf)
-    weights = scores.softmax(1)
-    mixed = weights.transpose(1, 2) @ tokens  # [S, heads, D]
+        scores = scores.masked_fill(past_end[:, None], -torch.inf)
+    weights = scores.softmax(2)
+    mixed = weights @ tokens  # [S, heads, D]
     values = torch.einsum("shd,hkd->shk", mixed, folded.value_weight).flatten(1) + folded.value_bias
     pooled = out_proj(values.to(out_proj.weight.dtype))
-    return pooled + head.mlp(head.layernorm(pooled)), weights.mean(2)
+    return pooled + head.mlp(head.layernorm(pooled)), weights.mean(1)
