@@ -23,7 +23,7 @@ from neuroflow.distillation import (
     load_weights,
 )
 from neuroflow.models import ClassHead
-from neuroflow.patch import copy_sharing_weights, install
+from neuroflow.patch import copy_sharing_weights, engine_of, install
 from neuroflow.state import StreamState
 from safetensors.torch import save_file
 
@@ -32,16 +32,18 @@ SIDE = 32
 SETTINGS = {"epochs": 3, "rate": 1e-3, "batch": 10, "clips": 2, "strides": 2, "thresholds": (0.01, 0.1)}
 
 
-def video(seed, frames=9, side=SIDE):
-    """Frames [1, 3, side, side] of a still picture with a square that moves over it."""
+def video(seed, frames=9, side=SIDE, turn=9):
+    """Frames [1, 3, side, side] of a still picture with a square that moves over its upper half, from frame `turn` on
+    over the lower one.
+    """
     generator = torch.Generator().manual_seed(seed)
     still = torch.randn(1, 3, side, side, generator=generator)
     square = torch.randn(1, 3, 12, 12, generator=generator)
     clip = []
     for number in range(frames):
         clip.append(still.clone())
-        left = 2 * number % (side - 12)
-        clip[-1][:, :, 4:16, left : left + 12] = square
+        left, top = 2 * number % (side - 12), 4 if number < turn else 16
+        clip[-1][:, :, top : top + 12, left : left + 12] = square
     return clip
 
 
@@ -75,22 +77,33 @@ def clip_of(run, frames, decay=0.05, **rule):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.03, 1.5])
-@pytest.mark.parametrize("name", ["siglip", "clip", "vit", "dinov2", "dinov3"])
-def test_the_student_computes_what_the_patched_model_does(name, threshold):
-    """For two clips in one pass, each under its own gate, and again for what follows of them."""
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        *((name, "B") for name in ("siglip", "clip", "vit", "dinov2", "dinov3")),
+        *(("siglip", arch) for arch in "ACDE"),
+        *(("vit", arch) for arch in "CE"),
+        ("dinov3", "E"),
+    ],
+)
+def test_the_student_computes_what_the_patched_model_does(name, arch, threshold):
+    """For two clips in one pass, each under its own gate, and twice for what follows of them."""
     model = tiny(name, SIDE)
-    run = Distillation(model, DistillationConfig())
-    videos, rules = [video(0), video(1)], [{"threshold": threshold}, {"budget": 0.25, "decay": 0.5}]
-    clips = [clip_of(run, frames[:5], **rule) for frames, rule in zip(videos, rules, strict=True)]
-    run.engine.clips = clips
+    run = Distillation(model, DistillationConfig(arch=arch))
+    # Without what only the frame before tells; a pass of a student tells it to the next pass.
+    always = {} if arch == "B" else {"score": "surprise", "cut_surprise": None}
+    rules = [{"threshold": threshold} | always, {"budget": 0.25, "decay": 0.5} | always]
+    videos = [video(0, turn=5), video(1, turn=5)]
+    clips = [clip_of(run, frames, **rule) for frames, rule in zip(videos, rules, strict=True)]
+    run.engine.clips, found = clips, []
     install(run.engine)
-    found = [run.embed(model, torch.cat([frame for frames in videos for frame in frames[:5]]))]
-    for clip in clips:
-        clip.whole = [False] * 4
-    found.append(run.embed(model, torch.cat([frame for frames in videos for frame in frames[5:]])))
+    for start, stop in ((0, 4), (4, 7), (7, 9)):
+        for clip in clips:
+            clip.whole = [False] * (stop - start)
+        found.append(run.embed(model, torch.cat([frame for frames in videos for frame in frames[start:stop]])))
     neuroflow.disable_cache(model)
     assert all(part.requires_grad for part in found)
-    assert run.engine.whole == [threshold == 0] * 4 + [False] * 4
+    assert run.engine.whole == [threshold == 0] * 2 + [False] * 2
     for number, (frames, clip) in enumerate(zip(videos, clips, strict=True)):
         neuroflow.enable_cache(model, clip.gate)
         expected = torch.cat([run.embed(model, frame) for frame in frames])
@@ -149,6 +162,57 @@ def test_gradients_are_those_of_the_definition(model):
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "arch"), [("siglip", "A"), ("siglip", "C"), ("siglip", "D"), ("siglip", "E"), ("vit", "E")]
+)
+def test_gradients_go_through_the_caches(name, arch):
+    """Of what a pass gives for all its frames, as far as a small step along the weights tells."""
+    model = tiny(name, SIDE).double()
+    run = Distillation(model, DistillationConfig(arch=arch))
+    frames = torch.cat(video(0, 5))
+    install(run.engine)
+
+    def total():
+        run.engine.clips = [clip_of(run, frames, budget=0.25, score="surprise")]
+        return run.embed(model, frames).double().square().sum()
+
+    total().backward()
+    generator = torch.Generator().manual_seed(0)
+    direction = [torch.randn(weight.shape, generator=generator).to(weight) for weight in run.weights.values()]
+    found = sum((weight.grad * step).sum() for weight, step in zip(run.weights.values(), direction, strict=True))
+    either = []
+    with torch.no_grad():
+        for length in (1e-4, -2e-4):
+            for weight, step in zip(run.weights.values(), direction, strict=True):
+                weight += length * step
+            either.append(total())
+    assert run.engine.whole == [True] + 4 * [False]
+    assert found.item() == pytest.approx(((either[0] - either[1]) / 2e-4).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "arch"), [("siglip", "C"), ("vit", "E")])
+def test_attention_reaches_the_gate(name, arch):
+    """That which the last frame of a pass paid, for the next pass to weigh by."""
+    model = tiny(name, SIDE)
+    run = Distillation(model, DistillationConfig(arch=arch))
+    frames = video(0, 2)
+    clips = [clip_of(run, frames, budget=budget) for budget in (0.25, 0.5)]
+    run.engine.clips = clips
+    install(run.engine)
+    run.embed(model, torch.cat([*frames, *frames])).sum().backward()
+    neuroflow.disable_cache(model)
+    for clip in clips:
+        neuroflow.enable_cache(model, clip.gate)
+        engine = engine_of(model)
+        run.embed(model, frames[0])
+        engine.streams["default"].attention.fill_(1)  # as nothing is known of it in a clip's first pass
+        run.embed(model, frames[1])
+        expected = engine.streams["default"].attention
+        neuroflow.disable_cache(model)
+        assert not clip.state.attention.requires_grad
+        torch.testing.assert_close(clip.state.attention, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("train", "blocks"), [("head", []), ("last-1", [3]), ("last-3", [1, 2, 3]), ("all", range(4))])
 def test_what_is_trained(model, videos, train, blocks):
     before = copy.deepcopy(dict(model.named_parameters()))
@@ -165,6 +229,17 @@ def test_it_learns(model, videos):
     assert run.history[0].loss is None and len(losses) == 8 and losses[-1] < 0.5 * losses[0]
     assert run.history[0].skipped == pytest.approx(1 - max(int(16 * 0.1), 4) / 16)
     assert not neuroflow.is_patched(model)
+
+
+@pytest.mark.parametrize("arch", "ACDE")
+def test_caches_go_from_step_to_step(model, videos, arch):
+    """Without the gradients of the steps before."""
+    run = Distillation(model, DistillationConfig(**SETTINGS | {"arch": arch, "batch": 4, "strides": 1}))
+    run.evaluate(videos, None)
+    before = {name: weight.detach().clone() for name, weight in run.weights.items()}
+    assert 0 < run.train(videos) < 1 and run.steps > 2 * len(videos)
+    assert all(not torch.equal(weight, before[name]) for name, weight in run.weights.items())
+    assert run.history[0].fidelity > 0.9
 
 
 def recorded_steps(run, videos, monkeypatch):
@@ -404,6 +479,7 @@ def test_mixed_precision_is_near(videos):
 @pytest.mark.parametrize(
     "changed",
     [
+        {"arch": "F"},
         {"train": "tail"},
         {"train": "last-0"},
         {"epochs": 0},

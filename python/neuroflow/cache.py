@@ -75,7 +75,6 @@ class Engine:
                 f"arch is 'active'; {type(anatomy.tower).__name__} makes a map of all patches, so accepted is one that "
                 "serves the others too: 'context', 'dual', 'midlayer' or 'mlp'"
             )
-        self.decay = {"refreshed": 0.0, "previous": 1.0}.get(config.reference, config.ema_decay)
         # What the pooled output reads in the last blocks tells best what it reads of a patch altogether.
         self.watched = (
             range(depth - max(depth // 3, 1), depth) if anatomy.prefix and config.score == "staleness" else ()
@@ -132,6 +131,11 @@ class Engine:
         if arch == "midlayer":
             points.append((anatomy.layers[self.mid_layer + 1], "forward", self.on_later_layer))
         return points
+
+    @property
+    def decay(self) -> float:
+        """Weight of the new frame in the reference, for patches that it does not encode."""
+        return {"refreshed": 0.0, "previous": 1.0}.get(self.config.reference, self.config.ema_decay)
 
     def warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,9 @@ from torch import nn
 
 from .adapters import Anatomy, describe
 from .adapters.anatomy import interpolation
-from .cache import Engine, Frame, current_frame
-from .config import NeuroFlowConfig
+from .cache import Engine
+from .config import ARCHITECTURES, NeuroFlowConfig
+from .frame import Frame, current_frame, split
 from .models import ClassHead
 from .patch import disable_cache, enable_cache, install, is_patched, reset_cache, summary
 from .state import StreamState
@@ -47,6 +48,7 @@ class DistillationConfig:
     """What is trained, on what, and when it ends.
 
     Args:
+        arch: the student's architecture, as in `NeuroFlowConfig`.
         train: "head", the final norm and the pooling head; "last-K", the last K blocks too; "all", all blocks.
         epochs: times that every video is gone through.
         rate: learning rate of AdamW, which falls to nothing over the epochs as a cosine does.
@@ -69,6 +71,7 @@ class DistillationConfig:
     averaged weights and the end by forgetting are ours.
     """
 
+    arch: str = "active"
     train: str = "all"
     epochs: int = 12
     rate: float = 1e-4
@@ -84,6 +87,7 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         accepted = {
+            "arch": (self.arch in [*ARCHITECTURES, *ARCHITECTURES.values()], "one of A to E or their names"),
             "train": (re.fullmatch("head|all|last-[1-9][0-9]*", self.train), "'head', 'last-K' or 'all'"),
             "epochs": (self.epochs >= 1, "1 or more"),
             "rate": (0 < self.rate < math.inf, "above 0"),
@@ -99,10 +103,15 @@ class DistillationConfig:
         for name, (fits, what) in accepted.items():
             if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; accepted is {what}")
+        object.__setattr__(self, "arch", ARCHITECTURES.get(self.arch, self.arch))
 
     def gate(self, **rule: Any) -> NeuroFlowConfig:
-        """Architecture B with the published gate on the patch projection, by `skip` or another rule."""
+        """The student's gate, by `skip` or another rule: the default one, and of B, which caches nothing that could be
+        stale, the published one on the patch projection.
+        """
         rule = rule or {"budget": 1 - self.skip}
+        if self.arch != "active":
+            return NeuroFlowConfig(arch=self.arch, dense_above=1.0, **rule)
         free = {"max_age": None, "cut_share": None, "cut_surprise": None, "dense_above": 1.0}
         return NeuroFlowConfig(arch="B", reference="ema", score="surprise", **free, **rule)
 
@@ -158,6 +167,7 @@ class Clip:
         number: of the video. frames: what is left of it, with the frames' own numbers. gate: what chooses its patches.
         state: of the gate.
         whole: of each frame in the next step, whether it is encoded whole.
+        caches: by name, those that the next frame finds.
     """
 
     number: int
@@ -165,10 +175,33 @@ class Clip:
     gate: NeuroFlowConfig
     state: StreamState
     whole: list[bool]
+    caches: dict[Hashable, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
+class Steps(Frame):
+    """A pass of frames of several clips. What a frame finds in a cache its clip's frames before it have left there, in
+    this pass with gradients.
+    """
+
+    def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
+        fresh = split(tokens, self.lengths if self.partial else self.counts)
+        frames = zip(self.states, fresh, self.active if self.partial else itertools.repeat(None))  # noqa: B905
+        for clip in self.engine.clips:
+            cache = clip.caches.get(name)
+            for state, encoded, rows in itertools.islice(frames, len(clip.whole)):
+                cache = encoded if rows is None else cache.index_copy(1, rows.long(), encoded)
+                state.tensors[name] = cache
+            clip.caches[name] = cache.detach()
+
+    def store_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        for name, heads in (("key", key), ("value", value)):
+            self.store((name, layer), heads.transpose(1, 2).flatten(2))
 
 
 class Student(Engine):
-    """The engine of architecture B with gradients: frames of several clips in one pass, each clip's gated in order.
+    """The engine with gradients: frames of several clips in one pass, each clip's gated in order.
+
+    What the pooled output pays the patches is known to the gate from the pass before.
 
     Attributes:
         clips: those of the next pass, whose frames come one clip after another.
@@ -184,11 +217,17 @@ class Student(Engine):
         arguments = self.signatures[entry].bind(*args, **kwargs).arguments
         grids = self.anatomy.grids(arguments)
         order = None if self.anatomy.order is None else self.anatomy.order(arguments)
-        token = current_frame.set(Frame(self, [StreamState(STREAM)] * len(grids), grids, order))
+        frame = Steps(self, [StreamState(STREAM) for _ in grids], grids, order)
+        token = current_frame.set(frame)
         try:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
         finally:
             current_frame.reset(token)
+        owners = [clip for clip in self.clips for _ in clip.whole]
+        for clip, attention in zip(owners, frame.attention, strict=True):
+            if attention is not None:
+                clip.state.attention = (attention / attention.mean()).detach().float()
+        return output
 
     def on_projection(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
         frame, projected = current_frame.get(), forward(pixels)
@@ -203,7 +242,7 @@ class Student(Engine):
         active: list[torch.Tensor | None] = []
         with torch.no_grad():
             for clip in self.clips:
-                self.config, self.decay = clip.gate, clip.gate.ema_decay
+                self.config = clip.gate
                 for whole in clip.whole:
                     number = len(active)
                     this = slice(number, number + 1)
@@ -215,7 +254,6 @@ class Student(Engine):
                     active.append(own.active[0] if own.partial and not whole else None)
         self.whole = [rows is None for rows in active]
         frame.select(active, tokens)
-        frame.row_kernels = False
 
 
 class Distillation:
@@ -245,7 +283,9 @@ class Distillation:
                 f"{type(model).__name__} has no pooled output; accepted is a model with a pooling head or a CLS token"
             )
         if anatomy.readers:
-            raise ValueError(f"{type(model).__name__} makes features between its blocks, which B does not serve")
+            raise ValueError(
+                f"{type(model).__name__} makes features between its blocks, which distillation does not serve"
+            )
         self.model, self.config, self.dtype = model, config, dtype
         self.teacher = copy.deepcopy(model)
         self.engine = Student(anatomy, config.gate(), StreamCache())

@@ -307,6 +307,7 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
         help="of the products in training; weights are float32 (default: bfloat16 on a GPU, else float32)",
     )
     training = distill.add_argument_group("training", "defaults are DistillationConfig's")
+    training.add_argument("--arch", help="active (B), dual (C), context (E), midlayer (D) or mlp (A) (default: active)")
     training.add_argument("--train", metavar="WHAT", help="head, last-K (blocks, and the head) or all (default: all)")
     training.add_argument("--epochs", type=_count, metavar="N", help="times through all videos (default: 12)")
     training.add_argument("--rate", type=float, metavar="R", help="learning rate (default: 1e-4)")
