@@ -1,7 +1,7 @@
-"""Architecture B before and after distillation: `python -m bench.distill`.
+"""An architecture before and after distillation: `python -m bench.distill --arch C`.
 
 Draws scenes under a camera that stands still, teaches the package's tower on them with `neuroflow distill`, and
-measures it on scenes that it has not seen: the cosine of B's embedding to the unpatched teacher's at several shares of
+measures it on scenes that it has not seen: the cosine of its embedding to the unpatched teacher's at several shares of
 patches skipped, how often it names the subject, and what the cosine depends on. Pictures under the other cameras are
 outside of what it is taught on. A run that was stopped goes on from the last epoch.
 """
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from neuroflow.cli.main import main as neuroflow
-from neuroflow.distillation import distilled_config, load_weights
+from neuroflow.config import ARCHITECTURES
+from neuroflow.distillation import DistillationConfig, distilled_config, load_weights
 from neuroflow.models import load_street
 from neuroflow.video.encode import VideoWriter
 from neuroflow.video.scene import CAMERAS, CLASSES, TRAJECTORIES, Stage, scenes
@@ -33,9 +34,10 @@ INSIDE = ("static", "noise")  # cameras; the others are outside
 EVERY, SIZE = 6, 224  # frames of a scene that are written, and their side
 PICTURE = 60  # the frame of an outside scene
 SKIPS = (0.8, 0.9, 0.95)
-OUTSIDE = 400  # scenes outside, at the end
-TENTH = 0.1  # of the picture, which is what B sees of it at 90 % skipped
-SETTINGS = ["--strides", "1", "--thresholds", "0.05", "0.3", "--patience", "9", "--dtype", "bfloat16"]
+OUTSIDE = 1600  # scenes outside, at the end
+TENTH = 0.1  # of the picture, which is what is encoded of it at 90 % skipped
+SETTINGS = ["--strides", "1", "--patience", "9", "--dtype", "bfloat16"]
+THRESHOLDS = {"surprise": (0.05, 0.3), "staleness": (0.5, 1.5)}  # by what the gate reads
 COLUMNS = ("skipped", "cosine", "answer", "dense", "label", "mean")  # of a frame
 SEEDS = {"videos": 7, "pictures": 3, "test": 0, "test pictures": 5}
 
@@ -96,7 +98,8 @@ def draw_pictures(directory, count):
 @torch.inference_mode()
 def measure(systems, classes, gate, count):
     """A dictionary for every frame of unseen scenes but the first of each, which is encoded whole, and every system
-    {name: model}, dense and B at every share: its cosine to the first system on the whole frame, and what it names.
+    {name: model}, dense and sparse at every share: its cosine to the first system on the whole frame, and what it
+    names.
     """
     teacher, frames = next(iter(systems.values())), []
     for scene in tqdm(under(INSIDE, count, SEEDS["test"], True), desc="test", unit="scene"):
@@ -131,8 +134,8 @@ def rows_of(frames):
         "all": lambda frame: True,
         "subject up to a tenth of the picture": lambda frame: not frame["large"],
         "larger subject": lambda frame: frame["large"],
-        "B names what dense names": lambda frame: frame["answer"] == frame["dense"],
-        "B names another": lambda frame: frame["answer"] != frame["dense"],
+        "the student names what dense names": lambda frame: frame["answer"] == frame["dense"],
+        "it names another": lambda frame: frame["answer"] != frame["dense"],
     }
     groups |= {name: lambda frame, name=name: frame["scene"].trajectory == name for name in TRAJECTORIES}
     rows = []
@@ -185,14 +188,15 @@ def text_of(rows, outside, history, arguments):
     ]
     return "\n\n".join(
         [
-            "# Architecture B before and after distillation",
-            f"`python -m bench.distill --videos {arguments.videos} --epochs {arguments.epochs}`: the "
-            f"package's tower, taught on {arguments.videos} drawn videos (one in five of them held out) of "
-            f"{FRAMES // EVERY} frames, under the cameras {' and '.join(INSIDE)}. By epoch, B on the held-out videos "
-            "at 90 % skipped, and the share of labelled pictures under the other cameras that the student names when "
-            f"it is given them whole. Epoch 0 is before training, 0.5*{arguments.epochs} the weights half of the way "
-            f"from there to epoch {arguments.epochs}. {named(chosen(history))} is kept, of the highest cosine among "
-            "those that lose less than a point outside:",
+            f"# Architecture {arguments.arch} before and after distillation",
+            f"`python -m bench.distill --arch {arguments.arch} --videos {arguments.videos} --epochs "
+            f"{arguments.epochs} --rate {arguments.rate:g}`: the package's tower, taught on {arguments.videos} drawn "
+            f"videos (one in five of them held out) of {FRAMES // EVERY} frames, under the cameras "
+            f"{' and '.join(INSIDE)}. By epoch, its cosine on "
+            "the held-out videos at 90 % skipped, and the share of labelled pictures under the other cameras that the "
+            "student names when it is given them whole. Epoch 0 is before training, "
+            f"0.5*{arguments.epochs} the weights half of the way from there to epoch {arguments.epochs}. "
+            f"{named(chosen(history))} is kept, of the highest cosine among those that lose less than a point outside:",
             table(["epoch", "cosine", "5th percentile", "top-1 outside"], epochs),
             f"On {arguments.test} other scenes, which neither training nor the choice of the epoch has seen; cosine is "
             "to the teacher on the whole frame, 0 % skipped is the model unpatched:",
@@ -217,7 +221,7 @@ def chosen(history):
     return max(kept, key=lambda epoch: epoch["fidelity"])
 
 
-def plot(rows, history):
+def plot(rows, history, arch):
     import matplotlib
 
     matplotlib.use("agg")
@@ -225,7 +229,7 @@ def plot(rows, history):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     numbers = range(len(history))
-    left.plot(numbers, [epoch["fidelity"] for epoch in history], "o-", label="cosine of B, 90 % skipped, held out")
+    left.plot(numbers, [epoch["fidelity"] for epoch in history], "o-", label="cosine at 90 % skipped, held out")
     left.plot(numbers, [epoch["outside"] for epoch in history], "s-", label="top-1 outside, whole pictures")
     left.axhline(0.97, color="grey", linewidth=1, linestyle="--")
     left.set_xticks(numbers, [named(epoch) for epoch in history])
@@ -240,26 +244,30 @@ def plot(rows, history):
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.suptitle("architecture B before and after distillation, the package's tower", fontsize=10)
-    figure.savefig(RESULTS / "distill.png", dpi=110)
+    figure.suptitle(f"architecture {arch} before and after distillation, the package's tower", fontsize=10)
+    figure.savefig(RESULTS / f"distill-{arch}.png", dpi=110)
     plt.close(figure)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--videos", type=int, default=700, help="to draw; one in five is held out")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="C", help="default: C")
+    parser.add_argument("--videos", type=int, default=600, help="to draw; one in five is held out")
     parser.add_argument("--pictures", type=int, default=600, help="outside scenes to draw, a picture of each")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--test", type=int, default=20, help="unseen scenes to measure on at the end")
     parser.add_argument("--dir", type=Path, default=Path("build/distill"), help="for videos, pictures and weights")
     arguments = parser.parse_args()
-    videos, pictures, out = (arguments.dir / name for name in ("videos", "pictures", "street-b.safetensors"))
+    videos, pictures, out = (
+        arguments.dir / name for name in ("videos", "pictures", f"street-{arguments.arch}.safetensors")
+    )
+    thresholds = THRESHOLDS[DistillationConfig(arguments.arch).gate().score]
     draw_videos(videos, arguments.videos)
     draw_pictures(pictures, arguments.pictures)
     if not out.exists():
-        command = ["distill", videos, "--outside", pictures, "--out", out, *SETTINGS]
-        command += ["--epochs", arguments.epochs, "--rate", arguments.rate]
+        command = ["distill", videos, "--outside", pictures, "--out", out, *SETTINGS, "--arch", arguments.arch]
+        command += ["--thresholds", *thresholds, "--epochs", arguments.epochs, "--rate", arguments.rate]
         command += ["--resume"] if out.with_name(f"{out.name}.checkpoint").exists() else []
         if code := neuroflow([str(part) for part in command]):
             raise SystemExit(code)
@@ -273,9 +281,14 @@ def main():
     rows = rows_of(measure(systems, classes, distilled_config(out), arguments.test))
     text = text_of(rows, outside, history, arguments)
     settings = {name: value for name, value in vars(arguments).items() if name != "dir"}
-    settings |= {"seeds": SEEDS, "history": history, "options": SETTINGS}
-    write("distill", settings | {"outside": dict(zip(("right", "pictures"), outside, strict=True))}, rows, text)
-    plot(rows, history)
+    settings |= {"seeds": SEEDS, "history": history, "options": SETTINGS, "thresholds": thresholds}
+    write(
+        f"distill-{arguments.arch}",
+        settings | {"outside": dict(zip(("right", "pictures"), outside, strict=True))},
+        rows,
+        text,
+    )
+    plot(rows, history, arguments.arch)
     print(text)
 
 

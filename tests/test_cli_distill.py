@@ -71,9 +71,16 @@ def distil(neuroflow, footage, model):
     )
 
 
-def test_the_main_job(neuroflow, distil, footage, model, tmp_path):
+@pytest.mark.parametrize(
+    ("arch", "gate"),
+    [
+        ("B", "active, budget 0.1, floor 4, signal patch, reference ema 0.01"),
+        ("dual", "dual, budget 0.1, floor 4, signal patch, reference refreshed"),
+    ],
+)
+def test_the_main_job(neuroflow, distil, footage, model, tmp_path, arch, gate):
     out = tmp_path / "b.safetensors"
-    code, table, progress = distil(out, "--train", "last-2")
+    code, table, progress = distil(out, "--arch", arch, "--train", "last-2")
     assert code == 0, progress
     assert "2 to learn from, 1 held out" in table and f"written           {out}, epoch" in table
     assert "epoch 3" in progress and "evaluation 3" in progress
@@ -90,7 +97,7 @@ def test_the_main_job(neuroflow, distil, footage, model, tmp_path):
     result = tmp_path / "result.npz"
     code, table, message = neuroflow("run", clip, "--model", model, "--weights", out, "--compare", "--out", result)
     assert code == 0, message
-    assert "NeuroFlow         active, budget 0.1, floor 4, signal patch, reference ema 0.01" in table
+    assert f"NeuroFlow         {gate}" in table
     best = max(history, key=lambda epoch: epoch["fidelity"])
     assert np.load(result)["cosine"][1:].mean() == pytest.approx(best["fidelity"], abs=1e-5)
     other = neuroflow("run", clip, "--model", model, "--weights", out, "--arch", "E", "--threshold", 0.5)[1]
@@ -134,6 +141,7 @@ def test_it_ends_when_it_forgets(distil, tmp_path):
         (["--out", "b.pt"], "--out b.pt: cannot be written; give a .safetensors file"),
         (["--out", "no/b.safetensors"], "--out no/b.safetensors: cannot be written"),
         (["--resume"], "--resume: there is no unfinished b.safetensors"),
+        (["--arch", "F"], "arch is 'F'; accepted is one of A to E or their names"),
         (["--train", "tail"], "train is 'tail'; accepted is 'head', 'last-K' or 'all'"),
         (["--train", "last-9"], "accepted is last-4 at most"),
         (["--thresholds", 0.2, 0.1], "thresholds is (0.2, 0.1); accepted is"),

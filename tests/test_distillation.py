@@ -341,6 +341,8 @@ def test_videos_that_cannot_be_learned_from(model):
     run = Distillation(model, DistillationConfig(**SETTINGS))
     with pytest.raises(ValueError, match=r"frames of \[\(32, 32\), \(48, 48\)\]; accepted are those of one size"):
         run.train([video(0), video(1, side=48)])
+    with pytest.raises(ValueError, match=r"frames of \[\(32, 32\), \(48, 48\)\]; accepted are those of one size"):
+        run.evaluate([video(0), video(1, side=48)], None)
     with pytest.raises(ValueError, match="videos give no frame"):
         run.train([[], []])
     assert not neuroflow.is_patched(model)

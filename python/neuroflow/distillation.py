@@ -1,9 +1,10 @@
-"""Sparse distillation: architecture B taught to give, from the active patches alone, what the whole frame gives.
+"""Sparse distillation: a tower taught to give, from the active patches of a frame, what it gives for the whole one.
 
-The unpatched model is the teacher, a copy of it the student. Many videos are gone through at once, and a step takes the
-next few frames of each. They lie side by side as streams would, the engine's own gate goes through each video's in
-order, and the student encodes what is active, with gradients. What stands in front of the first block is never trained:
-the gate reads the patch projection, and would choose other patches if it changed.
+The unpatched model is the teacher, a copy of it the student, of any architecture. Many videos are gone through at once,
+and a step takes the next few frames of each. They lie side by side as streams would, the engine's own gate goes through
+each video's in order, and the student encodes what is active, with gradients; what a frame finds in a cache comes with
+those of the step's earlier frames. What stands in front of the first block is never trained: the gate reads the patch
+projection, and would choose other patches if it changed.
 
 Two things keep what the videos do not show. Some frames of every step are encoded whole; and weights part of the way
 from the teacher's to the trained ones, which forget less and give up little (Wortsman et al. 2022, Robust fine-tuning
@@ -32,11 +33,12 @@ from .cache import Engine
 from .config import ARCHITECTURES, NeuroFlowConfig
 from .frame import Frame, current_frame, split
 from .models import ClassHead
-from .patch import disable_cache, enable_cache, install, is_patched, reset_cache, summary
+from .patch import cache_context, disable_cache, enable_cache, engine_of, install, is_patched, reset_cache
 from .state import StreamState
 from .streams import StreamCache
 
 STREAM = "clip"
+TOGETHER = 16  # held-out videos that are gone through at once
 WARM_UP = 30  # steps until the learning rate is reached
 AVERAGED = 0.99  # of the weights' moving average stays at a step, less at the first ones
 WHOLE = 0.125  # chance of a frame to be encoded whole
@@ -58,7 +60,7 @@ class DistillationConfig:
         thresholds: between these a video's threshold is drawn, evenly on a log scale; every second video's budget is
             that of `skip` instead. The default skips about 50 to 98 % of the patches of footage that stands still; the
             published 1e-4 to 0.35 is for surprise with the positional embedding in it.
-        decays: the same for the weight of the new frame in the moving average that the gate compares with.
+        decays: the same for the weight of the new frame in the moving average that B's gate compares with.
         skip: share of the patches that the evaluation skips, and the distilled model from then on.
         forgetting: an epoch that misses the teacher's score outside the domain by more is not chosen.
         patience: so many such epochs in a row end the training.
@@ -361,10 +363,10 @@ class Distillation:
     ) -> Epoch:
         """Fidelity on held-out videos and what is known outside; adds to `history`, and keeps the best weights.
 
-        Of the next of SHARES, once it is `trained`.
+        Of the next of SHARES, once it is `trained`. Videos are as for `train`.
 
         Raises:
-            ValueError: the videos have no frame after their first.
+            ValueError: the videos have no frame after their first, or frames of several sizes.
         """
         number, share = len(self.epochs), 1.0
         if self.trained:
@@ -388,14 +390,23 @@ class Distillation:
         """An `Epoch`'s fidelity, fidelity_p5, skipped and outside, of the weights as they are."""
         cosines, skipped = [], []
         enable_cache(self.model, self.config.gate())
+        states = engine_of(self.model).streams
         try:
-            for number, video in enumerate(videos):
-                for index, pixels in enumerate(video):
-                    expected = self._expected([("held out", number, index)], [pixels])
-                    embedding = self.embed(self.model, pixels)
-                    if index:
-                        cosines.append(F.cosine_similarity(embedding, expected))
-                        skipped.append(1 - next(iter(summary(self.model).streams.values())).active.float().mean())
+            for number in range(0, len(videos), TOGETHER):
+                waiting = dict(enumerate(map(enumerate, videos[number : number + TOGETHER]), number))
+                while frames := {name: frame for name, of in waiting.items() if (frame := next(of, None)) is not None}:
+                    waiting = {name: waiting[name] for name in frames}
+                    indices, pixels = zip(*frames.values(), strict=True)
+                    keys = [("held out", name, index) for name, index in zip(frames, indices, strict=True)]
+                    with cache_context(self.model, *frames):
+                        found = self.embed(self.model, _together(pixels))
+                    cosine = F.cosine_similarity(found, self._expected(keys, pixels))
+                    cosines += [cosine[row] for row, index in enumerate(indices) if index]
+                    skipped += [
+                        1 - states[name].active.float().mean()
+                        for name, index in zip(frames, indices, strict=True)
+                        if index
+                    ]
                 reset_cache(self.model)
         finally:
             disable_cache(self.model)
@@ -408,7 +419,7 @@ class Distillation:
                 found.append(self.embed(self.model, pixels))
                 expected.append(self._expected([("outside", 0, number)], [pixels]))
             known = outside.known(torch.cat(found), torch.cat(expected))
-        values = torch.cat(cosines)
+        values = torch.stack(cosines)
         return values.mean().item(), values.quantile(0.05).item(), torch.stack(skipped).mean().item(), known
 
     @property
@@ -485,14 +496,12 @@ class Distillation:
     def _step(self, clips: list[Clip], taken: list[list[tuple[int, torch.Tensor]]], rate: float) -> float:
         """One step on frames taken from clips, numbers and pixels of each; the loss."""
         frames = [pixels for of_clip in taken for _, pixels in of_clip]
-        if len(sizes := {tuple(pixels.shape[2:]) for pixels in frames}) > 1:
-            raise ValueError(f"videos give frames of {sorted(sizes)}; accepted are those of one size")
         keys = [
             ("train", clip.number, index) for clip, of_clip in zip(clips, taken, strict=True) for index, _ in of_clip
         ]
         expected = self._expected(keys, frames)
         with torch.autocast(expected.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            found = self.embed(self.model, torch.cat(frames))
+            found = self.embed(self.model, _together(frames))
         # Few as they are, whole frames would be forgotten beside the others.
         whole = torch.tensor(self.engine.whole, device=found.device)
         losses = [distillation_loss(found[one], expected[one]) for one in (whole, ~whole) if one.any()]
@@ -564,6 +573,12 @@ def _trained(model: nn.Module, anatomy: Anatomy, train: str) -> dict[str, nn.Par
     parts += [] if anatomy.pool is None else [anatomy.pool[0]]
     chosen = {id(parameter) for part in parts for parameter in part.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
+
+
+def _together(frames: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(sizes := {tuple(pixels.shape[2:]) for pixels in frames}) > 1:
+        raise ValueError(f"videos give frames of {sorted(sizes)}; accepted are those of one size")
+    return torch.cat(frames)
 
 
 def _between(low: float, high: float, generator: torch.Generator) -> float:

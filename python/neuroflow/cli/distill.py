@@ -20,7 +20,7 @@ from . import CommandError
 from .run import every, load_model
 
 HELD_OUT = 5  # one video in so many
-HEADING = f"""{"":>6}{"":>12}{"patches":>12}{"cosine of B to dense":>22}{"known":>12}
+HEADING = f"""{"":>6}{"":>12}{"patches":>12}{"cosine to dense":>22}{"known":>12}
 {"epoch":>6}{"loss":>12}{"skipped":>12}{"mean":>12}{"p5":>10}{"outside":>12}"""
 
 

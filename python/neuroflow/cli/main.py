@@ -67,8 +67,9 @@ examples:
 """
 
 DISTILL_DESCRIPTION = """\
-Teach a tower to give, from the active patches alone, what it gives for whole frames: architecture B, which costs the
-least of all and without training keeps little of the output.
+Teach a tower to give, from the active patches of a frame, what it gives for the whole one. The student is of any
+architecture: B, which without training keeps little of the output; C at the same number of patches, which has the
+others in its cache and reaches more; or E.
 
 VIDEOS is a directory; one video in five, by name, is held out, and after every epoch the mean cosine of the sparse
 student to the unpatched teacher is measured there. A student may forget what the videos do not show: --outside is a
@@ -83,10 +84,10 @@ What stands in front of the first block is never trained, as the gate reads it.
 
 DISTILL_EXAMPLES = """\
 examples:
-  neuroflow distill videos/ --outside pictures/ --out street-b.safetensors
-  neuroflow distill videos/ --outside pictures/ --out street-b.safetensors --resume
+  neuroflow distill videos/ --arch C --outside pictures/ --out street-c.safetensors
+  neuroflow distill videos/ --arch C --outside pictures/ --out street-c.safetensors --resume
   neuroflow distill videos/ --model ./my-vit --train last-4 --rate 5e-6 --epochs 3 --device cuda --out b.safetensors
-  neuroflow run clip.mp4 --weights street-b.safetensors --compare
+  neuroflow run clip.mp4 --weights street-c.safetensors --compare
 """
 
 EVAL_VIDEO_DESCRIPTION = """\
