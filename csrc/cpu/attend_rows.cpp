@@ -35,22 +35,19 @@ Tensor attend_rows(Tensor query, Tensor key, Tensor value, std::optional<Tensor>
     std::fill(out + end * width, out + rows * width, T{});
     const int64_t count = static_cast<int64_t>(parts.size()), work = std::min(rows, chunk) * tokens * dim;
     torch::stable::parallel_for(0, heads * count, grain(computed, work), [&](int64_t from, int64_t to) {
-      for (int64_t unit = from, some; unit < to; unit += some) {
-        const auto [stream, first, chosen] = parts[unit / heads];
-        const int64_t head = unit % heads, cached = stream * tokens * width + head * dim;
-        some = std::min(heads - head, to - unit);
-        const Heads<T> part{queries + first * query.stride(0) + head * query.stride(1),
-                            keys + cached,
-                            values + cached,
-                            out + first * width + head * dim,
-                            some,
-                            chosen,
-                            tokens,
-                            dim,
-                            width,
-                            query.stride(0),
-                            query.stride(1),
-                            scale};
+      for (int64_t unit = from; unit < to; ++unit) {
+        const auto [stream, first, some] = parts[unit % count];
+        const int64_t head = unit / count, cached = stream * tokens * width + head * dim;
+        const Head<T> part{queries + first * query.stride(0) + head * query.stride(1),
+                           keys + cached,
+                           values + cached,
+                           out + first * width + head * dim,
+                           some,
+                           tokens,
+                           dim,
+                           width,
+                           query.stride(0),
+                           scale};
         neuroflow::attend_rows(part);
       }
     });

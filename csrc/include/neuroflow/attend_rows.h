@@ -10,44 +10,42 @@
 
 namespace neuroflow {
 
-/// Attention of some tokens to all: out = softmax(scale query keyᵀ) value, of several heads side by side.
-/// query, out: [rows, heads, dim]; key, value: [tokens, heads, dim]. `stride` elements from row to row and `dim` from
-/// head to head; in query `query_stride` and `query_head_stride`.
+/// Attention of some tokens to all, one head: out = softmax(scale query keyᵀ) value.
+/// query, out: [rows, dim]; key, value: [tokens, dim]; `stride` elements from row to row, `query_stride` in query.
 template <typename T>
-struct Heads {
+struct Head {
   const T* query;
   const T* key;
   const T* value;
   T* out;
-  int64_t heads, rows, tokens, dim, stride, query_stride, query_head_stride;
+  int64_t rows, tokens, dim, stride, query_stride;
   double scale;
 };
 
 template <typename T>
-NEUROFLOW_MULTIVERSION void attend_rows_plain(const Heads<T>& of, int64_t head) {
+NEUROFLOW_MULTIVERSION void attend_rows_plain(const Head<T>& head) {
   using Sum = Accumulator<T>;
-  std::vector<Sum> scores(of.tokens), mixed(of.dim);
-  for (int64_t row = 0; row < of.rows; ++row) {
-    const T* query = of.query + row * of.query_stride + head * of.query_head_stride;
+  std::vector<Sum> scores(head.tokens), mixed(head.dim);
+  for (int64_t row = 0; row < head.rows; ++row) {
+    const T* query = head.query + row * head.query_stride;
     Sum highest = -std::numeric_limits<Sum>::infinity(), total = 0;
-    for (int64_t token = 0; token < of.tokens; ++token) {
-      const T* key = of.key + token * of.stride + head * of.dim;
+    for (int64_t token = 0; token < head.tokens; ++token) {
+      const T* key = head.key + token * head.stride;
       Sum score = 0;
 #pragma omp simd reduction(+ : score)
-      for (int64_t i = 0; i < of.dim; ++i) score += widen(query[i]) * widen(key[i]);
-      scores[token] = score * static_cast<Sum>(of.scale);
+      for (int64_t i = 0; i < head.dim; ++i) score += widen(query[i]) * widen(key[i]);
+      scores[token] = score * static_cast<Sum>(head.scale);
       highest = std::max(highest, scores[token]);
     }
     std::fill(mixed.begin(), mixed.end(), Sum{0});
-    for (int64_t token = 0; token < of.tokens; ++token) {
-      const T* value = of.value + token * of.stride + head * of.dim;
+    for (int64_t token = 0; token < head.tokens; ++token) {
+      const T* value = head.value + token * head.stride;
       const Sum weight = std::exp(scores[token] - highest);
       total += weight;
 #pragma omp simd
-      for (int64_t i = 0; i < of.dim; ++i) mixed[i] += weight * widen(value[i]);
+      for (int64_t i = 0; i < head.dim; ++i) mixed[i] += weight * widen(value[i]);
     }
-    T* out = of.out + row * of.stride + head * of.dim;
-    for (int64_t i = 0; i < of.dim; ++i) out[i] = narrow<T>(mixed[i] / total);
+    for (int64_t i = 0; i < head.dim; ++i) head.out[row * head.stride + i] = narrow<T>(mixed[i] / total);
   }
 }
 
@@ -163,48 +161,32 @@ NEUROFLOW_AVX512_INLINE __m512 power_of_two(__m512 x) {
   return _mm512_scalef_ps(sum, whole);
 }
 
-/// What one head's queries have met so far: the weighted values [rows, outer], the highest score of each row, the sum
-/// of its weights in 16 parts, and beside them the queries [rows, inner].
-template <typename T>
-struct Attended {
-  std::vector<T> query;
-  std::vector<float> mixed, highest, total;
-};
-
 /// As attend_rows_plain, over 64 keys at a time with a running maximum, so that no score leaves the processor's cache.
-/// Heads take turns at them, as their parts of a row lie side by side. Weights are rounded to T before they meet the
-/// values.
+/// Weights are rounded to T before they meet the values.
 template <typename Lanes, typename T = typename Lanes::Element>
-NEUROFLOW_AVX512 void attend_rows_avx512(Lanes, const Heads<T>& of) {
+NEUROFLOW_AVX512 void attend_rows_avx512(Lanes, const Head<T>& head) {
   constexpr int64_t block = 64, lane = Lanes::lane;
-  const int64_t rows = (of.rows + 5) / 6 * 6;               // the tiles' six queries, zeros past the last
-  const int64_t inner = (of.dim + lane - 1) / lane * lane;  // of a score's sum
-  const int64_t outer = (of.dim + 15) / 16 * 16;            // values to an output
-  const __m512 log2_scale = _mm512_set1_ps(static_cast<float>(of.scale * 1.4426950408889634));
+  const int64_t rows = (head.rows + 5) / 6 * 6;               // the tiles' six queries, zeros past the last
+  const int64_t inner = (head.dim + lane - 1) / lane * lane;  // of a score's sum
+  const int64_t outer = (head.dim + 15) / 16 * 16;            // values to an output
+  const __m512 log2_scale = _mm512_set1_ps(static_cast<float>(head.scale * 1.4426950408889634));
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  std::vector<T> keys(inner * block), values(block * outer), weights(rows * block);
-  std::vector<float> scores(rows * block);
-  std::vector<Attended<T>> heads(of.heads);
-  for (int64_t head = 0; head < of.heads; ++head) {
-    heads[head] = {std::vector<T>(rows * inner), std::vector<float>(rows * outer), std::vector<float>(rows, -1e30f),
-                   std::vector<float>(rows * 16)};
-    for (int64_t row = 0; row < of.rows; ++row)
-      std::copy_n(of.query + row * of.query_stride + head * of.query_head_stride, of.dim,
-                  heads[head].query.data() + row * inner);
-  }
+  std::vector<T> query(rows * inner), keys(inner * block), values(block * outer), weights(rows * block);
+  std::vector<float> scores(rows * block), mixed(rows * outer), highest(rows, -1e30f), total(rows * 16);
+  for (int64_t row = 0; row < head.rows; ++row)
+    std::copy_n(head.query + row * head.query_stride, head.dim, query.data() + row * inner);
 
-  for (int64_t unit = 0; unit < (of.tokens + block - 1) / block * of.heads; ++unit) {
-    auto& [query, mixed, highest, total] = heads[unit % of.heads];
-    const int64_t start = unit / of.heads * block, count = std::min(block, of.tokens - start);
-    const int64_t first = start * of.stride + unit % of.heads * of.dim;
-    // The head's next block, or the first one of a head after these.
-    const int64_t ahead = count == block ? block * of.stride : of.heads * of.dim - start * of.stride;
-    if (count == block && of.dim % Lanes::step == 0) {
-      pack_keys<Lanes, true>(of.key + first, of.stride, count, of.dim, ahead, keys.data());
-      pack_values<Lanes, true>(of.value + first, of.stride, count, of.dim, ahead, values.data());
+  for (int64_t start = 0; start < head.tokens; start += block) {
+    const int64_t count = std::min(block, head.tokens - start);
+    const int64_t first = start * head.stride;
+    // The next block, or the first one of the next head.
+    const int64_t ahead = count == block ? block * head.stride : head.dim - first;
+    if (count == block && head.dim % Lanes::step == 0) {
+      pack_keys<Lanes, true>(head.key + first, head.stride, count, head.dim, ahead, keys.data());
+      pack_values<Lanes, true>(head.value + first, head.stride, count, head.dim, ahead, values.data());
     } else {
-      pack_keys<Lanes, false>(of.key + first, of.stride, count, of.dim, ahead, keys.data());
-      pack_values<Lanes, false>(of.value + first, of.stride, count, of.dim, ahead, values.data());
+      pack_keys<Lanes, false>(head.key + first, head.stride, count, head.dim, ahead, keys.data());
+      pack_values<Lanes, false>(head.value + first, head.stride, count, head.dim, ahead, values.data());
     }
     __mmask16 valid[4];
     for (int64_t j = 0; j < 4; ++j)
@@ -213,7 +195,7 @@ NEUROFLOW_AVX512 void attend_rows_avx512(Lanes, const Heads<T>& of) {
     for (int64_t row = 0; row < rows; row += 6)
       panel_tile<Lanes, 4>(&query[row * inner], inner, keys.data(), block * lane, inner / lane, &scores[row * block],
                            block, false);
-    for (int64_t row = 0; row < of.rows; ++row) {
+    for (int64_t row = 0; row < head.rows; ++row) {
       __m512 score[4];
       for (int64_t j = 0; j < 4; ++j)
         score[j] = _mm512_mask_mul_ps(lowest, valid[j], _mm512_loadu_ps(&scores[row * block + 16 * j]), log2_scale);
@@ -244,23 +226,21 @@ NEUROFLOW_AVX512 void attend_rows_avx512(Lanes, const Heads<T>& of) {
         panel_tile<Lanes, 1>(weight, block, &values[j * lane], outer * lane, block / lane, target + j, outer, true);
     }
   }
-  for (int64_t head = 0; head < of.heads; ++head)
-    for (int64_t row = 0; row < of.rows; ++row) {
-      const float sum = _mm512_reduce_add_ps(_mm512_loadu_ps(&heads[head].total[16 * row]));
-      T* out = of.out + row * of.stride + head * of.dim;
-      for (int64_t i = 0; i < of.dim; ++i) out[i] = narrow<T>(heads[head].mixed[row * outer + i] / sum);
-    }
+  for (int64_t row = 0; row < head.rows; ++row) {
+    const float sum = _mm512_reduce_add_ps(_mm512_loadu_ps(&total[16 * row]));
+    for (int64_t i = 0; i < head.dim; ++i) head.out[row * head.stride + i] = narrow<T>(mixed[row * outer + i] / sum);
+  }
 }
 
 #endif
 
-/// As attend_rows_plain of all heads, with this processor's vectors.
+/// As attend_rows_plain, with this processor's vectors.
 template <typename T>
-void attend_rows(const Heads<T>& of) {
+void attend_rows(const Head<T>& head) {
 #ifdef NEUROFLOW_AVX512
-  if (with_lanes<T>([&](auto lanes) { attend_rows_avx512(lanes, of); })) return;
+  if (with_lanes<T>([&](auto lanes) { attend_rows_avx512(lanes, head); })) return;
 #endif
-  for (int64_t head = 0; head < of.heads; ++head) attend_rows_plain(of, head);
+  attend_rows_plain(head);
 }
 
 }  // namespace neuroflow
