@@ -192,9 +192,9 @@ def text_of(rows, outside, history, arguments):
             f"`python -m bench.distill --arch {arguments.arch} --videos {arguments.videos} --epochs "
             f"{arguments.epochs} --rate {arguments.rate:g}`: the package's tower, taught on {arguments.videos} drawn "
             f"videos (one in five of them held out) of {FRAMES // EVERY} frames, under the cameras "
-            f"{' and '.join(INSIDE)}. By epoch, its cosine on "
-            "the held-out videos at 90 % skipped, and the share of labelled pictures under the other cameras that the "
-            "student names when it is given them whole. Epoch 0 is before training, "
+            f"{' and '.join(INSIDE)}. By epoch, its cosine on the held-out videos at 90 % skipped, and the share of "
+            "labelled pictures under the other cameras that it names when it is given them whole. Epoch 0 is before "
+            "training, "
             f"0.5*{arguments.epochs} the weights half of the way from there to epoch {arguments.epochs}. "
             f"{named(chosen(history))} is kept, of the highest cosine among those that lose less than a point outside:",
             table(["epoch", "cosine", "5th percentile", "top-1 outside"], epochs),

@@ -58,8 +58,8 @@ class DistillationConfig:
         clips: videos that a step's frames are from, or all videos where there are fewer.
         strides: a video is gone through by every frame, or up to every so-manieth one; which is drawn for each.
         thresholds: between these a video's threshold is drawn, evenly on a log scale; every second video's budget is
-            that of `skip` instead. The default skips about 50 to 98 % of the patches of footage that stands still; the
-            published 1e-4 to 0.35 is for surprise with the positional embedding in it.
+            that of `skip` instead. Under B the default skips about 50 to 98 % of the patches of footage that stands
+            still; the published 1e-4 to 0.35 is for surprise with the positional embedding in it.
         decays: the same for the weight of the new frame in the moving average that B's gate compares with.
         skip: share of the patches that the evaluation skips, and the distilled model from then on.
         forgetting: an epoch that misses the teacher's score outside the domain by more is not chosen.
