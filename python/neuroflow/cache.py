@@ -183,7 +183,7 @@ class Engine:
             for state, finite, attention in zip(states, frame.finite, frame.attention, strict=True):
                 state.valid = finite
                 if attention is not None:
-                    state.attention = copied((attention / attention.mean()).float(), state.attention)
+                    state.heed(attention)
         if frame.unmeasured is not None:
             self.crossovers[frame.unmeasured] = crossover.measure(frame, *frame.first_block)
         return output

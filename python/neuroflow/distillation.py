@@ -187,7 +187,8 @@ class Steps(Frame):
 
     def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
         fresh = split(tokens, self.lengths if self.partial else self.counts)
-        frames = zip(self.states, fresh, self.active if self.partial else itertools.repeat(None))  # noqa: B905
+        active = self.active if self.partial else [None] * len(fresh)
+        frames = zip(self.states, fresh, active, strict=True)
         for clip in self.engine.clips:
             cache = clip.caches.get(name)
             for state, encoded, rows in itertools.islice(frames, len(clip.whole)):
@@ -228,7 +229,7 @@ class Student(Engine):
         owners = [clip for clip in self.clips for _ in clip.whole]
         for clip, attention in zip(owners, frame.attention, strict=True):
             if attention is not None:
-                clip.state.attention = (attention / attention.mean()).detach().float()
+                clip.state.heed(attention.detach())
         return output
 
     def on_projection(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
@@ -393,20 +394,18 @@ class Distillation:
         states = engine_of(self.model).streams
         try:
             for number in range(0, len(videos), TOGETHER):
-                waiting = dict(enumerate(map(enumerate, videos[number : number + TOGETHER]), number))
-                while frames := {name: frame for name, of in waiting.items() if (frame := next(of, None)) is not None}:
-                    waiting = {name: waiting[name] for name in frames}
-                    indices, pixels = zip(*frames.values(), strict=True)
-                    keys = [("held out", name, index) for name, index in zip(frames, indices, strict=True)]
+                waiting = dict(enumerate(map(iter, videos[number : number + TOGETHER]), number))
+                for index in itertools.count():
+                    frames = {name: frame for name, of in waiting.items() if (frame := next(of, None)) is not None}
+                    if not frames:
+                        break
+                    pixels = list(frames.values())
                     with cache_context(self.model, *frames):
                         found = self.embed(self.model, _together(pixels))
-                    cosine = F.cosine_similarity(found, self._expected(keys, pixels))
-                    cosines += [cosine[row] for row, index in enumerate(indices) if index]
-                    skipped += [
-                        1 - states[name].active.float().mean()
-                        for name, index in zip(frames, indices, strict=True)
-                        if index
-                    ]
+                    expected = self._expected([("held out", name, index) for name in frames], pixels)
+                    if index:
+                        cosines.append(F.cosine_similarity(found, expected))
+                        skipped += [1 - states[name].active.float().mean() for name in frames]
                 reset_cache(self.model)
         finally:
             disable_cache(self.model)
@@ -419,7 +418,7 @@ class Distillation:
                 found.append(self.embed(self.model, pixels))
                 expected.append(self._expected([("outside", 0, number)], [pixels]))
             known = outside.known(torch.cat(found), torch.cat(expected))
-        values = torch.stack(cosines)
+        values = torch.cat(cosines)
         return values.mean().item(), values.quantile(0.05).item(), torch.stack(skipped).mean().item(), known
 
     @property

@@ -79,6 +79,10 @@ class StreamState:
         """Replace a cache in full; value [1, rows, D]."""
         self.tensors[name] = copied(value, self.tensors.get(name))
 
+    def heed(self, attention: torch.Tensor) -> None:
+        """Keep what the patches got of the pooled output's attention, [N] of any scale, for the next frame's gate."""
+        self.attention = copied((attention / attention.mean()).float(), self.attention)
+
     def account(self, active: torch.Tensor | None, surprise: torch.Tensor | None, finite: bool) -> None:
         """Note that a frame encodes the patches `active`, int32 rows, None for all, as a key frame; surprise: [N]."""
         key_frame = active is None
