@@ -14,7 +14,7 @@ import neuroflow
 import torch
 import torch.nn.functional as F
 from neuroflow.graphs import LADDER
-from neuroflow.patch import copy_sharing_weights
+from neuroflow.weights import copy_sharing_weights
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from bench.baselines import Published

@@ -10,7 +10,7 @@ import tempfile
 import neuroflow
 import numpy as np
 import torch
-from neuroflow.cli.run import copy_sharing_weights
+from neuroflow.weights import copy_sharing_weights
 from PIL import Image
 from tqdm import tqdm
 

@@ -13,7 +13,7 @@ import torch
 from neuroflow.cli.eval import Journal
 from neuroflow.cli.eval_llm import cut, evaluate, load_language_model, pair_of, time_steps
 from neuroflow.llm import BypassConfig, disable_bypass, enable_bypass
-from neuroflow.patch import copy_sharing_weights
+from neuroflow.weights import copy_sharing_weights
 from tqdm import tqdm
 from transformers import Phi3Config, Phi3ForCausalLM
 

@@ -14,7 +14,7 @@ import neuroflow
 import torch
 import torch.nn.functional as F
 from neuroflow.adapters import describe
-from neuroflow.cli.run import copy_sharing_weights
+from neuroflow.weights import copy_sharing_weights
 from torch import nn
 from tqdm import tqdm
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from neuroflow.adapters import describe as anatomy_of
 from neuroflow.adapters.anatomy import interpolation
 from neuroflow.evaluation import PUBLISHED as PUBLISHED
-from neuroflow.patch import copy_sharing_weights
+from neuroflow.weights import copy_sharing_weights
 from torch import nn
 
 from neuroflow_kernels.env import describe

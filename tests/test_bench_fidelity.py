@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import PATCH, SIZES, clip
-from neuroflow.cli.run import copy_sharing_weights
 from neuroflow.video.scene import Scene
+from neuroflow.weights import copy_sharing_weights
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 

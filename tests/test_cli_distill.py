@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 from models import tiny
-from neuroflow.distillation import Distillation, distilled_config
+from neuroflow.distillation import Distillation
 from neuroflow.models import STREET
 from neuroflow.video.encode import VideoWriter
-from PIL import Image
+from neuroflow.weights import distilled_config
 from safetensors import safe_open
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 32
-NAMES = ["0", "1", "2", "3", "0.75*3", "0.5*3", "0.25*3"]  # of what is evaluated
 OPTIONS = (
     "--epochs",
     3,
@@ -45,27 +44,31 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def footage(tmp_path_factory):
-    """A directory of videos, one of them in a directory of its own, and one of pictures."""
+    """A directory of videos, one of them in a directory of its own, one of others, and one of class folders."""
     root = tmp_path_factory.mktemp("footage")
-    for directory in ("videos/more", "pictures", "street/car", "street/tree"):
+    for directory in ("videos/more", "others", "street/car", "street/tree"):
         (root / directory).mkdir(parents=True)
     random = np.random.default_rng(0)
-    for name in ("a.mp4", "b.mp4", "more/c.mp4"):
+    names = [f"videos/{name}" for name in ("a", "b", "more/c")] + [
+        "others/0",
+        "others/1",
+        "street/car/0",
+        "street/tree/0",
+    ]
+    for name in names:
         still = random.integers(0, 256, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-        with VideoWriter(root / "videos" / name, Fraction(10)) as writer:
+        with VideoWriter(root / f"{name}.mp4", Fraction(10)) as writer:
             for number in range(6):
                 image = still.copy()
                 image[16:40, 4 * number : 4 * number + 24] = 255
                 writer.write(image)
-    for name in ("pictures/0.png", "pictures/1.png", "street/car/0.png", "street/tree/0.png"):
-        Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(root / name)
     return root
 
 
 @pytest.fixture
 def distil(neuroflow, footage, model):
     """distil(out, *options) -> the same of `distill` on the footage."""
-    outside = ("--outside", footage / "pictures")
+    outside = ("--outside", footage / "others")
     return lambda out, *options: neuroflow(
         "distill", footage / "videos", "--model", model, *outside, "--out", out, *OPTIONS, *options
     )
@@ -88,7 +91,7 @@ def test_the_main_job(neuroflow, distil, footage, model, tmp_path, arch, gate):
     with safe_open(out, "pt") as file:
         history = json.loads(file.metadata()["history"])
         assert {name.split(".")[2] for name in file.keys() if "layers" in name} == {"2", "3"}  # noqa: SIM118
-    assert [row[0] for row in rows] == NAMES and len(rows[0]) == len(rows[4]) == 5
+    assert [row[0] for row in rows] == list("0123") and [len(row) for row in rows] == [5, 6, 6, 6]
     for row, epoch in zip(rows, history, strict=True):
         assert f"{epoch['fidelity']:.4f}" in row and row[-1] == f"{epoch['outside']:.1%}"
     assert [file.name for file in tmp_path.iterdir()] == [out.name]
@@ -121,7 +124,7 @@ def test_resumed_after_a_kill_is_as_uninterrupted(distil, tmp_path, monkeypatch)
     code, _, message = distil(out, "--resume", "--epochs", 4)
     assert code == 2 and "other settings" in message and message.count("\n") == 1
     code, table, _ = distil(out, "--resume")
-    assert code == 0 and [line.split()[0] for line in table.splitlines()[3:-1]] == NAMES
+    assert code == 0 and [line.split()[0] for line in table.splitlines()[3:-1]] == list("0123")
     with safe_open(out, "pt") as ours, safe_open(whole, "pt") as other:
         assert ours.metadata() == other.metadata() and set(ours.keys()) == set(other.keys())
         assert all(torch.equal(ours.get_tensor(name), other.get_tensor(name)) for name in ours.keys())  # noqa: SIM118
@@ -130,9 +133,10 @@ def test_resumed_after_a_kill_is_as_uninterrupted(distil, tmp_path, monkeypatch)
 
 
 def test_it_ends_when_it_forgets(distil, tmp_path):
-    code, table, _ = distil(tmp_path / "b.safetensors", "--forgetting", 0.1, "--patience", 1, "--rate", 0.5)
-    assert code == 0 and "ended early       more than 10.0% of the pictures outside were forgotten" in table
-    assert distilled_config(tmp_path / "b.safetensors").arch == "active"
+    out = tmp_path / "b.safetensors"
+    code, table, _ = distil(out, "--forgetting", 0.1, "--patience", 1, "--rate", 0.5, "--skip", 0.25)
+    assert code == 0 and "ended early       more than 10.0% of the videos outside were forgotten" in table
+    assert distilled_config(out).arch == "active"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,7 @@ def test_it_ends_when_it_forgets(distil, tmp_path):
         (["--thresholds", 0.2, 0.1], "thresholds is (0.2, 0.1); accepted is"),
         (["--skip", 1], "'1' is no number between 0 and 1"),
         (["--outside", "nowhere"], "--outside nowhere: no such directory"),
-        (["--outside", "empty"], "no image in this directory"),
+        (["--outside", "empty"], "--outside empty: holds no video; accepted are files in .avi"),
         (["--max-frames", 1], "videos give no frame after their first"),
     ],
 )
@@ -160,7 +164,7 @@ def test_what_cannot_be_done_is_one_line(distil, tmp_path, monkeypatch, options,
     assert not any(file.suffix == ".safetensors" for file in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "no such directory"), (0, "holds 0 video(s)"), (1, "give 2 or")])
+@pytest.mark.parametrize(("content", "words"), [(None, "no such directory"), (0, "holds no video"), (1, "give 2 or")])
 def test_a_folder_without_videos_is_one_line(neuroflow, model, tmp_path, content, words):
     videos = tmp_path / "videos"
     if content is not None:

@@ -14,10 +14,10 @@ from neuroflow import evaluation, laws
 from neuroflow.adapters import describe
 from neuroflow.evaluation import Answer, Clip
 from neuroflow.models import STREET, ClassHead, load_classes
-from neuroflow.patch import copy_sharing_weights
 from neuroflow.video.encode import VideoWriter
 from neuroflow.video.preprocess import Preprocessor
 from neuroflow.video.source import Source, SourceError
+from neuroflow.weights import copy_sharing_weights
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")

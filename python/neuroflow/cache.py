@@ -16,9 +16,11 @@ CPU packed tokens go through `linear_rows` and `attend_rows` where those have fa
 
 import functools
 import inspect
+import itertools
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,14 +54,24 @@ DENSE_PROJECTION = 0.75  # of the patches; above it, picking out the changed one
 class Engine:
     """The streams of one patched tower, and the functions that stand at its points.
 
+    What is of a partial frame goes through the `twins` of modules that have one.
+
     Every `on_*` method takes the original forward of its point first. Outside of a pass through the tower
     (`current_frame` is None) it only calls that, so that parts of a patched model used by themselves behave as before.
     """
 
-    def __init__(self, anatomy: Anatomy, config: NeuroFlowConfig, streams: StreamCache) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        config: NeuroFlowConfig,
+        streams: StreamCache,
+        twins: Mapping[nn.Module, nn.Module] | None = None,
+    ) -> None:
         depth = len(anatomy.layers)
         self.anatomy = anatomy
         self.config = config
+        self.twins = twins or {}
+        self.weights: Path | None = None  # where those of the twins are from
         if config.signal == "pixel" and anatomy.projection is None:
             raise ValueError(
                 f"signal is 'pixel', which {type(anatomy.tower).__name__} does not show in the order of its tokens; "
@@ -110,11 +122,15 @@ class Engine:
         with_linears = [*anatomy.layers]
         if anatomy.pool is not None:
             points.append((*anatomy.pool, self.on_pool))
-            with_linears += [anatomy.pool[0]] if is_foldable(anatomy.pool[0]) else []
+            heads = [anatomy.pool[0], self.twins.get(anatomy.pool[0])]
+            with_linears += [head for head in heads if head is not None and is_foldable(head)]
         for part in with_linears:
             for module in part.modules():
                 if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
                     points.append((module, "forward", lambda *args, module=module: self.on_linear(module, *args)))
+        for module, twin in self.twins.items():
+            if anatomy.pool is None or module is not anatomy.pool[0]:
+                points.append((module, "forward", lambda *args, twin=twin: self.on_twin(twin, *args)))
         if anatomy.attention is not None:
             for module in anatomy.attentions:
                 points.append(
@@ -307,6 +323,21 @@ class Engine:
         product = linear_rows(rows, weight, bias) if few else nn.functional.linear(rows, weight, bias)
         return product.to(tokens.dtype).unflatten(0, tokens.shape[:-1])
 
+    def on_twin(self, twin: nn.Module, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
+        frame, partial = current_frame.get(), twin.forward
+        if frame is None or all(frame.whole):
+            return forward(tokens)
+        if type(twin).forward is nn.Linear.forward:
+            partial = functools.partial(self.on_linear, twin, twin.forward)
+        if not any(frame.whole):
+            return partial(tokens)
+        rows = tokens.flatten(0, -2)
+        runs = frame.runs(len(rows))
+        parts = zip(runs, rows.split([count for _, count in runs]), strict=True)
+        return torch.cat([(forward if whole else partial)(part) for (whole, _), part in parts]).unflatten(
+            0, tokens.shape[:-1]
+        )
+
     def on_mlp_input(self, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
         frame = current_frame.get()
         return forward(frame.pack(tokens) if frame is not None and frame.partial else tokens)
@@ -346,17 +377,40 @@ class Engine:
             lengths = frame.lengths if len(frame.lengths) > 1 else None
         else:
             lengths = frame.counts if frame.padded else None
-        head = self.anatomy.pool[0]
+        head, method = self.anatomy.pool
+        twin = self.twins.get(head)
+        if twin is None or all(frame.whole):
+            return self._pool(frame, head, functools.partial(forward, *args, **kwargs), tokens, lengths, 0)
+        pooled, first = [], 0
+        for whole, streams in itertools.groupby(frame.whole):
+            these = slice(first, first + len(list(streams)))
+            module, call = (head, forward) if whole else (twin, getattr(twin, method))
+            call = functools.partial(call, *args, **kwargs)
+            pooled.append(self._pool(frame, module, call, tokens[these], lengths and lengths[these], first))
+            first = these.stop
+        return torch.cat(pooled)
+
+    def _pool(
+        self,
+        frame: Frame,
+        head: nn.Module,
+        forward: Callable,
+        tokens: torch.Tensor,
+        lengths: list[int] | None,
+        first: int,
+    ) -> torch.Tensor:
+        """Pooled [S, D] of all tokens [S, T, D] of the streams from `first` on, by a head whose forward is given."""
         if is_foldable(head):
-            folded = self.derived(head, "head", lambda: fold_head(head))
+            folded = self.derived(head, (head, "folded"), lambda: fold_head(head))
             pooled, attention = attention_pool(head, folded, tokens, lengths)
             if self.config.score == "staleness" and self.config.arch != "active":
-                frame.pay([row[:count] for row, count in zip(attention, frame.counts, strict=True)])
+                counts = frame.counts[first : first + len(attention)]
+                frame.pay([row[:count] for row, count in zip(attention, counts, strict=True)], first)
             return pooled
         if lengths is None:
-            return forward(tokens, *args, **kwargs)
+            return forward(tokens)
         own = [tokens[stream : stream + 1, :length] for stream, length in enumerate(lengths)]
-        return torch.cat([forward(each, *args, **kwargs) for each in own])
+        return torch.cat([forward(each) for each in own])
 
     def attend(
         self,
@@ -392,7 +446,7 @@ class Engine:
             return attended.to(query.dtype), weights
         if context:
             frame.store_heads(layer, key, value)
-        watched = layer in self.watched and (context or not frame.packed)
+        watched = layer in self.watched
         if not frame.packed and product is None and query.shape[0] == len(frame.states):
             if watched:
                 frame.watch(query[:, :, 0], key, kwargs["scaling"])
@@ -411,7 +465,7 @@ class Engine:
                 keys = state.tensors["key", layer].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
                 values = state.tensors["value", layer].unflatten(2, (value.shape[1], -1)).transpose(1, 2)
                 key_rows = None
-            if watched:
+            if watched and (context or not frame.packed or frame.whole[stream]):
                 frame.watch(queries[:, :, 0], keys, kwargs["scaling"], stream)
             # Packed tokens of one stream only see tokens of that stream, none of which is padding.
             if product is not None:

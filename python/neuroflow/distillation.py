@@ -1,14 +1,12 @@
 """Sparse distillation: a tower taught to give, from the active patches of a frame, what it gives for the whole one.
 
-The unpatched model is the teacher, a copy of it the student, of any architecture. Many videos are gone through at once,
-and a step takes the next few frames of each. They lie side by side as streams would, the engine's own gate goes through
-each video's in order, and the student encodes what is active, with gradients; what a frame finds in a cache comes with
-those of the step's earlier frames. What stands in front of the first block is never trained: the gate reads the patch
-projection, and would choose other patches if it changed.
+What is trained are weights for partial frames alone; whole frames are encoded with the model's own, which are the
+teacher's too. So key frames stay exact, and of whole pictures nothing can be forgotten. What stands in front of the
+first block is never trained: the gate reads the patch projection, and would choose other patches if it changed.
 
-Two things keep what the videos do not show. Some frames of every step are encoded whole; and weights part of the way
-from the teacher's to the trained ones, which forget less and give up little (Wortsman et al. 2022, Robust fine-tuning
-of zero-shot models), are evaluated as well when training is over.
+Many videos are gone through at once, and a step takes the next few frames of each. They lie side by side as streams
+would, the engine's own gate goes through each video's in order, and the student encodes what is active, with gradients;
+what a frame finds in a cache comes with those of the step's earlier frames.
 """
 
 import copy
@@ -23,8 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .adapters import Anatomy, describe
@@ -33,16 +29,15 @@ from .cache import Engine
 from .config import ARCHITECTURES, NeuroFlowConfig
 from .frame import Frame, current_frame, split
 from .models import ClassHead
-from .patch import cache_context, disable_cache, enable_cache, engine_of, install, is_patched, reset_cache
+from .patch import cache_context, disable_cache, engine_of, install, is_patched, reset_cache
 from .state import StreamState
 from .streams import StreamCache
+from .weights import read, twins, write
 
 STREAM = "clip"
-TOGETHER = 16  # held-out videos that are gone through at once
+TOGETHER = 16  # videos that an evaluation goes through at once
 WARM_UP = 30  # steps until the learning rate is reached
 AVERAGED = 0.99  # of the weights' moving average stays at a step, less at the first ones
-WHOLE = 0.125  # chance of a frame to be encoded whole
-SHARES = (0.75, 0.5, 0.25)  # of the way from the teacher's weights to the trained ones, tried when training is over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +57,15 @@ class DistillationConfig:
             still; the published 1e-4 to 0.35 is for surprise with the positional embedding in it.
         decays: the same for the weight of the new frame in the moving average that B's gate compares with.
         skip: share of the patches that the evaluation skips, and the distilled model from then on.
-        forgetting: an epoch that misses the teacher's score outside the domain by more is not chosen.
+        forgetting: an epoch that knows less outside the domain than the untrained model, by more, is not chosen.
         patience: so many such epochs in a row end the training.
         seed: of every draw.
 
     Raises:
         ValueError: a value that makes no sense; the message says which does.
 
-    Source: Schmitt 2026, sparse distillation; steps over many videos, the ranges of the draws, strides, whole frames,
-    averaged weights and the end by forgetting are ours.
+    Source: Schmitt 2026, sparse distillation; weights for partial frames alone, steps over many videos, the ranges of
+    the draws, strides, averaged weights and the end by forgetting are ours.
     """
 
     arch: str = "active"
@@ -118,21 +113,21 @@ class DistillationConfig:
         return NeuroFlowConfig(arch="B", reference="ema", score="surprise", **free, **rule)
 
 
-class Pictures(NamedTuple):
-    """What lies outside the training domain.
+class Outside(NamedTuple):
+    """Videos outside the training domain, of which the last frame is to be known.
 
     Args:
-        frames: [1, 3, H, W] each, an iterable that starts over.
-        labels: of each, an index into the classes. classes: what embeddings are named by. Without both, a picture
-            counts as known where the student's embedding is nearest to the teacher's of the same picture.
+        videos: each gives consecutive frames [1, 3, H, W].
+        labels: of each, an index into the classes. classes: what embeddings are named by. Without both, a frame counts
+            as known where its embedding is nearest to the teacher's of the same one.
     """
 
-    frames: Iterable[torch.Tensor]
+    videos: Sequence[Iterable[torch.Tensor]]
     labels: Sequence[int] | None = None
     classes: ClassHead | None = None
 
     def known(self, embeddings: torch.Tensor, teacher: torch.Tensor) -> float:
-        """Share of the pictures that embeddings [P, D] name rightly; teacher [P, D]."""
+        """Share of the videos that embeddings [V, D] name rightly; teacher [V, D]."""
         if self.classes is not None and self.labels is not None:
             scores, truth = self.classes.scores(embeddings), torch.tensor(self.labels)
         else:
@@ -144,12 +139,11 @@ class Epoch(NamedTuple):
     """What stands after one epoch; number 0 is the model before training.
 
     Args:
-        loss: mean over the epoch's clips, None of number 0 and of a share below 1.
-        fidelity, fidelity_p5: cosine of the student under B to the teacher on the held-out videos' frames but the first
-            of each, mean and 5th percentile.
+        loss: mean over the epoch's steps, None of number 0.
+        fidelity, fidelity_p5: cosine of the student to the teacher on the held-out videos' frames but the first of
+            each, mean and 5th percentile.
         skipped: mean share of the patches of these frames that were not encoded.
-        outside: share of the pictures outside that the student knows, each encoded whole; None without pictures.
-        share: of the way from the teacher's weights to the epoch's, at which those lie that were evaluated.
+        outside: share of the videos outside that the student knows; None without any.
     """
 
     number: int
@@ -158,7 +152,6 @@ class Epoch(NamedTuple):
     fidelity_p5: float
     skipped: float
     outside: float | None
-    share: float = 1.0
 
 
 @dataclasses.dataclass
@@ -168,7 +161,7 @@ class Clip:
     Args:
         number: of the video. frames: what is left of it, with the frames' own numbers. gate: what chooses its patches.
         state: of the gate.
-        whole: of each frame in the next step, whether it is encoded whole.
+        count: of its frames in the next pass.
         caches: by name, those that the next frame finds.
     """
 
@@ -176,7 +169,7 @@ class Clip:
     frames: Iterator[tuple[int, torch.Tensor]]
     gate: NeuroFlowConfig
     state: StreamState
-    whole: list[bool]
+    count: int = 0
     caches: dict[Hashable, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
@@ -191,7 +184,7 @@ class Steps(Frame):
         frames = zip(self.states, fresh, active, strict=True)
         for clip in self.engine.clips:
             cache = clip.caches.get(name)
-            for state, encoded, rows in itertools.islice(frames, len(clip.whole)):
+            for state, encoded, rows in itertools.islice(frames, clip.count):
                 cache = encoded if rows is None else cache.index_copy(1, rows.long(), encoded)
                 state.tensors[name] = cache
             clip.caches[name] = cache.detach()
@@ -226,7 +219,8 @@ class Student(Engine):
             output = forward(*args, **kwargs)
         finally:
             current_frame.reset(token)
-        owners = [clip for clip in self.clips for _ in clip.whole]
+        self.whole = frame.whole
+        owners = [clip for clip in self.clips for _ in range(clip.count)]
         for clip, attention in zip(owners, frame.attention, strict=True):
             if attention is not None:
                 clip.state.heed(attention.detach())
@@ -246,7 +240,7 @@ class Student(Engine):
         with torch.no_grad():
             for clip in self.clips:
                 self.config = clip.gate
-                for whole in clip.whole:
+                for _ in range(clip.count):
                     number = len(active)
                     this = slice(number, number + 1)
                     order = None if frame.order is None else frame.order[this]
@@ -254,27 +248,29 @@ class Student(Engine):
                     own.projected = None if frame.projected is None else frame.projected[this]
                     super()._gate(own, tokens[this])
                     clip.state.valid = own.finite[0]
-                    active.append(own.active[0] if own.partial and not whole else None)
-        self.whole = [rows is None for rows in active]
+                    active.append(own.active[0] if own.partial else None)
         frame.select(active, tokens)
 
 
 class Distillation:
-    """One model on its way from teacher to student.
+    """Weights for partial frames of one model, on their way.
 
     Args:
         model: an unpatched model in evaluation mode that takes frames as `pixel_values`, with a pooled output: by a
-            pooling head or a CLS token. It is the student from then on; a copy is kept as the teacher.
+            pooling head or a CLS token. It is the teacher, and stays as it is.
         config: see `DistillationConfig`.
         dtype: of the products in training: torch.bfloat16 where the device is fast at that, or torch.float32. Weights
             and optimizer are of the model's own dtype.
 
     Attributes:
-        history: an `Epoch` for every evaluation so far; after those of all epochs, those of the last one's SHARES.
+        weights: that are trained, by their names in the model. average: the moving average of them, which is evaluated.
+        best: those of the `chosen` epoch.
+        history: an `Epoch` for every evaluation so far.
 
     Raises:
-        TypeError: a model that no adapter knows. ValueError: one without a pooled output or that B cannot serve, or
-            with fewer blocks than "last-K" asks for. RuntimeError: the model is patched.
+        TypeError: a model that no adapter knows. ValueError: one without a pooled output or that B cannot serve, with
+            fewer blocks than "last-K" asks for, or whose weights are of modules that have no twins. RuntimeError: the
+            model is patched.
     """
 
     def __init__(self, model: nn.Module, config: DistillationConfig, dtype: torch.dtype = torch.float32) -> None:
@@ -290,37 +286,26 @@ class Distillation:
                 f"{type(model).__name__} makes features between its blocks, which distillation does not serve"
             )
         self.model, self.config, self.dtype = model, config, dtype
-        self.teacher = copy.deepcopy(model)
-        self.engine = Student(anatomy, config.gate(), StreamCache())
-        self.weights = _trained(model, anatomy, config.train)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in self.weights.values():
-            parameter.requires_grad_(True)
+        frozen = {id(own): nn.Parameter(own.detach(), requires_grad=False) for own in model.parameters()}
+        self.student = copy.deepcopy(model, frozen)
+        anatomy = describe(self.student)
+        own = _trained(self.student, anatomy, config.train)
+        self.weights = {name: nn.Parameter(parameter.clone()) for name, parameter in own.items()}
+        self.average = {name: nn.Parameter(parameter.clone(), requires_grad=False) for name, parameter in own.items()}
+        self.best = {name: parameter.clone() for name, parameter in own.items()}
+        self.engine = Student(anatomy, config.gate(), StreamCache(), twins(self.student, anatomy, self.weights))
         # A run has hundreds of steps, not thousands, and the average of squares is to follow them.
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.rate, betas=(0.9, 0.98))
         self.steps = 0
         self.history: list[Epoch] = []
-        self.average = {name: parameter.detach().clone() for name, parameter in self.weights.items()}
-        self.best = {name: parameter.detach().clone() for name, parameter in self.weights.items()}
         self._dense: dict[tuple[str, int, int], torch.Tensor] = {}
 
     @property
-    def epochs(self) -> list[Epoch]:
-        """`history` without SHARES."""
-        return [epoch for epoch in self.history if epoch.share == 1]
-
-    @property
-    def trained(self) -> bool:
-        """All epochs are done, or the last few forgot too much."""
-        last = self.epochs[-self.config.patience :]
-        forgot = len(last) == self.config.patience and all(self._forgot(epoch) for epoch in last)
-        return forgot or len(self.epochs) > self.config.epochs
-
-    @property
     def finished(self) -> bool:
-        """Trained, and all of SHARES are evaluated."""
-        return self.trained and len(self.history) == len(self.epochs) + len(SHARES)
+        """All epochs are done, or the last few forgot too much."""
+        last = self.history[-self.config.patience :]
+        forgot = len(last) == self.config.patience and all(self._forgot(epoch) for epoch in last)
+        return forgot or len(self.history) > self.config.epochs
 
     def train(self, videos: Sequence[Iterable[torch.Tensor]]) -> float:
         """One epoch; the mean loss.
@@ -329,9 +314,9 @@ class Distillation:
             videos: each gives consecutive frames [1, 3, H, W], of one size in all, whenever it is gone through.
 
         Raises:
-            ValueError: no frame in any of them, or frames of several sizes.
+            ValueError: no frame after the first in any of them, or frames of several sizes.
         """
-        epoch, config = len(self.epochs), self.config
+        epoch, config = len(self.history), self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         waiting = torch.randperm(len(videos), generator=generator).tolist()
         clips: list[Clip] = []
@@ -340,86 +325,80 @@ class Distillation:
         try:
             while waiting or clips:
                 done = epoch - (len(waiting) + len(clips)) / len(videos)
-                while waiting and len(clips) < config.clips:
+                opened = []
+                while waiting and len(clips) + len(opened) < config.clips:
                     number = waiting.pop()
-                    clips.append(self._open(number, videos[number], len(videos) - len(waiting), generator))
+                    opened.append(self._open(number, videos[number], len(videos) - len(waiting), generator))
+                clips += self._start(opened)
+                if not clips:
+                    continue
                 asked = config.batch // len(clips)
                 taken = [list(itertools.islice(clip.frames, asked)) for clip in clips]
                 if any(taken):
-                    for clip, frames in zip(clips, taken, strict=True):
-                        clip.whole = (torch.rand(len(frames), generator=generator) < WHOLE).tolist()
-                    self.engine.clips = clips
                     rate = config.rate * (0.5 + 0.5 * math.cos(math.pi * done / config.epochs))
-                    losses.append(self._step(clips, taken, rate))
+                    losses += self._step(clips, taken, rate)
                 clips = [clip for clip, frames in zip(clips, taken, strict=True) if len(frames) == asked]
         finally:
-            disable_cache(self.model)
+            disable_cache(self.student)
         if not losses:
-            raise ValueError("videos give no frame; accepted are longer ones")
+            raise ValueError("videos give no frame after their first; accepted are longer ones")
         return sum(losses) / len(losses)
 
     @torch.no_grad()
     def evaluate(
-        self, videos: Sequence[Iterable[torch.Tensor]], outside: Pictures | None, loss: float | None = None
+        self, videos: Sequence[Iterable[torch.Tensor]], outside: Outside | None, loss: float | None = None
     ) -> Epoch:
         """Fidelity on held-out videos and what is known outside; adds to `history`, and keeps the best weights.
 
-        Of the next of SHARES, once it is `trained`. Videos are as for `train`.
+        Videos are as for `train`.
 
         Raises:
             ValueError: the videos have no frame after their first, or frames of several sizes.
         """
-        number, share = len(self.epochs), 1.0
-        if self.trained:
-            number, share = number - 1, SHARES[len(self.history) - number]
-        reached = {name: parameter.clone() for name, parameter in self.weights.items()}
-        for name, parameter in self.weights.items():
-            parameter.copy_(torch.lerp(self.teacher.get_parameter(name), self.average[name], share))
+        anatomy, known = self.engine.anatomy, None
+        partial = twins(self.student, anatomy, self.average)
+        install(Engine(anatomy, self.config.gate(), StreamCache(), partial))
         try:
-            epoch = Epoch(number, loss, *self._figures(videos, outside), share)
-            if not self.history or (epoch.fidelity > self.chosen.fidelity and not self._forgot(epoch)):
-                self.best = {name: parameter.clone() for name, parameter in self.weights.items()}
+            cosines, skipped = [], []
+            for names, index, found, expected in self._rounds("held out", videos):
+                if index:
+                    cosines.append(F.cosine_similarity(found, expected))
+                    streams = engine_of(self.student).streams
+                    skipped += [1 - streams[name].active.float().mean() for name in names]
+            if not cosines:
+                raise ValueError("videos give no frame after their first; accepted are longer ones")
+            if outside is not None:
+                last: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+                for names, _, *both in self._rounds("outside", outside.videos):
+                    last |= dict(zip(names, zip(*both, strict=True), strict=True))
+                known = outside.known(*(torch.stack(side) for side in zip(*last.values(), strict=True)))
         finally:
-            for name, parameter in self.weights.items():
-                parameter.copy_(reached[name])
+            disable_cache(self.student)
+        values = torch.cat(cosines)
+        figures = values.mean().item(), values.quantile(0.05).item(), torch.stack(skipped).mean().item(), known
+        epoch = Epoch(len(self.history), loss, *figures)
+        if not self.history or (epoch.fidelity > self.chosen.fidelity and not self._forgot(epoch)):
+            self.best = {name: parameter.clone() for name, parameter in self.average.items()}
         self.history.append(epoch)
         return epoch
 
-    def _figures(
-        self, videos: Sequence[Iterable[torch.Tensor]], outside: Pictures | None
-    ) -> tuple[float, float, float, float | None]:
-        """An `Epoch`'s fidelity, fidelity_p5, skipped and outside, of the weights as they are."""
-        cosines, skipped = [], []
-        enable_cache(self.model, self.config.gate())
-        states = engine_of(self.model).streams
-        try:
-            for number in range(0, len(videos), TOGETHER):
-                waiting = dict(enumerate(map(iter, videos[number : number + TOGETHER]), number))
-                for index in itertools.count():
-                    frames = {name: frame for name, of in waiting.items() if (frame := next(of, None)) is not None}
-                    if not frames:
-                        break
-                    pixels = list(frames.values())
-                    with cache_context(self.model, *frames):
-                        found = self.embed(self.model, _together(pixels))
-                    expected = self._expected([("held out", name, index) for name in frames], pixels)
-                    if index:
-                        cosines.append(F.cosine_similarity(found, expected))
-                        skipped += [1 - states[name].active.float().mean() for name in frames]
-                reset_cache(self.model)
-        finally:
-            disable_cache(self.model)
-        if not cosines:
-            raise ValueError("videos give no frame after their first; accepted are longer ones")
-        known = None
-        if outside is not None:
-            found, expected = [], []
-            for number, pixels in enumerate(outside.frames):
-                found.append(self.embed(self.model, pixels))
-                expected.append(self._expected([("outside", 0, number)], [pixels]))
-            known = outside.known(torch.cat(found), torch.cat(expected))
-        values = torch.cat(cosines)
-        return values.mean().item(), values.quantile(0.05).item(), torch.stack(skipped).mean().item(), known
+    def _rounds(
+        self, domain: str, videos: Sequence[Iterable[torch.Tensor]]
+    ) -> Iterator[tuple[list[int], int, torch.Tensor, torch.Tensor]]:
+        """Numbers of some videos, an index, and of each one's frame of that index the student's and the teacher's
+        outputs [V, D].
+        """
+        for number in range(0, len(videos), TOGETHER):
+            waiting = dict(enumerate(map(iter, videos[number : number + TOGETHER]), number))
+            for index in itertools.count():
+                frames = {name: frame for name, of in waiting.items() if (frame := next(of, None)) is not None}
+                if not frames:
+                    break
+                pixels = list(frames.values())
+                with cache_context(self.student, *frames):
+                    found = self.embed(self.student, _together(pixels))
+                yield list(frames), index, found, self._expected([(domain, name, index) for name in frames], pixels)
+            reset_cache(self.student)
 
     @property
     def chosen(self) -> Epoch:
@@ -435,7 +414,7 @@ class Distillation:
     def save(self, path: Path) -> None:
         """Write the best weights, of what was trained, with the configuration to run them under and `history`."""
         config = json.dumps(dataclasses.asdict(self.config.gate()))
-        _write(path, self.best, {"config": config, "history": self._history()})
+        write(path, self.best, {"config": config, "history": self._history()})
 
     def checkpoint(self, path: Path) -> None:
         """Write what `resume` needs to go on after the last evaluation as if nothing had happened."""
@@ -445,7 +424,7 @@ class Distillation:
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
         metadata = {"settings": self._settings(), "history": self._history(), "steps": str(self.steps)}
-        _write(path, tensors, metadata)
+        write(path, tensors, metadata)
 
     @torch.no_grad()
     def resume(self, path: Path) -> None:
@@ -454,13 +433,13 @@ class Distillation:
         Raises:
             ValueError: the file cannot be read, or was written under other settings or for another model.
         """
-        tensors, metadata = _read(path)
+        tensors, metadata = read(path)
         if metadata.get("settings") != self._settings():
             raise ValueError(f"{path}: is of a distillation with other settings; accepted are the same")
         weights = {name: tensors[f"weights.{name}"] for name in self.weights}
         for name, parameter in self.weights.items():
             parameter.copy_(weights[name])
-            self.average[name] = tensors[f"average.{name}"].to(parameter)
+            self.average[name].copy_(tensors[f"average.{name}"])
             self.best[name] = tensors[f"best.{name}"].to(parameter)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
@@ -490,21 +469,39 @@ class Distillation:
         rule = {"threshold": threshold} if turn % 2 else {}
         gate = dataclasses.replace(config.gate(**rule), ema_decay=decay)
         frames = itertools.islice(enumerate(video), start, None, stride)
-        return Clip(number, frames, gate, StreamState(STREAM), [])
+        return Clip(number, frames, gate, StreamState(STREAM))
 
-    def _step(self, clips: list[Clip], taken: list[list[tuple[int, torch.Tensor]]], rate: float) -> float:
-        """One step on frames taken from clips, numbers and pixels of each; the loss."""
+    @torch.no_grad()
+    def _start(self, clips: list[Clip]) -> list[Clip]:
+        """Give those that have a frame their first one, which is whole, and return them."""
+        first = [(clip, pixels) for clip in clips for _, pixels in itertools.islice(clip.frames, 1)]
+        started = [clip for clip, _ in first]
+        if started:
+            self._encode(started, [[pixels] for _, pixels in first])
+        return started
+
+    def _encode(self, clips: list[Clip], frames: list[list[torch.Tensor]]) -> torch.Tensor:
+        """The student's outputs [T, D] for the next frames of each clip."""
+        for clip, own in zip(clips, frames, strict=True):
+            clip.count = len(own)
+        self.engine.clips = clips
+        pixels = _together([one for own in frames for one in own])
+        device = next(self.student.parameters()).device.type
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            return self.embed(self.student, pixels)
+
+    def _step(self, clips: list[Clip], taken: list[list[tuple[int, torch.Tensor]]], rate: float) -> list[float]:
+        """One step on frames taken from clips, numbers and pixels of each; the loss, or none if all are whole."""
         frames = [pixels for of_clip in taken for _, pixels in of_clip]
         keys = [
             ("train", clip.number, index) for clip, of_clip in zip(clips, taken, strict=True) for index, _ in of_clip
         ]
         expected = self._expected(keys, frames)
-        with torch.autocast(expected.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            found = self.embed(self.model, _together(frames))
-        # Few as they are, whole frames would be forgotten beside the others.
-        whole = torch.tensor(self.engine.whole, device=found.device)
-        losses = [distillation_loss(found[one], expected[one]) for one in (whole, ~whole) if one.any()]
-        loss = sum(losses) / len(losses)
+        found = self._encode(clips, [[pixels for _, pixels in of_clip] for of_clip in taken])
+        partial = ~torch.tensor(self.engine.whole, device=found.device)
+        if not partial.any():
+            return []
+        loss = distillation_loss(found[partial], expected[partial])
         self.steps += 1
         for group in self.optimizer.param_groups:
             group["lr"] = rate * min(self.steps / WARM_UP, 1)
@@ -516,48 +513,20 @@ class Distillation:
             kept = min(AVERAGED, self.steps / (self.steps + 9))
             for name, parameter in self.weights.items():
                 self.average[name].lerp_(parameter, 1 - kept)
-        return loss.item()
+        return [loss.item()]
 
     @torch.no_grad()
     def _expected(self, keys: Sequence[tuple[str, int, int]], frames: Sequence[torch.Tensor]) -> torch.Tensor:
         """The teacher's outputs [T, D] for frames [1, 3, H, W], which it sees once each, and alone."""
         for key, pixels in zip(keys, frames, strict=True):
             if key not in self._dense:
-                self._dense[key] = self.embed(self.teacher, pixels)
+                self._dense[key] = self.embed(self.model, pixels)
         return torch.cat([self._dense[key] for key in keys])
 
 
 def distillation_loss(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Mean squared error of raw pooled outputs [T, D], and half of one less their cosine."""
     return F.mse_loss(found, expected) + 0.5 * (1 - F.cosine_similarity(found, expected)).mean()
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Give `model` the weights that `Distillation.save` wrote, in place of its own; copies that share those keep them.
-
-    Raises:
-        ValueError: the file cannot be read, or holds something else or weights that the model does not have.
-    """
-    distilled_config(path)
-    tensors, _ = _read(Path(path))
-    own = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        if name not in own or own[name].shape != tensor.shape:
-            raise ValueError(f"{path}: has {name} {list(tensor.shape)}, and {type(model).__name__} has none such")
-        tensors[name] = tensor.to(own[name])
-    model.load_state_dict(tensors, strict=False, assign=True)
-
-
-def distilled_config(path: str | Path) -> NeuroFlowConfig:
-    """The configuration that the weights in a file are for.
-
-    Raises:
-        ValueError: the file cannot be read, or `Distillation.save` did not write it.
-    """
-    _, metadata = _read(Path(path))
-    if "config" not in metadata:
-        raise ValueError(f"{path}: holds no distilled weights; accepted is a file that neuroflow distill wrote")
-    return NeuroFlowConfig(**json.loads(metadata["config"]))
 
 
 def _trained(model: nn.Module, anatomy: Anatomy, train: str) -> dict[str, nn.Parameter]:
@@ -583,18 +552,3 @@ def _together(frames: Sequence[torch.Tensor]) -> torch.Tensor:
 def _between(low: float, high: float, generator: torch.Generator) -> float:
     """A number drawn evenly on a log scale."""
     return low * (high / low) ** torch.rand((), generator=generator, dtype=torch.float64).item()
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    partial.replace(path)
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), metadata
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); accepted is a safetensors file") from None

@@ -1,6 +1,7 @@
 """One pass through a patched tower: which tokens of which streams are in it, and how they reach the caches."""
 
 import itertools
+import operator
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ class Frame:
         self.surprises = surprises  # [N] of each stream, where they are known beforehand
         self.attention: list[torch.Tensor | None] = [None] * len(states)  # [N] of each stream, that its patches got
         self.finite: list[bool] = []
+        self.whole: list[bool] = []  # of each stream, whether all its tokens are encoded
         self.padded = False  # some rows of the batch are no tokens
         self.partial = False  # some of its rows are not encoded
         self.packed = False  # the residual stream holds active tokens only
@@ -66,6 +68,7 @@ class Frame:
         """Take each stream's active tokens among all of `tokens`: int32 rows of its T, or None for all of them."""
         self.shape = tokens.shape
         self.rounded = self._rounds(tokens)
+        self.whole = [rows is None for rows in active]
         width = tokens.shape[1:-1].numel()  # rows of `tokens` from one stream to the next, if they are a batch
         self.starts = [
             stream * width if tokens.ndim > 2 else sum(self.counts[:stream]) for stream in range(len(self.counts))
@@ -89,6 +92,15 @@ class Frame:
 
     def _rounds(self, tokens: torch.Tensor) -> bool:
         return self.engine.config.precision == "bfloat16" and tokens.dtype == torch.float32
+
+    def runs(self, rows: int) -> list[tuple[bool, int]]:
+        """Of so many rows, those of all tokens or of the active ones: how many in turn are of whole frames and not."""
+        if rows == self.index.numel():
+            lengths = self.lengths
+        else:
+            lengths = self.counts if len(self.shape) == 2 else [rows // len(self.states)] * len(self.states)
+        streams = itertools.groupby(zip(self.whole, lengths, strict=True), operator.itemgetter(0))
+        return [(whole, sum(length for _, length in of)) for whole, of in streams]
 
     def pack(self, tokens: torch.Tensor) -> torch.Tensor:
         """All tokens -> [1, M, D]"""
@@ -211,6 +223,7 @@ class StaticFrame(Frame):
         self.shape = tokens.shape
         self.rounded = self._rounds(tokens)
         self.partial = True
+        self.whole = [False] * streams
         self.row_kernels = row_kernels_serve(tokens)
         self.cu_seqlens, self.index = cu_seqlens, index
         if prefix:

@@ -20,8 +20,9 @@ from torch import nn
 from .adapters import Anatomy, describe
 from .config import NeuroFlowConfig
 from .evaluation import clip_embeddings, frame_embeddings
-from .patch import cache_context, copy_sharing_weights, enable_cache, summary
+from .patch import cache_context, enable_cache, summary
 from .rewrites import is_foldable
+from .weights import copy_sharing_weights
 
 STREAM = "law"
 

@@ -1,12 +1,10 @@
 """Patching a model in place: on the instance, never on the class, and undone without a trace."""
 
 import contextlib
-import copy
 import functools
-import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +14,8 @@ from .cache import ATTENTION, Engine
 from .config import NeuroFlowConfig
 from .state import StreamSummary, Summary
 from .streams import StreamCache
+from .weights import distilled_config, load_weights, twins
 
-Model = TypeVar("Model", bound=nn.Module)
 _ENGINE = "_neuroflow_engine"
 
 
@@ -43,7 +41,10 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def enable_cache(
-    model: nn.Module, config: NeuroFlowConfig | str | Path | None = None, streams: StreamCache | None = None
+    model: nn.Module,
+    config: NeuroFlowConfig | str | Path | None = None,
+    streams: StreamCache | None = None,
+    weights: str | Path | None = None,
 ) -> None:
     """Patch `model`'s vision tower in place, so that only surprising patches are encoded.
 
@@ -54,17 +55,21 @@ def enable_cache(
 
     Args:
         model: a model with a vision tower of one of `supported_models()`, in evaluation mode.
-        config: `NeuroFlowConfig()` by default, or the path of a saved one. Calling again with an equal one does
-            nothing.
+        config: a configuration or the path of a saved one; by default that of `weights`, or `NeuroFlowConfig()`.
+            Calling again with an equal one does nothing.
         streams: keeps the streams within its limits; by default there are none.
+        weights: a file that `neuroflow distill` wrote for this model. Partial frames are encoded with these, on the
+            device and of the dtype that the model now has; whole frames with the model's own, which stay as they are.
 
     Raises:
         TypeError: a model that no adapter knows. AttributeError: its adapter names a method that is not there.
-        RuntimeError: the model is patched with another configuration, or other limits. ValueError: an architecture or a
-            `mid_layer` that the model cannot have, or a file that holds no configuration.
+        RuntimeError: the model is patched with another configuration, other limits or other weights. ValueError: an
+            architecture or a `mid_layer` that the model cannot have, a file that holds no configuration, or weights
+            that are not this model's.
     """
+    weights = None if weights is None else Path(weights)
     if config is None:
-        config = NeuroFlowConfig()
+        config = NeuroFlowConfig() if weights is None else distilled_config(weights)
     elif isinstance(config, str | Path):
         config = NeuroFlowConfig.load(config)
     if not isinstance(config, NeuroFlowConfig):
@@ -73,11 +78,15 @@ def enable_cache(
     anatomy = describe(model)
     patched = vars(anatomy.tower).get(_ENGINE)
     if patched is not None:
-        if patched.config == config and streams in (None, patched.streams):
+        if (patched.config, patched.weights) == (config, weights) and streams in (None, patched.streams):
             return
-        other = f"with {patched.config}" if patched.config != config else "with another StreamCache"
+        other = "with another StreamCache" if patched.weights == weights else f"with the weights {patched.weights}"
+        other = other if patched.config == config else f"with {patched.config}"
         raise RuntimeError(f"{type(model).__name__} is already patched, {other}; call neuroflow.disable_cache first")
-    install(Engine(anatomy, config, StreamCache() if streams is None else streams))
+    partial = {} if weights is None else twins(model, anatomy, load_weights(model, weights))
+    engine = Engine(anatomy, config, StreamCache() if streams is None else streams, partial)
+    engine.weights = weights
+    install(engine)
 
 
 def install(engine: Engine) -> None:
@@ -219,9 +228,3 @@ def summary(model: nn.Module) -> Summary:
         crossovers=dict(engine.crossovers),
         graph_bytes=0 if engine.graphs is None else engine.graphs.held_bytes,
     )
-
-
-def copy_sharing_weights(model: Model) -> Model:
-    """The same model a second time, at no cost in memory; one can be patched, the other not."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -102,14 +102,14 @@ def _conditions(engine: Engine) -> dict[str, str]:
     """What must be the same where a state is loaded."""
     tower = engine.anatomy.tower
     return {
-        "weights": engine.derived(tower, "fingerprint", lambda: _fingerprint(tower)),
+        "weights": engine.derived(tower, "fingerprint", lambda: _fingerprint(tower, *engine.twins.values())),
         "configuration": json.dumps(dataclasses.asdict(engine.config)),
     }
 
 
-def _fingerprint(tower: nn.Module) -> str:
+def _fingerprint(*modules: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in tower.state_dict().items():
+    for name, tensor in (item for module in modules for item in module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -21,9 +21,10 @@ from ..video.preprocess import Preprocessor
 from ..video.results import Record, Results
 from ..video.scene import CAMERAS, CLASSES, RATE, TRAJECTORIES, Scene, scenes, write_scene
 from ..video.source import Source
+from ..weights import copy_sharing_weights
 from . import CommandError
 from .model import load_tower
-from .run import caption, copy_sharing_weights, encode_frames, encode_video
+from .run import caption, encode_frames, encode_video
 
 SCENES, FRAMES = 10, 120
 SPEED_SIZE, SPEED_FRAMES = 448, 40

@@ -5,13 +5,13 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..distillation import Distillation, DistillationConfig, Epoch, Pictures
+from ..distillation import Distillation, DistillationConfig, Epoch, Outside
 from ..evaluation import VIDEO_SUFFIXES
 from ..models import STREET, load_classes
 from ..video.preprocess import Preprocessor
@@ -25,20 +25,17 @@ HEADING = f"""{"":>6}{"":>12}{"patches":>12}{"cosine to dense":>22}{"known":>12}
 
 
 class _Frames:
-    """The frames of one source or several as the model takes them, decoded anew whenever they are gone through."""
+    """The frames of one video as the model takes them, decoded anew whenever it is gone through."""
 
-    def __init__(
-        self, sources: Sequence[Path], preprocess: Preprocessor, stride: int, most: int | None, max_pixels: int
-    ) -> None:
-        self._sources, self._preprocess = sources, preprocess
+    def __init__(self, path: Path, preprocess: Preprocessor, stride: int, most: int | None, max_pixels: int) -> None:
+        self._path, self._preprocess = path, preprocess
         self._stride, self._most, self._max_pixels = stride, most, max_pixels
         self.bar: tqdm | None = None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for path in self._sources:
-            with contextlib.closing(Source(str(path), max_pixels=self._max_pixels)) as source:
-                for frame in itertools.islice(every(source, self._stride), self._most):
-                    yield self._preprocess(frame)
+        with contextlib.closing(Source(str(self._path), max_pixels=self._max_pixels)) as source:
+            for frame in itertools.islice(every(source, self._stride), self._most):
+                yield self._preprocess(frame)
         if self.bar is not None:
             self.bar.update()
 
@@ -55,11 +52,14 @@ def distill(arguments: argparse.Namespace) -> int:
     if arguments.resume and not checkpoint.exists():
         raise CommandError(f"--resume: there is no unfinished {out}; run without it")
     paths = _videos(arguments.videos)
+    if len(paths) < 2:
+        raise CommandError(f"{arguments.videos}: holds one video; give 2 or more, as one in {HELD_OUT} is held out")
+    elsewhere = [] if arguments.outside is None else _videos(arguments.outside, "--outside ")
     model, preprocess = load_model(argparse.Namespace(**vars(arguments) | {"dtype": "float32"}))
     reading = preprocess, arguments.stride, arguments.max_frames, arguments.max_pixels
-    held_out = [_Frames([path], *reading) for path in paths[::HELD_OUT]]
-    videos = [_Frames([path], *reading) for number, path in enumerate(paths) if number % HELD_OUT]
-    outside = None if arguments.outside is None else _outside(arguments, preprocess)
+    held_out = [_Frames(path, *reading) for path in paths[::HELD_OUT]]
+    videos = [_Frames(path, *reading) for number, path in enumerate(paths) if number % HELD_OUT]
+    outside = _outside(arguments, elsewhere, [_Frames(path, *reading) for path in elsewhere]) if elsewhere else None
     dtype = arguments.dtype or ("bfloat16" if model.device.type == "cuda" else "float32")
     names = [field.name for field in dataclasses.fields(DistillationConfig)]
     given = {name: value for name in names if (value := vars(arguments).get(name)) is not None}
@@ -88,11 +88,9 @@ def distill(arguments: argparse.Namespace) -> int:
             print("finished epochs are kept: the same command with --resume continues", file=sys.stderr)
         raise
     checkpoint.unlink(missing_ok=True)
-    if len(distillation.epochs) <= distillation.config.epochs:
-        print(
-            f"ended early       more than {distillation.config.forgetting:.1%} of the pictures outside were forgotten"
-        )
-    print(f"written           {out}, epoch {_name(distillation.chosen)}, for neuroflow run --weights")
+    if len(distillation.history) <= distillation.config.epochs:
+        print(f"ended early       more than {distillation.config.forgetting:.1%} of the videos outside were forgotten")
+    print(f"written           {out}, epoch {distillation.chosen.number}, for neuroflow run --weights")
     return 0
 
 
@@ -100,14 +98,14 @@ def _go_on(
     distillation: Distillation,
     videos: list[_Frames],
     held_out: list[_Frames],
-    outside: Pictures | None,
+    outside: Outside | None,
     checkpoint: Path,
 ) -> None:
     """Train and evaluate until it is finished, with a row for every epoch."""
-    shown = [] if outside is None else [outside.frames]
+    shown = [] if outside is None else outside.videos
     while not distillation.finished:
-        loss, number = None, len(distillation.epochs)
-        if number and not distillation.trained:
+        loss, number = None, len(distillation.history)
+        if number:
             with _progress(videos, f"epoch {number}"):
                 loss = distillation.train(videos)
         with _progress([*held_out, *shown], f"evaluation {number}"):
@@ -121,12 +119,7 @@ def format_epoch(epoch: Epoch) -> str:
     loss = "" if epoch.loss is None else f"{epoch.loss:.4f}"
     outside = "" if epoch.outside is None else f"{epoch.outside:.1%}"
     figures = f"{epoch.skipped:>12.1%}{epoch.fidelity:>12.4f}{epoch.fidelity_p5:>10.4f}"
-    return f"{_name(epoch):>6}{loss:>12}{figures}{outside:>12}"
-
-
-def _name(epoch: Epoch) -> str:
-    """Its number, times the share of the way from the teacher's weights where that is not all of it."""
-    return str(epoch.number) if epoch.share == 1 else f"{epoch.share:g}*{epoch.number}"
+    return f"{epoch.number:>6}{loss:>12}{figures}{outside:>12}"
 
 
 @contextlib.contextmanager
@@ -137,34 +130,24 @@ def _progress(parts: list[_Frames], name: str) -> Iterator[None]:
         yield
 
 
-def _videos(directory: Path) -> list[Path]:
+def _videos(directory: Path, option: str = "") -> list[Path]:
     """The videos in a directory and those below it, in name order."""
     if not directory.is_dir():
-        raise CommandError(f"{directory}: no such directory; give one that holds videos")
+        raise CommandError(f"{option}{directory}: no such directory; give one that holds videos")
     paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-    if len(paths) < 2:
-        suffixes = ", ".join(VIDEO_SUFFIXES)
-        raise CommandError(
-            f"{directory}: holds {len(paths)} video(s); give 2 or more of {suffixes}, as one in {HELD_OUT} is held out"
-        )
+    if not paths:
+        raise CommandError(f"{option}{directory}: holds no video; accepted are files in {', '.join(VIDEO_SUFFIXES)}")
     return paths
 
 
-def _outside(arguments: argparse.Namespace, preprocess: Preprocessor) -> Pictures:
-    """The pictures of --outside, with their classes where the folders name some that the model knows."""
+def _outside(arguments: argparse.Namespace, paths: list[Path], videos: list[_Frames]) -> Outside:
+    """The videos of --outside, with their classes where the folders name some that the model knows."""
     directory, own = arguments.outside, STREET if arguments.model is None else Path(arguments.model)
-    if not directory.is_dir():
-        raise CommandError(f"--outside {directory}: no such directory; give one that holds pictures, or class folders")
-    folders = sorted(path for path in directory.iterdir() if path.is_dir())
-    frames = _Frames(folders or [directory], preprocess, 1, None, arguments.max_pixels)
-    if not folders or not (own / "classes.safetensors").exists():
-        return Pictures(frames)
+    folders = [path.relative_to(directory).parts[0] for path in paths if path.parent != directory]
+    if len(folders) < len(paths) or not (own / "classes.safetensors").exists():
+        return Outside(videos)
     classes = load_classes(own)
-    labels = []
-    for folder in folders:
-        if folder.name not in classes.names:
-            known = ", ".join(classes.names)
-            raise CommandError(f"--outside {directory}: has a folder {folder.name!r}; the model's classes are {known}")
-        with contextlib.closing(Source(str(folder), max_pixels=arguments.max_pixels)) as source:
-            labels += [classes.names.index(folder.name)] * source.frame_count
-    return Pictures(frames, labels, classes)
+    if unknown := set(folders).difference(classes.names):
+        known = ", ".join(classes.names)
+        raise CommandError(f"--outside {directory}: has a folder {min(unknown)!r}; the model's classes are {known}")
+    return Outside(videos, [classes.names.index(folder) for folder in folders], classes)

@@ -37,10 +37,10 @@ from ..evaluation import (
     tabulate,
 )
 from ..models import STREET, ClassHead, load_classes
-from ..patch import copy_sharing_weights
 from ..video.ahead import ReadAhead
 from ..video.preprocess import Preprocessor
 from ..video.source import Source, SourceError
+from ..weights import copy_sharing_weights
 from . import CommandError
 from .model import TOWERS
 from .report import machine

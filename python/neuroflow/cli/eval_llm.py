@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..llm import FAMILIES, BypassConfig, bypass_summary, disable_bypass, enable_bypass
-from ..patch import copy_sharing_weights
+from ..weights import copy_sharing_weights
 from . import CommandError
 from .eval import KEPT, Journal
 from .run import INTERRUPTED, synchronise, torch_device

@@ -71,21 +71,21 @@ Teach a tower to give, from the active patches of a frame, what it gives for the
 architecture: B, which without training keeps little of the output; C at the same number of patches, which has the
 others in its cache and reaches more; or E.
 
-VIDEOS is a directory; one video in five, by name, is held out, and after every epoch the mean cosine of the sparse
-student to the unpatched teacher is measured there. A student may forget what the videos do not show: --outside is a
-directory of pictures of other things; epochs that forget too much of them are not chosen. In folders named like the
-model's classes (a classes.safetensors beside its weights, as the package's own has) the pictures known are those named
-rightly; otherwise those whose embedding by the student is nearest to the teacher's of the same picture.
-When training is over, weights part of the way from the teacher's to the trained ones are tried as well, as they forget
-less: 0.5*12 in the table is half of the way to those of epoch 12. The best are written, with the settings of the gate:
-`neuroflow run --weights FILE` takes both.
-What stands in front of the first block is never trained, as the gate reads it.
+What is trained are weights for partial frames. Whole ones, as key frames are, are encoded with the model's own, so that
+of these nothing is lost. What stands in front of the first block is never trained, as the gate reads it.
+
+VIDEOS is a directory; one video in five, by name, is held out, and after every epoch the mean cosine of the student to
+the unpatched teacher is measured there. On other videos a student may do worse than untrained: --outside is a directory
+of such, whose last frames are to be known, and epochs that know too few of them are not chosen. In folders named like
+the model's classes (a classes.safetensors beside its weights, as the package's own has) those are known that are named
+rightly; otherwise those whose embedding by the student is nearest to the teacher's of the same video.
+The best weights are written, with the settings of the gate: `neuroflow run --weights FILE` takes both.
 """
 
 DISTILL_EXAMPLES = """\
 examples:
-  neuroflow distill videos/ --arch C --outside pictures/ --out street-c.safetensors
-  neuroflow distill videos/ --arch C --outside pictures/ --out street-c.safetensors --resume
+  neuroflow distill videos/ --arch C --outside others/ --out street-c.safetensors
+  neuroflow distill videos/ --arch C --outside others/ --out street-c.safetensors --resume
   neuroflow distill videos/ --model ./my-vit --train last-4 --rate 5e-6 --epochs 3 --device cuda --out b.safetensors
   neuroflow run clip.mp4 --weights street-c.safetensors --compare
 """
@@ -225,7 +225,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     )
     _add_model(run)
     run.add_argument(
-        "--weights", type=Path, metavar="FILE", help="what `distill` wrote: weights, and the gate that they are for"
+        "--weights", type=Path, metavar="FILE", help="what `distill` wrote: weights for partial frames, and their gate"
     )
     run.add_argument("--compare", action="store_true", help="run the unpatched model beside it: dense times, fidelity")
     gate = _add_gate(run)
@@ -298,7 +298,7 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
         epilog=DISTILL_EXAMPLES,
     )
     distill.add_argument("videos", type=Path, metavar="VIDEOS", help="directory of videos to learn from")
-    distill.add_argument("--outside", type=Path, metavar="DIR", help="pictures from outside of what the videos show")
+    distill.add_argument("--outside", type=Path, metavar="DIR", help="videos of other things, by class or alone")
     distill.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     distill.add_argument("--resume", action="store_true", help="continue the unfinished --out of the same command")
     _add_loading(distill)

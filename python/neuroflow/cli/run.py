@@ -21,14 +21,13 @@ from transformers.utils import ModelOutput
 import neuroflow
 
 from ..adapters.anatomy import interpolation
-from ..distillation import distilled_config, load_weights
 from ..models import STREET, ClassHead, load_classes
-from ..patch import copy_sharing_weights
 from ..video.ahead import Prepared, ReadAhead, prepare
 from ..video.overlay import OverlayWriter
 from ..video.preprocess import Preprocessor
 from ..video.results import Record, Results
 from ..video.source import Frame, Source, SourceError
+from ..weights import copy_sharing_weights, distilled_config
 from . import CommandError
 from .model import TOWERS, load_tower
 from .report import Stages, format_report
@@ -137,8 +136,8 @@ def encode_video(
         preprocess: gives its input.
         config: how it is patched.
         classes: what its embeddings are told apart as, if anything.
-        weights: what `neuroflow distill` wrote for the model, taken for patching.
-        compare: run every frame through the unpatched model as well, with the weights that it came with.
+        weights: what `neuroflow distill` wrote for the model.
+        compare: run every frame through the unpatched model as well.
         stride: encode every so many frames.
         max_frames: of the results, those of a run that is continued among them.
         results: where every frame's embedding and record go.
@@ -149,9 +148,7 @@ def encode_video(
     """
     dense = copy_sharing_weights(model) if compare else None
     try:
-        if weights is not None:
-            load_weights(model, weights)
-        neuroflow.enable_cache(model, config)
+        neuroflow.enable_cache(model, config, weights=weights)
     except ValueError as error:
         raise CommandError(str(error)) from None
     records, stages = list(results.resumed) if results is not None else [], []

@@ -1,0 +1,99 @@
+"""Weights for partial frames: in a file, and beside a model's own, which whole frames keep."""
+
+import copy
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .adapters import Anatomy
+from .config import NeuroFlowConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copy_sharing_weights(model: Model) -> Model:
+    """The same model a second time, at no cost in memory; one can be patched, the other not."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def twins(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, nn.Parameter]) -> dict[nn.Module, nn.Module]:
+    """Modules of `model` -> copies of them that have `weights`, named as in the model, in place of their own.
+
+    They are modules of the blocks that map each token by itself, and the pooling head as a whole.
+
+    Raises:
+        ValueError: a weight is of a module of another kind.
+    """
+    head = None if anatomy.pool is None else anatomy.pool[0]
+    of_head = set() if head is None else set(head.modules())
+    found: dict[nn.Module, nn.Module] = {}
+    for name, weight in weights.items():
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        root = head if module in of_head else module
+        if root is not head and next(root.children(), None) is not None:
+            raise ValueError(
+                f"{name} is of a {type(module).__name__}, which has parts; accepted are weights of modules without "
+                "parts, such as linears and norms, and of the pooling head"
+            )
+        if root not in found:
+            found[root] = copy_sharing_weights(root)
+        place = next(name for name, part in root.named_modules() if part is module)
+        setattr(found[root].get_submodule(place), own, weight)
+    return found
+
+
+def load_weights(model: nn.Module, path: Path) -> dict[str, nn.Parameter]:
+    """The weights for partial frames of `model` in a file, on the model's device and of its dtype.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else or weights that the model does not have.
+    """
+    distilled_config(path)
+    tensors, _ = read(path)
+    own = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise ValueError(f"{path}: has {name} {list(tensor.shape)}, and {type(model).__name__} has none such")
+    return {name: nn.Parameter(tensor.to(own[name]), requires_grad=False) for name, tensor in tensors.items()}
+
+
+def distilled_config(path: Path) -> NeuroFlowConfig:
+    """The configuration that the weights in a file are for.
+
+    Raises:
+        ValueError: the file cannot be read, or `neuroflow distill` did not write it.
+    """
+    _, metadata = read(path)
+    if "config" not in metadata:
+        raise ValueError(f"{path}: holds no distilled weights; accepted is a file that neuroflow distill wrote")
+    return NeuroFlowConfig(**json.loads(metadata["config"]))
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Replace the file in one step."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    partial.replace(path)
+
+
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); accepted is a safetensors file") from None
