@@ -2,7 +2,7 @@
 
 Draws scenes under a camera that stands still, teaches the package's tower on them with `neuroflow distill`, and
 measures it on scenes that it has not seen: the cosine of its embedding to the unpatched teacher's at several shares of
-patches skipped, how often it names the subject, and what the cosine depends on. Pictures under the other cameras are
+patches skipped, how often it names the subject, and what the cosine depends on. Scenes under the other cameras are
 outside of what it is taught on. A run that was stopped goes on from the last epoch.
 """
 
@@ -14,16 +14,15 @@ import tempfile
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from neuroflow.cli.main import main as neuroflow
 from neuroflow.config import ARCHITECTURES
-from neuroflow.distillation import DistillationConfig, distilled_config, load_weights
+from neuroflow.distillation import DistillationConfig
 from neuroflow.models import load_street
 from neuroflow.video.encode import VideoWriter
 from neuroflow.video.scene import CAMERAS, CLASSES, TRAJECTORIES, Stage, scenes
-from PIL import Image
+from neuroflow.weights import distilled_config
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -32,14 +31,13 @@ from bench.tables import RESULTS, cosine, embeddings, read_clip, run, share, tab
 
 INSIDE = ("static", "noise")  # cameras; the others are outside
 EVERY, SIZE = 6, 224  # frames of a scene that are written, and their side
-PICTURE = 60  # the frame of an outside scene
+LAST, ENOUGH = 60, 6  # the frame of an outside scene that is to be known, and how many of it are drawn up to there
 SKIPS = (0.8, 0.9, 0.95)
-OUTSIDE = 1600  # scenes outside, at the end
 TENTH = 0.1  # of the picture, which is what is encoded of it at 90 % skipped
 SETTINGS = ["--strides", "1", "--patience", "9", "--dtype", "bfloat16"]
 THRESHOLDS = {"surprise": (0.05, 0.3), "staleness": (0.5, 1.5)}  # by what the gate reads
 COLUMNS = ("skipped", "cosine", "answer", "dense", "label", "mean")  # of a frame
-SEEDS = {"videos": 7, "pictures": 3, "test": 0, "test pictures": 5}
+SEEDS = {"videos": 7, "others": 3, "test": 0, "test others": 5}
 
 
 def under(cameras, count, seed, held_out):
@@ -57,11 +55,11 @@ def covered(stage):
     return max(shares)
 
 
-def write_video(path, stage):
-    """Every sixth frame of a scene; their labels."""
+def write_video(path, stage, frames=range(0, FRAMES, EVERY)):
+    """Frames of a scene; their labels."""
     labels = []
     with VideoWriter(path, Fraction(30, EVERY)) as writer:
-        for frame in range(0, FRAMES, EVERY):
+        for frame in frames:
             image, label = stage.draw(frame)
             writer.write(image)
             labels.append(label)
@@ -79,52 +77,50 @@ def draw_videos(directory, count):
             write_video(path, Stage(scene, FRAMES, SIZE))
 
 
-def pictures_outside(count, seed):
-    """A picture [SIZE, SIZE, 3] uint8 of each of `count` scenes under the other cameras, and its label."""
-    outside = [camera for camera in CAMERAS if camera not in INSIDE]
-    for scene in under(outside, count, seed, True):
-        image, label = Stage(scene, FRAMES, SIZE).draw(PICTURE)
+def outside(directory, count, seed):
+    """Draw the last few frames before one of `count` scenes under the other cameras that show their subject there,
+    in folders of their classes; the videos' paths.
+    """
+    others = [camera for camera in CAMERAS if camera not in INSIDE]
+    paths = []
+    for number, scene in enumerate(tqdm(under(others, count, seed, True), desc=directory.name, unit="scene")):
+        stage = Stage(scene, FRAMES, SIZE)
+        label = stage.draw(LAST)[1]
         if label >= 0:
-            yield image, label
-
-
-def draw_pictures(directory, count):
-    for number, (image, label) in enumerate(pictures_outside(count, SEEDS["pictures"])):
-        folder = directory / CLASSES[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / f"{number:04d}.png")
+            paths.append(directory / CLASSES[label] / f"{number:04d}.mp4")
+            paths[-1].parent.mkdir(parents=True, exist_ok=True)
+            if not paths[-1].exists():
+                write_video(paths[-1], stage, range(LAST - EVERY * (ENOUGH - 1), LAST + 1, EVERY))
+    return paths
 
 
 @torch.inference_mode()
-def measure(systems, classes, gate, count):
-    """A dictionary for every frame of unseen scenes but the first of each, which is encoded whole, and every system
-    {name: model}, dense and sparse at every share: its cosine to the first system on the whole frame, and what it
-    names.
+def measure(model, classes, systems, gate, count):
+    """A dictionary for every frame of unseen scenes but the first of each, which is encoded whole, dense and by every
+    system {name: weights for partial frames, or None} at every share: its cosine to dense, and what it names.
     """
-    teacher, frames = next(iter(systems.values())), []
+    frames = []
     for scene in tqdm(under(INSIDE, count, SEEDS["test"], True), desc="test", unit="scene"):
         stage = Stage(scene, FRAMES, SIZE)
         with tempfile.TemporaryDirectory() as scratch:
             labels = write_video(Path(scratch, "scene.mp4"), stage)
             clip = read_clip(Path(scratch, "scene.mp4"), SIZE, len(labels))
-        expected = embeddings(teacher, clip[1:])
+        expected = embeddings(model, clip[1:])
         mean = F.cosine_similarity(expected, F.normalize(expected, dim=1).mean(0, keepdim=True)).tolist()
         dense = classes.scores(expected).argmax(1).tolist()
         facts = {"scene": scene, "large": covered(stage) > TENTH}
-        for name, model in systems.items():
-            for skip in (0.0, *SKIPS):
-                if skip:
-                    ((found, skipped, *_),) = run(model, [clip], dataclasses.replace(gate, budget=1 - skip))
-                    found, skipped = found[1:], skipped[1:].tolist()
-                else:
-                    found, skipped = embeddings(model, clip[1:]), [0.0] * len(expected)
-                values = F.cosine_similarity(found, expected).tolist()
-                answers = classes.scores(found).argmax(1).tolist()
-                columns = zip(skipped, values, answers, dense, labels[1:], mean, strict=True)
-                frames += [
-                    facts | {"system": name, "asked": skip} | dict(zip(COLUMNS, values, strict=True))
-                    for values in columns
-                ]
+        found = {("dense", 0.0): (expected, [0.0] * len(expected))}
+        for name, weights in systems.items():
+            for skip in SKIPS:
+                ((own, skipped, *_),) = run(model, [clip], dataclasses.replace(gate, budget=1 - skip), weights=weights)
+                found[name, skip] = own[1:], skipped[1:].tolist()
+        for (name, skip), (own, skipped) in found.items():
+            values = F.cosine_similarity(own, expected).tolist()
+            answers = classes.scores(own).argmax(1).tolist()
+            columns = zip(skipped, values, answers, dense, labels[1:], mean, strict=True)
+            frames += [
+                facts | {"system": name, "asked": skip} | dict(zip(COLUMNS, values, strict=True)) for values in columns
+            ]
     return frames
 
 
@@ -156,22 +152,28 @@ def rows_of(frames):
 
 
 @torch.inference_mode()
-def measure_outside(systems, classes, count):
-    """{name: how many of other pictures outside each system names rightly, given them whole}, and of how many."""
-    right, pictures = dict.fromkeys(systems, 0), list(pictures_outside(count, SEEDS["test pictures"]))
-    for start in tqdm(range(0, len(pictures), 16), desc="outside", unit="batch"):
-        images, labels = zip(*pictures[start : start + 16], strict=True)
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
-        for name, model in systems.items():
-            answers = classes.scores(embeddings(model, pixels)).argmax(1)
-            right[name] += (answers == torch.tensor(labels)).sum().item()
-    return right, len(pictures)
+def measure_outside(model, classes, systems, gate, paths):
+    """{name: (how many of the videos' last frames dense and each system name rightly, mean cosine to dense)}."""
+    found = {name: [] for name in ("dense", *systems)}
+    for start in tqdm(range(0, len(paths), 16), desc="outside", unit="batch"):
+        clips = [read_clip(path, SIZE, ENOUGH) for path in paths[start : start + 16]]
+        found["dense"].append(embeddings(model, torch.stack([clip[-1] for clip in clips])))
+        for name, weights in systems.items():
+            found[name] += [one.embeddings[-1:] for one in run(model, clips, gate, weights=weights)]
+    labels = torch.tensor([CLASSES.index(path.parent.name) for path in paths])
+    expected = torch.cat(found["dense"])
+    return {
+        name: (
+            (classes.scores(torch.cat(own)).argmax(1) == labels).sum().item(),
+            F.cosine_similarity(torch.cat(own), expected).mean().item(),
+        )
+        for name, own in found.items()
+    }
 
 
-def text_of(rows, outside, history, arguments):
-    right, pictures = outside
+def text_of(rows, others, count, history, arguments):
     epochs = [
-        [named(epoch), cosine(epoch["fidelity"]), cosine(epoch["fidelity_p5"]), share(epoch["outside"])]
+        [str(epoch["number"]), cosine(epoch["fidelity"]), cosine(epoch["fidelity_p5"]), share(epoch["outside"])]
         for epoch in history
     ]
 
@@ -193,26 +195,25 @@ def text_of(rows, outside, history, arguments):
             f"{arguments.epochs} --rate {arguments.rate:g}`: the package's tower, taught on {arguments.videos} drawn "
             f"videos (one in five of them held out) of {FRAMES // EVERY} frames, under the cameras "
             f"{' and '.join(INSIDE)}. By epoch, its cosine on the held-out videos at 90 % skipped, and the share of "
-            "labelled pictures under the other cameras that it names when it is given them whole. Epoch 0 is before "
-            "training, "
-            f"0.5*{arguments.epochs} the weights half of the way from there to epoch {arguments.epochs}. "
-            f"{named(chosen(history))} is kept, of the highest cosine among those that lose less than a point outside:",
+            f"scenes under the other cameras whose subject it names in the last of {ENOUGH} frames, at 90 % skipped "
+            f"too. Epoch 0 is before training. Epoch {chosen(history)['number']} is kept, of the highest cosine among "
+            "those that lose less than a point outside:",
             table(["epoch", "cosine", "5th percentile", "top-1 outside"], epochs),
             f"On {arguments.test} other scenes, which neither training nor the choice of the epoch has seen; cosine is "
-            "to the teacher on the whole frame, 0 % skipped is the model unpatched:",
+            "to the unpatched model. What is distilled are weights for partial frames alone: the first frame of each "
+            "scene is whole, is encoded with the model's own, and is not counted:",
             table(["system", *head], by_share),
-            f"Of {pictures} other pictures outside, given whole, "
-            + ", ".join(f"{name} names {share(count / pictures)}" for name, count in right.items())
-            + ".",
+            f"On {count} other scenes under the other cameras, of which nothing was taught, the last of {ENOUGH} "
+            "frames, at 90 % skipped:",
+            table(
+                ["system", "cosine", "top-1"],
+                [[name, cosine(value), share(right / count)] for name, (right, value) in others.items()],
+            ),
             "What the cosine at 90 % skipped depends on; the last column is that of the mean of the clip's own dense "
             "embeddings, a constant that knows the answer:",
             table(["frames where", "system", "frames", *head, "own mean"], by_group),
         ]
     )
-
-
-def named(epoch):
-    return str(epoch["number"]) if epoch["share"] == 1 else f"{epoch['share']:g}*{epoch['number']}"
 
 
 def chosen(history):
@@ -230,12 +231,12 @@ def plot(rows, history, arch):
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     numbers = range(len(history))
     left.plot(numbers, [epoch["fidelity"] for epoch in history], "o-", label="cosine at 90 % skipped, held out")
-    left.plot(numbers, [epoch["outside"] for epoch in history], "s-", label="top-1 outside, whole pictures")
+    left.plot(numbers, [epoch["outside"] for epoch in history], "s-", label="top-1 outside at 90 % skipped")
     left.axhline(0.97, color="grey", linewidth=1, linestyle="--")
-    left.set_xticks(numbers, [named(epoch) for epoch in history])
+    left.set_xticks(numbers)
     left.set(xlabel="epoch", ylabel="cosine, top-1")
-    for number, system in enumerate(dict.fromkeys(row["system"] for row in rows)):
-        own = [row for row in rows if row["system"] == system and row["group"] == "all" and row["asked"]]
+    for number, system in enumerate(dict.fromkeys(row["system"] for row in rows if row["asked"])):
+        own = [row for row in rows if row["system"] == system and row["group"] == "all"]
         skipped = [100 * row["skipped"] for row in own]
         right.plot(skipped, [row["cosine_mean"] for row in own], "os"[number] + "-", label=f"{system}: cosine")
         right.plot(skipped, [row["top1"] for row in own], "os"[number] + ":", label=f"{system}: top-1")
@@ -253,41 +254,37 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=ARCHITECTURES, default="C", help="default: C")
     parser.add_argument("--videos", type=int, default=600, help="to draw; one in five is held out")
-    parser.add_argument("--pictures", type=int, default=600, help="outside scenes to draw, a picture of each")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--others", type=int, default=300, help="outside scenes to draw")
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--test", type=int, default=20, help="unseen scenes to measure on at the end")
-    parser.add_argument("--dir", type=Path, default=Path("build/distill"), help="for videos, pictures and weights")
+    parser.add_argument("--test-others", type=int, default=600, help="unseen scenes outside")
+    parser.add_argument("--dir", type=Path, default=Path("build/distill"), help="for videos and weights")
     arguments = parser.parse_args()
-    videos, pictures, out = (
-        arguments.dir / name for name in ("videos", "pictures", f"street-{arguments.arch}.safetensors")
+    videos, others, out = (
+        arguments.dir / name for name in ("videos", "others", f"street-{arguments.arch}.safetensors")
     )
     thresholds = THRESHOLDS[DistillationConfig(arguments.arch).gate().score]
     draw_videos(videos, arguments.videos)
-    draw_pictures(pictures, arguments.pictures)
+    outside(others, arguments.others, SEEDS["others"])
     if not out.exists():
-        command = ["distill", videos, "--outside", pictures, "--out", out, *SETTINGS, "--arch", arguments.arch]
+        command = ["distill", videos, "--outside", others, "--out", out, *SETTINGS, "--arch", arguments.arch]
         command += ["--thresholds", *thresholds, "--epochs", arguments.epochs, "--rate", arguments.rate]
         command += ["--resume"] if out.with_name(f"{out.name}.checkpoint").exists() else []
         if code := neuroflow([str(part) for part in command]):
             raise SystemExit(code)
-    systems, classes = {}, None
-    for name in ("untrained", "distilled"):
-        systems[name], classes = load_street()
-    load_weights(systems["distilled"], out)
+    (model, classes), gate = load_street(), distilled_config(out)
+    systems = {"untrained": None, "distilled": out}
     with safe_open(out, "pt") as file:
         history = json.loads(file.metadata()["history"])
-    outside = measure_outside(systems, classes, OUTSIDE)
-    rows = rows_of(measure(systems, classes, distilled_config(out), arguments.test))
-    text = text_of(rows, outside, history, arguments)
+    paths = outside(arguments.dir / "test", arguments.test_others, SEEDS["test others"])
+    found = measure_outside(model, classes, systems, gate, paths)
+    rows = rows_of(measure(model, classes, systems, gate, arguments.test))
+    text = text_of(rows, found, len(paths), history, arguments)
     settings = {name: value for name, value in vars(arguments).items() if name != "dir"}
     settings |= {"seeds": SEEDS, "history": history, "options": SETTINGS, "thresholds": thresholds}
-    write(
-        f"distill-{arguments.arch}",
-        settings | {"outside": dict(zip(("right", "pictures"), outside, strict=True))},
-        rows,
-        text,
-    )
+    settings |= {"outside": found, "outside scenes": len(paths)}
+    write(f"distill-{arguments.arch}", settings, rows, text)
     plot(rows, history, arguments.arch)
     print(text)
 

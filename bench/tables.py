@@ -70,13 +70,14 @@ def embeddings(model, pixels):
     return anatomy.embedding(anatomy.tower(pixel_values=pixels, **interpolation(anatomy.tower, pixels))).float()
 
 
-def run(model, clips, config, *, dense=None):
+def run(model, clips, config, *, dense=None, weights=None):
     """A `Run` for each of `clips`, which are streams of one pass where they are of one length.
 
     With `dense`, the unpatched model is run in turns with the patched one, clip by clip; returns its embeddings too.
+    `weights` is a file of those for partial frames.
     What is encoded does not depend on how fast the machine is.
     """
-    neuroflow.enable_cache(model, dataclasses.replace(config, dense_above=1.0))
+    neuroflow.enable_cache(model, dataclasses.replace(config, dense_above=1.0), weights=weights)
     try:
         if dense is not None:
             return list(zip(*(_run_in_turns(model, clip, dense) for clip in clips), strict=True))
