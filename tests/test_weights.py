@@ -8,9 +8,11 @@ import neuroflow
 import pytest
 import torch
 from models import clip, inputs, tiny
+from neuroflow import cache
 from neuroflow.adapters import describe
 from neuroflow.config import NeuroFlowConfig
 from neuroflow.patch import engine_of
+from neuroflow.rewrites import fold_head
 from neuroflow.weights import copy_sharing_weights, distilled_config, load_weights, twins, write
 from torch import nn
 
@@ -104,6 +106,39 @@ def test_beside_whole_frames_of_other_streams(name, arch, tmp_path):
     assert whole == 2
 
 
+def test_beside_whole_frames_end_to_end(tmp_path):
+    """In a tower whose tokens are no batch, with streams of different sizes."""
+    path = tmp_path / "weights.safetensors"
+    model, sizes = tiny("qwen3-vl"), {"a": (48, 48), "b": (32, 64), "c": (64, 64)}
+    saved(model, path, dataclasses.replace(GATE, arch="E"))
+    alone = copy_sharing_weights(model)
+    neuroflow.enable_cache(model, weights=path)
+    neuroflow.enable_cache(alone, weights=path)
+    clips = {name: clip(3, size, seed) for seed, (name, size) in enumerate(sizes.items())}
+
+    def merged(model, frames):
+        with neuroflow.cache_context(model, *frames):
+            return model(**inputs("qwen3-vl", [*frames.values()])).pooler_output.clone()
+
+    for step in range(3):
+        frames = {name: clips[name][step - start] for name, start in (("a", 0), ("b", 1), ("c", 0)) if step >= start}
+        expected = [merged(alone, {name: frame}) for name, frame in frames.items()]
+        torch.testing.assert_close(merged(model, frames), torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def test_what_is_derived_from_weights_is_kept_of_both(tmp_path, monkeypatch):
+    path, folded = tmp_path / "weights.safetensors", []
+    model = tiny("siglip")
+    saved(model, path)
+    monkeypatch.setattr(cache, "fold_head", lambda head: folded.append(head) or fold_head(head))
+    neuroflow.enable_cache(model, weights=path)
+    frames = clip(4)
+    for stream in "bcd":  # the first frame of a stream beside one of a stream that goes on
+        embed("siglip", model, frames[:1], "a")
+        embed("siglip", model, frames[1:3], "a", stream)
+    assert folded == [describe(model).pool[0], engine_of(model).twins[describe(model).pool[0]]]
+
+
 def test_rounded_products_have_them_too(tmp_path):
     path = tmp_path / "weights.safetensors"
     model, frames = tiny("siglip"), clip(3)
@@ -112,7 +147,11 @@ def test_rounded_products_have_them_too(tmp_path):
     for precision in ("model", "bfloat16"):
         neuroflow.enable_cache(model, dataclasses.replace(GATE, precision=precision), weights=path)
         found.append(torch.cat([embed("siglip", model, frame, "a") for frame in frames.split(1)]))
+        engine = engine_of(model)
         neuroflow.disable_cache(model)
+    rounded = {key[0] for key in engine.kept if key[-1] == "rounded"}
+    parts = [part for twin in engine.twins.values() for part in twin.modules()]
+    assert rounded == {part for part in parts if isinstance(part, nn.Linear)}
     own = dense("siglip", model, frames)
     assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0], found[1])
     assert (found[0] - found[1]).norm() < 0.1 * (found[0] - own).norm()
