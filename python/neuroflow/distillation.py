@@ -52,7 +52,7 @@ class DistillationConfig:
         batch: frames of a step.
         clips: videos that a step's frames are from, or all videos where there are fewer.
         strides: a video is gone through by every frame, or up to every so-manieth one; which is drawn for each.
-        thresholds: between these a video's threshold is drawn, evenly on a log scale; every second video's budget is
+        thresholds: between these every fourth video's threshold is drawn, evenly on a log scale; the others' budget is
             that of `skip` instead. Under B the default skips about 50 to 98 % of the patches of footage that stands
             still; the published 1e-4 to 0.35 is for surprise with the positional embedding in it.
         decays: the same for the weight of the new frame in the moving average that B's gate compares with.
@@ -466,7 +466,7 @@ class Distillation:
         stride = int(torch.randint(1, config.strides + 1, (), generator=generator))
         start = int(torch.randint(stride, (), generator=generator))
         threshold, decay = _between(*config.thresholds, generator), _between(*config.decays, generator)
-        rule = {"threshold": threshold} if turn % 2 else {}
+        rule = {"threshold": threshold} if turn % 4 == 0 else {}
         gate = dataclasses.replace(config.gate(**rule), ema_decay=decay)
         frames = itertools.islice(enumerate(video), start, None, stride)
         return Clip(number, frames, gate, StreamState(STREAM))
