@@ -268,14 +268,14 @@ def test_a_step_takes_the_next_frames_of_many_videos(model, monkeypatch):
 
 
 def test_what_is_drawn_for_a_video(model, monkeypatch):
-    """The budget of `skip` for every second one; thresholds and decays within their ranges for the others."""
+    """A threshold for every fourth one, the budget of `skip` for the others; all within their ranges."""
     run = Distillation(model, DistillationConfig(**SETTINGS))
     run.history = [Epoch(0, None, 0.0, 0.0, 0.0, None)]
     steps = recorded_steps(run, [video(0, 3)] * 60, monkeypatch)
     gates = list({id(gate): gate for _, _, gates, _ in steps for gate in gates}.values())
     drawn = [gate.threshold for gate in gates if gate.threshold is not None]
-    assert len(gates) == 60 and len(drawn) == 30
-    assert [gate.budget for gate in gates if gate.budget is not None] == pytest.approx([0.1] * 30)
+    assert len(gates) == 60 and len(drawn) == 15
+    assert [gate.budget for gate in gates if gate.budget is not None] == pytest.approx([0.1] * 45)
     for values, low, high in ((drawn, 0.01, 0.1), ([gate.ema_decay for gate in gates], 1e-3, 0.1)):
         logs = torch.tensor(values).log()
         third = (math.log(high) - math.log(low)) / 3

@@ -55,7 +55,7 @@ class DistillationConfig:
         thresholds: between these every fourth video's threshold is drawn, evenly on a log scale; the others' budget is
             that of `skip` instead. Under B the default skips about 50 to 98 % of the patches of footage that stands
             still; the published 1e-4 to 0.35 is for surprise with the positional embedding in it.
-        decays: the same for the weight of the new frame in the moving average that B's gate compares with.
+        decays: between these every video's weight of a new frame is drawn, in the moving average that B's gate reads.
         skip: share of the patches that the evaluation skips, and the distilled model from then on.
         forgetting: an epoch that knows less outside the domain than the untrained model, by more, is not chosen.
         patience: so many such epochs in a row end the training.
