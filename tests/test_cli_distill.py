@@ -1,5 +1,6 @@
 """`neuroflow distill`, and `neuroflow run --weights` with what it wrote."""
 
+import argparse
 import contextlib
 import json
 from fractions import Fraction
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from models import tiny
-from neuroflow.distillation import Distillation
+from neuroflow.cli.distill import _outside
+from neuroflow.distillation import Distillation, Outside
 from neuroflow.models import STREET
 from neuroflow.video.encode import VideoWriter
 from neuroflow.weights import distilled_config
@@ -188,6 +190,13 @@ def test_class_folders_of_the_packages_tower(neuroflow, footage, tmp_path):
     command = ("distill", footage / "videos", "--outside", footage / "street", "--out", tmp_path / "b.safetensors")
     code, _, message = neuroflow(*command)
     assert code == 2 and "has a folder 'tree'; the model's classes are car, van" in message
+
+
+def test_classes_count_where_every_video_is_in_a_folder(tmp_path):
+    arguments = argparse.Namespace(outside=tmp_path, model=None)
+    paths = [tmp_path / "van" / "0.mp4", tmp_path / "car" / "1.mp4"]
+    assert _outside(arguments, paths, ["0", "1"]).labels == [1, 0]
+    assert _outside(arguments, [*paths, tmp_path / "2.mp4"], ["0", "1", "2"]) == Outside(["0", "1", "2"])
 
 
 def test_weights_that_do_not_fit_are_one_line(neuroflow, footage, model, tmp_path):

@@ -106,11 +106,12 @@ def test_beside_whole_frames_of_other_streams(name, arch, tmp_path):
     assert whole == 2
 
 
-def test_beside_whole_frames_end_to_end(tmp_path):
+@pytest.mark.parametrize("arch", "AE")
+def test_beside_whole_frames_end_to_end(arch, tmp_path):
     """In a tower whose tokens are no batch, with streams of different sizes."""
     path = tmp_path / "weights.safetensors"
     model, sizes = tiny("qwen3-vl"), {"a": (48, 48), "b": (32, 64), "c": (64, 64)}
-    saved(model, path, dataclasses.replace(GATE, arch="E"))
+    saved(model, path, dataclasses.replace(GATE, arch=arch))
     alone = copy_sharing_weights(model)
     neuroflow.enable_cache(model, weights=path)
     neuroflow.enable_cache(alone, weights=path)

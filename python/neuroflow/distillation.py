@@ -471,7 +471,6 @@ class Distillation:
         frames = itertools.islice(enumerate(video), start, None, stride)
         return Clip(number, frames, gate, StreamState(STREAM))
 
-    @torch.no_grad()
     def _start(self, clips: list[Clip]) -> list[Clip]:
         """Give those that have a frame their first one, which is whole, and return them."""
         first = [(clip, pixels) for clip in clips for _, pixels in itertools.islice(clip.frames, 1)]
