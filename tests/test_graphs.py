@@ -13,6 +13,7 @@ from neuroflow import graphs
 from neuroflow.cache import Engine
 from neuroflow.patch import engine_of
 from neuroflow.rewrites import project_windows
+from neuroflow.weights import write
 
 LADDER = (4, 8, 16)
 PLAIN = (
@@ -47,9 +48,9 @@ def encoded(model, family, frames, names=("default",)):
         return neuroflow.adapters.describe(model).embedding(model(**inputs(family, frames)))
 
 
-def run(model, family, frames, settings, names=("default",)):
+def run(model, family, frames, settings, names=("default",), weights=None):
     """Of frames [T, S, 3, H, W]: embeddings [T, S, D], active patches [T, S, N], ages, the summary, the graphs."""
-    neuroflow.enable_cache(model, settings)
+    neuroflow.enable_cache(model, settings, weights=weights)
     results, active, ages = [], [], []
     for batch in frames:
         results.append(encoded(model, family, batch, names))
@@ -75,6 +76,20 @@ def compare(family, arch, frames, names=("default",), **settings):
         torch.testing.assert_close(ours.surprise, theirs.surprise, rtol=0, atol=1e-6, equal_nan=True)
     assert eager[4] is None
     return recorded[4]
+
+
+@pytest.mark.parametrize(("family", "arch"), [("siglip", "B"), ("siglip", "C"), ("vit", "E")])
+def test_partial_frames_have_weights_of_their_own(clock, family, arch, tmp_path):
+    model, frames = tiny(family).double(), clip(frames=6)[:, None].double()
+    blocks = [name for name, _ in model.named_parameters() if "layer" in name or "head" in name]
+    weights = {name: 1.1 * model.get_parameter(name).detach() for name in blocks}
+    write(tmp_path / "weights", weights, {"config": "{}"})
+    settings = [config(arch=arch, engine=engine) for engine in ("eager", "graph")]
+    eager, recorded = (run(model, family, frames, each, weights=tmp_path / "weights") for each in settings)
+    plain, _, _, _, _ = run(model, family, frames, settings[1])
+    torch.testing.assert_close(recorded[0], eager[0], rtol=0, atol=1e-10)
+    assert torch.equal(recorded[0][0], plain[0]) and not torch.allclose(recorded[0][1:], plain[1:], atol=1e-2)
+    assert any(replays(recorded[4]).values())
 
 
 def replays(found):

@@ -334,9 +334,8 @@ class Engine:
         rows = tokens.flatten(0, -2)
         runs = frame.runs(len(rows))
         parts = zip(runs, rows.split([count for _, count in runs]), strict=True)
-        return torch.cat([(forward if whole else partial)(part) for (whole, _), part in parts]).unflatten(
-            0, tokens.shape[:-1]
-        )
+        mapped = [(forward if whole else partial)(part) for (whole, _), part in parts]
+        return torch.cat(mapped).unflatten(0, tokens.shape[:-1])
 
     def on_mlp_input(self, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
         frame = current_frame.get()
