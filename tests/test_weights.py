@@ -11,6 +11,7 @@ from models import clip, inputs, tiny
 from neuroflow import cache
 from neuroflow.adapters import describe
 from neuroflow.config import NeuroFlowConfig
+from neuroflow.distillation import _trained
 from neuroflow.patch import engine_of
 from neuroflow.rewrites import fold_head
 from neuroflow.weights import copy_sharing_weights, distilled_config, load_weights, twins, write
@@ -20,22 +21,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GATE = NeuroFlowConfig(arch="B", budget=0.25, cut_share=None, cut_surprise=None, dense_above=1.0)
 
 
-def parts_of(model):
-    """What may have weights for partial frames."""
-    anatomy = describe(model)
-    return [*anatomy.layers, anatomy.last, *([] if anatomy.pool is None else [anatomy.pool[0]])]
-
-
 def saved(model, path, gate=GATE, scale=0.1):
     """Write other weights for all that may have some, and return them."""
-    other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for part in parts_of(other):
-            for parameter in part.parameters():
-                parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
-    own = dict(model.named_parameters())
-    changed = {name: new.detach() for name, new in other.named_parameters() if not torch.equal(new, own[name])}
+    changed = {
+        name: own.detach() + scale * torch.randn(own.shape, generator=generator).to(own)
+        for name, own in _trained(model, describe(model), "all").items()
+    }
     write(path, changed, {"config": json.dumps(dataclasses.asdict(gate))})
     return changed
 

@@ -39,6 +39,7 @@ from .rewrites import (
     fold_head,
     in_bfloat16,
     is_foldable,
+    is_linear,
     is_patch_projection,
     patch_windows,
     project_windows,
@@ -126,11 +127,12 @@ class Engine:
             with_linears += [head for head in heads if head is not None and is_foldable(head)]
         for part in with_linears:
             for module in part.modules():
-                if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+                if is_linear(module):
                     points.append((module, "forward", lambda *args, module=module: self.on_linear(module, *args)))
         for module, twin in self.twins.items():
             if anatomy.pool is None or module is not anatomy.pool[0]:
-                points.append((module, "forward", lambda *args, twin=twin: self.on_twin(twin, *args)))
+                partial = functools.partial(self.on_linear, twin, twin.forward) if is_linear(twin) else twin.forward
+                points.append((module, "forward", lambda *args, partial=partial: self.on_twin(partial, *args)))
         if anatomy.attention is not None:
             for module in anatomy.attentions:
                 points.append(
@@ -323,12 +325,10 @@ class Engine:
         product = linear_rows(rows, weight, bias) if few else nn.functional.linear(rows, weight, bias)
         return product.to(tokens.dtype).unflatten(0, tokens.shape[:-1])
 
-    def on_twin(self, twin: nn.Module, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
-        frame, partial = current_frame.get(), twin.forward
+    def on_twin(self, partial: Callable, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
+        frame = current_frame.get()
         if frame is None or all(frame.whole):
             return forward(tokens)
-        if type(twin).forward is nn.Linear.forward:
-            partial = functools.partial(self.on_linear, twin, twin.forward)
         if not any(frame.whole):
             return partial(tokens)
         rows = tokens.flatten(0, -2)

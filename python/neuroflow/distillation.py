@@ -9,7 +9,6 @@ would, the engine's own gate goes through each video's in order, and the student
 what a frame finds in a cache comes with those of the step's earlier frames.
 """
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -32,7 +31,7 @@ from .models import ClassHead
 from .patch import cache_context, disable_cache, engine_of, install, is_patched, reset_cache
 from .state import StreamState
 from .streams import StreamCache
-from .weights import read, twins, write
+from .weights import copy_sharing_weights, read, twins, write
 
 STREAM = "clip"
 TOGETHER = 16  # videos that an evaluation goes through at once
@@ -286,8 +285,8 @@ class Distillation:
                 f"{type(model).__name__} makes features between its blocks, which distillation does not serve"
             )
         self.model, self.config, self.dtype = model, config, dtype
-        frozen = {id(own): nn.Parameter(own.detach(), requires_grad=False) for own in model.parameters()}
-        self.student = copy.deepcopy(model, frozen)
+        frozen = {own: nn.Parameter(own.detach(), requires_grad=False) for own in model.parameters()}
+        self.student = copy_sharing_weights(model, frozen)
         anatomy = describe(self.student)
         own = _trained(self.student, anatomy, config.train)
         self.weights = {name: nn.Parameter(parameter.clone()) for name, parameter in own.items()}

@@ -28,6 +28,11 @@ def are_few(tokens: torch.Tensor) -> bool:
     return tokens.numel() <= FEW_ROWS * tokens.shape[-1]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` computes what `linear_rows` does."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def in_bfloat16(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Its weight, and its bias where it has one."""
     return linear.weight.bfloat16(), None if linear.bias is None else linear.bias.bfloat16()

@@ -3,18 +3,17 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .cache import Engine
 from .patch import engine_of
 from .state import PATCHES, StreamState
+from .weights import write
 
 COUNTERS = ("frames", "key_frames", "since_key_frame", "nonfinite", "frame_id", "valid")
 
@@ -47,9 +46,7 @@ def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] |
                 | {counter: getattr(state, counter) for counter in COUNTERS}
             )
     metadata = _conditions(engine) | {"streams": json.dumps(described)}
-    partial = Path(f"{path}.partial")
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)
+    write(Path(path), tensors, metadata)
 
 
 def load_state(model: nn.Module, path: str | Path) -> list[Hashable]:

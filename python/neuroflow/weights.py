@@ -1,15 +1,16 @@
 """Weights for partial frames: in a file, and beside a model's own, which whole frames keep."""
 
+import contextlib
 import copy
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from .adapters import Anatomy
@@ -18,10 +19,15 @@ from .config import NeuroFlowConfig
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def copy_sharing_weights(model: Model) -> Model:
-    """The same model a second time, at no cost in memory; one can be patched, the other not."""
+def copy_sharing_weights(model: Model, others: Mapping[torch.Tensor, torch.Tensor] | None = None) -> Model:
+    """The same model a second time, at no cost in memory; one can be patched, the other not.
+
+    Args:
+        others: some of its parameters -> what the copy has in their place.
+    """
+    others = others or {}
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return copy.deepcopy(model, {id(tensor): others.get(tensor, tensor) for tensor in tensors})
 
 
 def twins(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, nn.Parameter]) -> dict[nn.Module, nn.Module]:
@@ -34,20 +40,19 @@ def twins(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, nn.Parameter
     """
     head = None if anatomy.pool is None else anatomy.pool[0]
     of_head = set() if head is None else set(head.modules())
+    others = {model.get_parameter(name): weight for name, weight in weights.items()}
     found: dict[nn.Module, nn.Module] = {}
-    for name, weight in weights.items():
-        path, _, own = name.rpartition(".")
-        module = model.get_submodule(path)
-        root = head if module in of_head else module
-        if root is not head and next(root.children(), None) is not None:
+    for name in weights:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if module in of_head:
+            module = head
+        elif next(module.children(), None) is not None:
             raise ValueError(
                 f"{name} is of a {type(module).__name__}, which has parts; accepted are weights of modules without "
                 "parts, such as linears and norms, and of the pooling head"
             )
-        if root not in found:
-            found[root] = copy_sharing_weights(root)
-        place = next(name for name, part in root.named_modules() if part is module)
-        setattr(found[root].get_submodule(place), own, weight)
+        if module not in found:
+            found[module] = copy_sharing_weights(module, others)
     return found
 
 
@@ -57,8 +62,8 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: the file cannot be read, or holds something else or weights that the model does not have.
     """
-    distilled_config(path)
-    tensors, _ = read(path)
+    tensors, metadata = read(path)
+    _config(path, metadata)
     own = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:
@@ -72,7 +77,11 @@ def distilled_config(path: Path) -> NeuroFlowConfig:
     Raises:
         ValueError: the file cannot be read, or `neuroflow distill` did not write it.
     """
-    _, metadata = read(path)
+    with _opened(path) as file:
+        return _config(path, file.metadata() or {})
+
+
+def _config(path: Path, metadata: dict[str, str]) -> NeuroFlowConfig:
     if "config" not in metadata:
         raise ValueError(f"{path}: holds no distilled weights; accepted is a file that neuroflow distill wrote")
     return NeuroFlowConfig(**json.loads(metadata["config"]))
@@ -91,9 +100,14 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     Raises:
         ValueError: it cannot be read.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), metadata
+            yield file
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); accepted is a safetensors file") from None
