@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from neuroflow.cli import eval_llm
 from neuroflow.cli.main import main
-from neuroflow.llm import BypassConfig, bypass_summary, enable_bypass
+from neuroflow.llm import BypassConfig, bypass_summary, cache_argument, enable_bypass
 from transformers import BertConfig, DynamicCache, Phi3Config, Phi3ForCausalLM, Phi3Model, ViTConfig
 
 from bench.train_llm import byte_tokenizer
@@ -94,9 +94,9 @@ def by_hand(model, ids, config=None):
     if config is not None:
         model = Phi3ForCausalLM.from_pretrained(model) if isinstance(model, str) else model
         enable_bypass(model, config)
-    cache, losses = DynamicCache(config=model.config), []
+    cache, losses = {cache_argument(model): DynamicCache(config=model.config)}, []
     for place in range(TOKENS - 1):
-        logits = model(ids[:, place : place + 1], past_key_values=cache).logits[:, 0]
+        logits = model(ids[:, place : place + 1], **cache).logits[:, 0]
         losses.append(F.cross_entropy(logits, ids[:, place + 1]))
     if config is not None:
         found = bypass_summary(model)

@@ -1,12 +1,13 @@
 """The bypass of language models, on tiny random ones of every family."""
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from neuroflow.llm import FAMILIES, BypassConfig, bypass_summary, disable_bypass, enable_bypass
+from neuroflow.llm import FAMILIES, BypassConfig, bypass_summary, cache_argument, disable_bypass, enable_bypass
 from transformers import DynamicCache, GPT2Config, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,8 +69,9 @@ def ids_of(rows=1, tokens=12, seed=1):
 def forced(model, ids, prompt=3):
     """Logits [B, N - prompt + 1, V] of given tokens, one by one after the prompt, and the cache."""
     cache = DynamicCache(config=model.config)
-    logits = [model(ids[:, :prompt], past_key_values=cache).logits[:, -1:]]
-    logits += [model(step, past_key_values=cache).logits for step in ids[:, prompt:].split(1, 1)]
+    given = {cache_argument(model): cache}
+    logits = [model(ids[:, :prompt], **given).logits[:, -1:]]
+    logits += [model(step, **given).logits for step in ids[:, prompt:].split(1, 1)]
     return torch.cat(logits, 1), cache
 
 
@@ -135,10 +137,11 @@ def test_the_cache_has_no_hole(model, target):
     _, plain = forced(model, ids)
     enable_bypass(model, BypassConfig(1, (0, 3), ALWAYS, target))
     cache = DynamicCache(config=model.config)
+    given = {cache_argument(model): cache}
     with torch.no_grad():
-        model(ids[:, :3], past_key_values=cache)
+        model(ids[:, :3], **given)
         for seen in range(3, 12):
-            model(ids[:, seen : seen + 1], past_key_values=cache)
+            model(ids[:, seen : seen + 1], **given)
             assert [layer.get_seq_length() for layer in cache.layers] == [seen + 1] * LAYERS
     assert bypass_summary(model).rate == (9 + 8) / (2 * 9)  # the first decision comes too late for layer 0
     # Those of the first layer follow from the tokens alone.
@@ -242,7 +245,7 @@ def test_every_prompt_another_batch_and_another_cache_start_over():
 
     def step_of(cache, rows):
         with torch.no_grad():
-            return model(ids[:rows, -1:], past_key_values=cache).logits
+            return model(ids[:rows, -1:], **{cache_argument(model): cache}).logits
 
     # Caches that only the plain model has written to, so that a step over them is the plain model's if it is dense.
     disable_bypass(model)
@@ -266,7 +269,8 @@ def test_what_is_added_to_a_conversation_is_a_prompt():
     _, cache = forced(model, ids[:, :9])
     enable_bypass(model, BypassConfig(1, (0, 2), ALWAYS))
     with torch.no_grad():
-        found = [model(part, past_key_values=cache).logits for part in (ids[:, 9:10], ids[:, 10:])]
+        given = {cache_argument(model): cache}
+        found = [model(part, **given).logits for part in (ids[:, 9:10], ids[:, 10:])]
     torch.testing.assert_close(torch.cat(found, 1), plain[:, -3:])
     assert bypass_summary(model).steps == 0
 
@@ -293,12 +297,47 @@ def test_embeddings_are_taken_instead_of_ids():
     ids = ids_of()
     enable_bypass(model, BypassConfig(1, (3,), ALWAYS))
     expected = forced(model, ids)[0]
-    cache = DynamicCache(config=model.config)
+    cache = {cache_argument(model): DynamicCache(config=model.config)}
     embedded = model.get_input_embeddings()(ids)
     with torch.no_grad():
         parts = [embedded[:, :3], *embedded[:, 3:].split(1, 1)]
-        found = [model(inputs_embeds=part, past_key_values=cache).logits[:, -1:] for part in parts]
+        found = [model(inputs_embeds=part, **cache).logits[:, -1:] for part in parts]
     assert torch.equal(torch.cat(found, 1), expected)
+
+
+@pytest.mark.parametrize("way", ["own name", "old name", "position", "output", "tuple"])
+def test_the_cache_is_found_however_it_is_handed_on(model, way):
+    """By the name that the decoder's signature has or had before transformers 5.24, and in what a prompt gives."""
+    ids = ids_of()
+    decoder, names = layers_of(model)[1].decoder, list(inspect.signature(model.base_model.forward).parameters)
+    decoder, place = getattr(model, decoder), names.index(cache_argument(model))
+    cache = DynamicCache(config=model.config)
+    enable_bypass(model, BypassConfig(1, (3,), ALWAYS))
+    with torch.no_grad():
+        for number, step in enumerate(ids.split(1, 1)):
+            if way == "position":
+                decoder(step, *[None] * (place - 1), cache)
+            elif number or way in ("own name", "old name"):
+                decoder(step, **{"past_key_values" if way == "old name" else cache_argument(model): cache})
+            else:
+                output = decoder(step, return_dict=way == "output")
+                cache = next(
+                    each for each in (output if way == "tuple" else output.values()) if type(each) is type(cache)
+                )
+    assert (bypass_summary(model).steps, bypass_summary(model).rate) == (11, 1)
+
+
+def test_a_pass_without_a_cache_repeats_nothing_and_says_so_once(model):
+    ids = ids_of()
+    expected = model(ids).logits
+    enable_bypass(model, BypassConfig(1, (3,), ALWAYS))
+    with pytest.warns(
+        RuntimeWarning, match="ran without a cache, so nothing is repeated; accepted is use_cache"
+    ) as said:
+        for _ in range(2):
+            assert torch.equal(model(ids, use_cache=False).logits, expected)
+            model(ids[:, :1], use_cache=False)
+    assert len(said) == 1 and bypass_summary(model).steps == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])

@@ -14,8 +14,10 @@ import array
 import copy
 import dataclasses
 import functools
+import inspect
 import math
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, get_args
@@ -119,7 +121,8 @@ def enable_bypass(model: PreTrainedModel, config: BypassConfig) -> None:
     or MLP does not run; where some do, it runs for all and the others' output is taken. Batches are padded on the left,
     as the last position of a prompt is what the first step is compared with. Beam search is refused in its second step.
 
-    The state is that of one generation at a time: not for several threads.
+    The state is that of one generation at a time: not for several threads. A pass that has no cache (`use_cache=False`)
+    repeats nothing, and the first one says so.
 
     Args:
         model: a causal model of one of `FAMILIES`. Calling again with an equal configuration does nothing.
@@ -160,6 +163,11 @@ def disable_bypass(model: PreTrainedModel) -> None:
     delattr(model, _BYPASS)
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What the forward of `model`, a decoder or a causal model, calls its cache: "cache" from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def bypass_summary(model: PreTrainedModel) -> BypassSummary:
     """What a patched model has repeated so far.
 
@@ -182,6 +190,8 @@ class _Bypass:
         family = _family(model)
         self.config = config
         self.decoder = getattr(model, family.decoder)
+        self.signature = inspect.signature(self.decoder.forward)
+        self.cache_argument = cache_argument(self.decoder)
         layers = getattr(self.decoder, family.layers)
         for name, numbers in (("gate_layer", [config.gate_layer]), ("cache_layers", config.cache_layers)):
             known = max(numbers) < len(layers)
@@ -204,6 +214,7 @@ class _Bypass:
         self.last_gate: torch.Tensor | None = None  # [B, D]
         self.last: dict[int, torch.Tensor] = {}  # by layer, [B, 1, D]
         self.decided: list[bool] = []  # by row; empty before the first decision
+        self.warned = False
 
     def points(self) -> Iterator[tuple[nn.Module, str, Any]]:
         """The attributes to set, in order; `undo` then says what they were."""
@@ -226,20 +237,32 @@ class _Bypass:
                 yield replaced(attention, "config", config)
                 yield replaced(attention, _BYPASS, self)
 
-    def run(self, forward: Callable, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def run(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """The decoder's pass over input_ids [B, N], or inputs_embeds [B, N, D]."""
-        rows, tokens = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[:2]
-        cache = kwargs.get("past_key_values")
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        given = arguments.get("input_ids")
+        rows, tokens = (arguments["inputs_embeds"] if given is None else given).shape[:2]
+        # A caller may still use the old name, which then lies among the rest.
+        cache = arguments.get(self.cache_argument, kwargs.get("past_key_values"))
         self.stepping = tokens == 1 and rows == self.rows and self.follows(cache)
         if not self.stepping:
             self.decided = []
         self.rows = rows
-        output = forward(input_ids, *args, **kwargs)
+        output = forward(*args, **kwargs)
         if cache is None:
-            cache = getattr(output, "past_key_values", None)
+            held = output if isinstance(output, tuple) else output.values()
+            cache = next((each for each in held if isinstance(each, Cache)), None)
         if cache is not None:
             self.cache, self.keys = weakref.ref(cache), weakref.ref(self.keys_of(cache))
             self.length = int(cache.get_seq_length())
+        elif not self.warned:
+            self.warned = True
+            name = type(self.decoder).__name__
+            warnings.warn(
+                f"neuroflow: {name} ran without a cache, so nothing is repeated; accepted is use_cache=True",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return output
 
     def follows(self, cache: Cache | None) -> bool:

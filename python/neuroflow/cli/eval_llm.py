@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..llm import FAMILIES, BypassConfig, bypass_summary, disable_bypass, enable_bypass
+from ..llm import FAMILIES, BypassConfig, bypass_summary, cache_argument, disable_bypass, enable_bypass
 from ..weights import copy_sharing_weights
 from . import CommandError
 from .eval import KEPT, Journal
@@ -174,10 +174,10 @@ def evaluate(
 
 @torch.inference_mode()
 def _follow(model: PreTrainedModel, ids: torch.Tensor, bar: tqdm) -> Followed:
-    cache = DynamicCache(config=model.config)
+    cache = {cache_argument(model): DynamicCache(config=model.config)}
     losses, states = [], []
     for given, expected in zip(ids[:, :-1].split(1, 1), ids[:, 1:].unbind(1), strict=True):
-        output = model(given, past_key_values=cache, output_hidden_states=True)
+        output = model(given, **cache, output_hidden_states=True)
         losses.append(F.cross_entropy(output.logits[:, -1].float(), expected))
         states.append(torch.stack(output.hidden_states[1:])[:, :, -1].cpu())
         bar.update()
@@ -187,10 +187,10 @@ def _follow(model: PreTrainedModel, ids: torch.Tensor, bar: tqdm) -> Followed:
 @torch.inference_mode()
 def _continue(model: PreTrainedModel, ids: torch.Tensor, count: int, bar: tqdm) -> torch.Tensor:
     """The `count` tokens [W, count] that follow greedily on the first half of windows [W, T]."""
-    cache = DynamicCache(config=model.config)
+    cache = {cache_argument(model): DynamicCache(config=model.config)}
     given, found = ids[:, : ids.shape[1] // 2], []
     for _ in range(count):
-        given = model(given, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        given = model(given, **cache, logits_to_keep=1).logits.argmax(-1)
         found.append(given)
         bar.update()
     return torch.cat(found, 1)
@@ -208,14 +208,14 @@ def _divergence(expected: list[torch.Tensor], found: list[torch.Tensor]) -> list
 @torch.inference_mode()
 def time_steps(dense: PreTrainedModel, patched: PreTrainedModel, ids: torch.Tensor, bar: tqdm) -> tuple[float, float]:
     """Median milliseconds of a decode step of each, over the given tokens [1, T]."""
-    caches = {each: DynamicCache(config=each.config) for each in (dense, patched)}
+    caches = {each: {cache_argument(each): DynamicCache(config=each.config)} for each in (dense, patched)}
     times = {dense: [], patched: []}
     for number, given in enumerate(ids.split(1, 1)):
         # Taking turns, so that neither always finds the processor's cache as the other left it.
         for each in (dense, patched) if number % 2 else (patched, dense):
             synchronise(ids.device)
             start = time.perf_counter()
-            each(given, past_key_values=caches[each])
+            each(given, **caches[each])
             synchronise(ids.device)
             times[each].append((time.perf_counter() - start) * 1e3)
         bar.update()
