@@ -1,29 +1,38 @@
-# One environment in .venv, from nothing but Python 3.11, make and a C++ compiler.
+# One environment in .venv, from nothing but Python 3.11, make and a C++ compiler, of the versions that LOCK names.
 PYTHON ?= python3.11
-TORCH ?= torch==2.13.0
+LOCK := .ci/constraints.txt
+# What `make lock` holds fixed: torch, and the release of triton that its CUDA builds ask for.
+TORCH ?= torch==2.13.0 triton==3.7.1
 OUT ?= .benchmarks/gpu
 BIN := .venv/bin
+INSTALL := pip install --quiet --constraint $(LOCK)
 SOURCES := $(wildcard $(addprefix csrc/,cpu/*.cpp cpu/*.h cuda/*.cu cuda/*.h include/neuroflow/*.h include/neuroflow/*.cuh))
 # CUDA for tests without a GPU.
 SHIM := $(wildcard tests/cuda_on_host/*.* tests/cuda_on_host/cuda/*)
-# Releases of transformers between which towers were rebuilt, the newest last; `make compat COMPAT=5.5.0` tests one.
-COMPAT ?= 4.57.6 5.5.0 5.17.0 5.23.0
-STRUCTURAL := families tubelets architectures streams graphs precision rewrites reference_vectors policies vit_tiny baselines adapters llm
+# Releases of transformers between which towers or decoders were rebuilt, the newest tested one, and what pip serves
+# today; `make compat COMPAT=5.5.0` tests one. `make compat-torch` does the same for releases of torch, whose wheels for
+# x86-64 are CUDA builds of some 5 GB each.
+COMPAT ?= 4.57.6 5.5.0 5.17.0 5.23.0 5.24.0 newest
+COMPAT_TORCH ?= 2.10.0 2.11.0 newest
+OPS := backends compact compile ema_gate ema_surprise gather_rows linear_rows scatter_kv scatter_rows attend_rows
+STRUCTURAL := families hidden_states tubelets architectures streams graphs precision rewrites reference_vectors policies vit_tiny baselines adapters llm
 
 KERNELS := $(addprefix tests/test_,triton.py cuda.py cuda_on_host.py timm.py attend_rows.py)
 
-.PHONY: demo test test-kernels test-others test-slow gpu compat $(COMPAT:%=compat-%) lint format bench clean
+.PHONY: demo test test-kernels test-others test-slow gpu lock compat $(COMPAT:%=compat-%) compat-torch \
+  $(COMPAT_TORCH:%=compat-torch-%) lint format bench clean always
 
-.venv/installed: pyproject.toml setup.py $(SOURCES)
+.venv/installed: pyproject.toml setup.py $(LOCK) $(SOURCES)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade setuptools wheel
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[video,bench,test]'
+	$(BIN)/$(INSTALL) --upgrade setuptools wheel
+	$(BIN)/$(INSTALL) torch
+	$(BIN)/$(INSTALL) --no-build-isolation --editable '.[video,bench,test]'
 	touch $@
 
 # timm for its tests, out of the way of everything else: it needs torchvision, which changes what transformers does.
-.venv/timm: | .venv/installed
-	$(BIN)/pip install --quiet --no-deps --target $@ timm torchvision==0.28.0
+.venv/timm: $(LOCK) | .venv/installed
+	$(BIN)/$(INSTALL) --no-deps --upgrade --target $@ timm torchvision
+	touch $@
 
 demo: .venv/installed
 	$(BIN)/neuroflow demo --out-dir demo
@@ -41,16 +50,44 @@ test-others:
 test-slow: .venv/installed .venv/timm
 	$(BIN)/python -m pytest
 
+# What an installation of today gets, written down for everybody who tests.
+lock:
+	$(PYTHON) -m venv --clear .venv/lock
+	.venv/lock/bin/pip install --quiet --upgrade setuptools wheel
+	.venv/lock/bin/pip install --quiet $(TORCH)
+	NEUROFLOW_BUILD=0 .venv/lock/bin/pip install --quiet --no-build-isolation --editable '.[video,bench,test]'
+	.venv/lock/bin/pip install --quiet --no-deps timm torchvision==0.28.0
+	echo '# Written by `make lock`.' > $(LOCK)
+	.venv/lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//' >> $(LOCK)
+
 .venv/compat/%/installed: | .venv/installed
-	$(BIN)/pip install --quiet --upgrade --target $(@D) transformers==$*
+	$(BIN)/pip install --quiet --upgrade --target $(@D) transformers$(patsubst %,==%,$(filter-out newest,$*))
 	touch $@
+
+.venv/compat/newest/installed: always
 
 compat: $(COMPAT:%=compat-%)
 
 $(COMPAT:%=compat-%): compat-%: .venv/compat/%/installed
-	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -c \
-	  'import transformers as t; print("transformers", t.__version__); assert t.__version__ == "$*"'
+	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
 	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -m pytest -rs $(STRUCTURAL:%=tests/test_%.py)
+
+# The C++ kernels are those of .venv: one binary is to serve every release of torch.
+.venv/compat/torch-%/installed: | .venv/installed
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade wheel torch$(patsubst %,==%,$(filter-out newest,$*)) 'setuptools>=77'
+	grep -vE '^(torch|triton|setuptools)==' $(LOCK) > $(@D)/constraints.txt
+	NEUROFLOW_BUILD=0 $(@D)/bin/pip install --quiet --constraint $(@D)/constraints.txt --no-build-isolation \
+	  --editable '.[video,bench]'
+	touch $@
+
+.venv/compat/torch-newest/installed: always
+
+compat-torch: $(COMPAT_TORCH:%=compat-torch-%)
+
+$(COMPAT_TORCH:%=compat-torch-%): compat-torch-%: .venv/compat/torch-%/installed
+	$(<D)/bin/python -c 'import torch; print("torch", torch.__version__)'
+	$(<D)/bin/python -m pytest -rs $(OPS:%=tests/test_%.py) $(STRUCTURAL:%=tests/test_%.py)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
