@@ -327,17 +327,29 @@ def test_the_cache_is_found_however_it_is_handed_on(model, way):
     assert (bypass_summary(model).steps, bypass_summary(model).rate) == (11, 1)
 
 
-def test_a_pass_without_a_cache_repeats_nothing_and_says_so_once(model):
+@pytest.mark.parametrize("held", [None, "pages", "nothing"])
+def test_a_pass_without_a_cache_repeats_nothing_and_says_so_once(model, held):
+    """Nor does one whose cache has no keys of one sequence, or none that the layers wrote."""
     ids = ids_of()
     expected = model(ids).logits
+    decoder = getattr(model, layers_of(model)[1].decoder)
+    forward = decoder.forward
+    options = {"use_cache": False}
+    if held is not None:
+        cache = object() if held == "pages" else DynamicCache(config=model.config)
+        decoder.forward = lambda *args, **kwargs: forward(*args, **kwargs | {cache_argument(model): None})
+        decoder.forward.__signature__ = inspect.signature(forward)
+        options[cache_argument(model)] = cache
     enable_bypass(model, BypassConfig(1, (3,), ALWAYS))
+    assert cache_argument(decoder) == cache_argument(model)
     with pytest.warns(
         RuntimeWarning, match="ran without a cache, so nothing is repeated; accepted is use_cache"
     ) as said:
         for _ in range(2):
-            assert torch.equal(model(ids, use_cache=False).logits, expected)
-            model(ids[:, :1], use_cache=False)
-    assert len(said) == 1 and bypass_summary(model).steps == 0
+            assert torch.equal(model(ids, **options).logits, expected)
+            model(ids[:, :1], **options)
+    assert len([each for each in said if "without a cache" in str(each.message)]) == 1
+    assert bypass_summary(model).steps == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])

@@ -223,7 +223,9 @@ class _Bypass:
             self.undo.insert(0, (module, attribute, vars(module).get(attribute)))
             return module, attribute, value
 
-        yield replaced(self.decoder, "forward", functools.partial(self.run, self.decoder.forward))
+        run = functools.partial(self.run, self.decoder.forward)
+        run.__signature__ = self.signature
+        yield replaced(self.decoder, "forward", run)
         yield replaced(self.gate_projection, "forward", functools.partial(self.decide, self.gate_projection.forward))
         attend = self.config.target == "attention"
         repeating = self.projections if attend else [layer.mlp for layer in self.cached]
@@ -244,6 +246,7 @@ class _Bypass:
         rows, tokens = (arguments["inputs_embeds"] if given is None else given).shape[:2]
         # A caller may still use the old name, which then lies among the rest.
         cache = arguments.get(self.cache_argument, kwargs.get("past_key_values"))
+        cache = cache if isinstance(cache, Cache) else None  # that of continuous batching has no keys of one sequence
         self.stepping = tokens == 1 and rows == self.rows and self.follows(cache)
         if not self.stepping:
             self.decided = []
@@ -252,8 +255,9 @@ class _Bypass:
         if cache is None:
             held = output if isinstance(output, tuple) else output.values()
             cache = next((each for each in held if isinstance(each, Cache)), None)
-        if cache is not None:
-            self.cache, self.keys = weakref.ref(cache), weakref.ref(self.keys_of(cache))
+        keys = None if cache is None else self.keys_of(cache)
+        if keys is not None:
+            self.cache, self.keys = weakref.ref(cache), weakref.ref(keys)
             self.length = int(cache.get_seq_length())
         elif not self.warned:
             self.warned = True
@@ -280,7 +284,8 @@ class _Bypass:
             )
         return True
 
-    def keys_of(self, cache: Cache) -> torch.Tensor:
+    def keys_of(self, cache: Cache) -> torch.Tensor | None:
+        """None where the layers were not handed the cache, as under gradient checkpointing."""
         return cache.layers[self.config.gate_layer].keys
 
     def decide(self, forward: Callable, heads: torch.Tensor) -> torch.Tensor:
