@@ -1,5 +1,6 @@
 """Models that the tests share: tiny random ones of every family, and the real ViT-Ti as a Hugging Face directory."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -214,6 +215,38 @@ def exact(**settings):
     """A configuration under which just those patches are active whose surprise lies above the threshold."""
     plain = {"score": "surprise", "max_age": None, "cut_share": None, "cut_surprise": None, "dense_above": 1.0}
     return neuroflow.NeuroFlowConfig(**plain | settings)
+
+
+class OldRows:
+    """The reference for architecture E: an unpatched tower each of whose blocks takes, and gives, its old tokens where
+    patches are inactive.
+
+    Args:
+        anatomy: of the tower. It stays as long as the model lives.
+    """
+
+    def __init__(self, anatomy):
+        self.anatomy, self.active, self.held = anatomy, None, {}
+        for layer in anatomy.layers:  # inside of whatever captures hidden states
+            layer.forward = functools.partial(self.run, layer, layer.forward)
+
+    def run(self, layer, forward, tokens, *args, **kwargs):
+        if layer is self.anatomy.layers[0]:
+            tokens = self.mixed("first", tokens)
+        output = forward(tokens, *args, **kwargs)
+        if isinstance(output, tuple):  # some blocks of transformers 4 return tuples
+            return self.mixed(layer, output[0]), *output[1:]
+        return self.mixed(layer, output)
+
+    def mixed(self, name, tokens):
+        """`active` is [rows, columns] of the frame at hand, in the order of the tower's tokens."""
+        if tokens.ndim == 4:  # a map, with channels first or last
+            fresh = self.active[None, :, :, None] if tokens.shape[1:3] == self.active.shape else self.active
+        else:
+            prefix = torch.ones(self.anatomy.prefix, dtype=torch.bool)
+            fresh = torch.cat((prefix, self.active.flatten()))[:, None]
+        self.held[name] = torch.where(fresh, tokens, self.held.get(name, tokens))
+        return self.held[name]
 
 
 def inputs(family, pixels):

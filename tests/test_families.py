@@ -6,7 +6,7 @@ from pathlib import Path
 import neuroflow
 import pytest
 import torch
-from models import FAMILIES, PATCH, clip, exact, inputs, tiny
+from models import FAMILIES, PATCH, OldRows, clip, exact, inputs, tiny
 from neuroflow.adapters import describe
 
 CELLS = [(family, arch) for family, known in FAMILIES.items() for arch in known.architectures]
@@ -140,9 +140,9 @@ def test_a_part_left_out_would_be_seen(family, part, monkeypatch):
     assert (sparse() - whole).norm() > 0.01 * whole.norm()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_hidden_states_are_captured(family):
-    """As the unpatched model's where every patch is encoded; of the active tokens where not."""
+@pytest.mark.parametrize(("family", "arch"), CELLS)
+def test_hidden_states_have_the_shape_of_the_unpatched_model_s(family, arch):
+    """And its values where every patch is encoded; in a partial frame C, D and E keep those of the others."""
     if family == "vit_mae":
         pytest.skip("shuffles its patches")
     model, frames = tiny(family), clip(frames=2)
@@ -151,7 +151,7 @@ def test_hidden_states_are_captured(family):
             dense = model(**inputs(family, frames[:1]), output_hidden_states=True).hidden_states
         except (AttributeError, TypeError):
             pytest.skip(f"{family} captures no hidden states in this release")
-        neuroflow.enable_cache(model, exact(arch="E", threshold=1e-4))
+        neuroflow.enable_cache(model, exact(arch=arch, threshold=1e-4))
         first, second = (
             model(**inputs(family, frame[None]), output_hidden_states=True).hidden_states for frame in frames
         )
@@ -159,9 +159,17 @@ def test_hidden_states_are_captured(family):
     assert len(first) == len(second) == len(dense) == len(anatomy.layers) + 1
     for ours, theirs in zip(first, dense, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-    tokens = anatomy.prefix + int(stream.active.sum())
-    assert second[0].shape == dense[0].shape
-    assert [tuple(state.shape[:-1]) for state in second[1:-1]] == [(1, tokens)] * (len(anatomy.layers) - 1)
+    assert 0 < stream.active.sum() < stream.active.numel()
+    if arch == "B":
+        tokens = anatomy.prefix + int(stream.active.sum())
+        assert [state.shape[1] for state in second[1:]] == [tokens] * len(anatomy.layers)
+    else:
+        assert [state.shape for state in second] == [state.shape for state in dense]
+    if arch in "CDE" and anatomy.order is None and dense[-1].ndim == 3:
+        packed = slice(len(anatomy.layers) // 2 + 1 if arch == "D" else 1, None)  # D runs on all before
+        for before, after in zip(first[packed], second[packed], strict=True):
+            same = (before == after).all(2)[0, anatomy.prefix :]
+            assert torch.equal(same, ~stream.active.flatten())
 
 
 @pytest.mark.parametrize("family", ["siglip", "clip", "vit", "dinov2", "dinov3"])
@@ -235,32 +243,33 @@ def test_batched_streams_equal_streams_alone(family, arch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_context_is_the_model_that_sees_old_tokens_where_patches_are_inactive(family):
-    """Against the unpatched model itself, every block of which is given its last input at the inactive patches."""
-    if family in ("vit_mae", "vitdet", "qwen3-vl"):
-        pytest.skip("shuffles its patches, or has blocks that take maps, or goes on with the tokens of several blocks")
+    """Its outputs and its hidden states, where the release captures any."""
+    if family == "vit_mae":
+        pytest.skip("shuffles its patches")
     model, frames = tiny(family), clip(frames=4)
+    asked = {"output_hidden_states": True}
+    try:
+        model(**inputs(family, frames[:1]), **asked).hidden_states  # noqa: B018
+    except (AttributeError, TypeError):
+        asked = {}
+
+    def run(frame):
+        with torch.inference_mode():
+            return model(**inputs(family, frame[None]), **asked)
+
     neuroflow.enable_cache(model, exact(arch="E", threshold=1e-4))
     sparse, active = [], []
     for frame in frames:
-        sparse += outputs(model, family, frame[None])
-        active.append(neuroflow.summary(model).streams["default"].active.flatten())
+        sparse.append(run(frame))
+        active.append(neuroflow.summary(model).streams["default"].active)
     neuroflow.disable_cache(model)
 
-    anatomy, held, active = describe(model), {}, iter(active)
-
-    def mixed(module, tokens):
-        fresh = torch.cat((torch.ones(anatomy.prefix, dtype=torch.bool), now)).view(tokens.shape[:-1])
-        held[module] = torch.where(fresh[..., None], tokens, held.get(module, tokens))
-        return held[module]
-
-    def mixed_output(module, args, output):  # some blocks of transformers 4 return tuples
-        return (mixed(anatomy, output[0]), *output[1:]) if isinstance(output, tuple) else mixed(anatomy, output)
-
-    for layer in anatomy.layers:
-        layer.register_forward_pre_hook(lambda module, args: (mixed(module, args[0]), *args[1:]))
-    anatomy.last.register_forward_hook(mixed_output)
-    for frame, ours in zip(frames, sparse, strict=True):
-        now = next(active) if anatomy.order is None else next(active)[anatomy.order(inputs(family, frame[None]))[0]]
-        (theirs,) = outputs(model, family, frame[None])
+    reference = OldRows(describe(model))
+    for frame, ours, now in zip(frames, sparse, active, strict=True):
+        order = reference.anatomy.order
+        reference.active = now if order is None else now.flatten()[order(inputs(family, frame[None]))[0]]
+        theirs = run(frame)
         assert_close(ours, theirs, 1e-5)
+        for mine, other in zip(*(each.hidden_states[1:] for each in (ours, theirs)), strict=True) if asked else ():
+            assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
     assert 0 < now.sum() < now.numel()

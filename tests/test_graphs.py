@@ -314,9 +314,35 @@ def test_hidden_states_come_without_graphs(clock, how):
     model.config.output_hidden_states = how == "configuration"
     neuroflow.enable_cache(model, config())
     asked = {"output_hidden_states": True} if how == "argument" else {}
-    with torch.inference_mode(), pytest.warns(RuntimeWarning, match="output_hidden_states is asked for"):
+    with torch.inference_mode(), pytest.warns(RuntimeWarning, match="hidden states or feature maps are asked for"):
         outputs = [model(pixel_values=frame[None], **asked) for frame in frames]
     assert all(output.hidden_states is not None for output in outputs) and not engine_of(model).graphs.groups
+
+
+def test_hidden_states_between_recorded_frames(clock):
+    """Each change of what is asked for is a key frame; caches that a graph does not know are not read after it."""
+    model, frames = tiny("clip").double(), clip(frames=14, changed=3).double()
+    asks = [number in (5, 6, 12) for number in range(14)]
+
+    def outputs(**settings):
+        neuroflow.enable_cache(model, config(**settings))
+        found, keys = [], []
+        for frame, asked in zip(frames, asks, strict=True):
+            with torch.inference_mode():
+                output = model(pixel_values=frame[None], output_hidden_states=asked)
+            found += [output.last_hidden_state, *(output.hidden_states if asked else ())]
+            keys.append(bool(neuroflow.summary(model).streams["default"].active.all()))
+        groups = engine_of(model).graphs and engine_of(model).graphs.groups
+        neuroflow.disable_cache(model)
+        return found, keys, groups
+
+    with pytest.warns(RuntimeWarning, match="other hidden states or feature maps are asked for"):
+        recorded, keys, groups = outputs()
+        eager, _, _ = outputs(engine="eager")
+    assert [number for number, key in enumerate(keys) if key] == [0, 5, 7, 12, 13]
+    assert groups
+    for ours, theirs in zip(recorded, eager, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
 def test_another_size_has_graphs_of_its_own(clock):

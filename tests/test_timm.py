@@ -11,12 +11,18 @@ from pathlib import Path
 import neuroflow
 import pytest
 import torch
-from models import TIMM, clip, exact, tiny, vit_tiny
+from models import TIMM, OldRows, clip, exact, tiny, vit_tiny
 from neuroflow.adapters import describe
 from test_families import smooth_clip
 from test_vit_tiny import photograph
 from torch import nn
-from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
+from transformers import (
+    TimmBackbone,
+    TimmBackboneConfig,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperModel,
+)
 
 INSTALLED = bool(find_spec("timm") and find_spec("torchvision"))
 BESIDE = Path(sys.prefix, "timm")
@@ -75,16 +81,97 @@ def test_forward_features_takes_sparse_frames(family):
     assert streams["tokens"].active.sum() == streams["output"].active.sum() == 4
 
 
-@needs_timm
-def test_forward_intermediates_runs_unpatched():
-    model, frames = tiny("timm dinov2"), clip(frames=2)
+def assert_keeps_old_rows(model, run, frames):
+    """`run` of partial frames is that of a tower whose blocks keep their old tokens; the same frame again is dense."""
     with torch.inference_mode():
-        dense = [model.forward_intermediates(frame) for frame in frames.split(1)]
+        dense = run(frames[:1])
         neuroflow.enable_cache(model, exact(threshold=1e-4))
-        for frame, (tokens, maps) in zip(frames.split(1), dense, strict=True):
-            model(frame)
-            ours, our_maps = model.forward_intermediates(frame)
-            assert ours.equal(tokens) and all(one.equal(other) for one, other in zip(our_maps, maps, strict=True))
+        sparse, active = [run(frames[:1])], [torch.ones(6, 6, dtype=torch.bool)]
+        torch.testing.assert_close(sparse[0], dense, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(run(frames[:1]), dense, rtol=1e-9, atol=1e-9)
+        for frame in frames[1:].split(1):
+            sparse.append(run(frame))
+            active.append(neuroflow.summary(model).streams["default"].active)
+        neuroflow.disable_cache(model)
+        reference = OldRows(describe(model))
+        for frame, ours, reference.active in zip(frames.split(1), sparse, active, strict=True):
+            torch.testing.assert_close(ours, run(frame), rtol=1e-9, atol=1e-9)
+    assert 0 < active[-1].sum() < 36
+
+
+@needs_timm
+@pytest.mark.parametrize(
+    "options", [{}, {"indices": [0, 2], "norm": True}, {"indices": 1, "output_fmt": "NLC"}], ids=str
+)
+@pytest.mark.parametrize("family", ["timm vit", "timm dinov2", "timm dinov3", "timm rope mixed"])
+def test_forward_intermediates_takes_sparse_frames(family, options):
+    model = tiny(family).double()
+
+    def run(frame):
+        tokens, maps = model.forward_intermediates(frame, **options)
+        return [tokens, *maps]
+
+    assert_keeps_old_rows(model, run, clip(frames=4).double())
+
+
+@needs_timm
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_backbone_of_timm_inside_of_transformers(norm):
+    sizes = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 5, "num_heads": 4}
+    config = TimmBackboneConfig(backbone="vit_tiny_patch16_224", out_indices=[1, 3], use_pretrained_backbone=False)
+    model = TimmBackbone(config, **sizes).eval().double()
+    model._backbone.norm = norm
+    if norm:
+        model._backbone.model.norm = nn.LayerNorm(64).double()
+    assert_keeps_old_rows(model, lambda frame: [*model(frame).feature_maps], clip(frames=4).double())
+    neuroflow.enable_cache(model)
+    with torch.inference_mode():
+        output = model(clip(frames=1).double())
+        assert describe(model).embedding(output).shape == (1, 64)
+
+
+@needs_timm
+def test_hidden_states_of_transformers_wrapper():
+    config = TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", model_args={"depth": 3, "img_size": 48, "patch_size": 8}
+    )
+    model = TimmWrapperModel(config).eval().double()
+
+    def run(frame):
+        output = model(pixel_values=frame, output_hidden_states=True)
+        return [output.last_hidden_state, *output.hidden_states]
+
+    assert_keeps_old_rows(model, run, clip(frames=4).double())
+
+
+@needs_timm
+def test_intermediates_that_stop_early_are_whole_frames():
+    """Blocks behind them see nothing of such a frame, and must not go on from what they have of the one before."""
+    model, frames = tiny("timm dinov2"), clip(frames=4)
+    with torch.inference_mode():
+        dense = [model.forward_intermediates(frame, [1], stop_early=True)[1][0] for frame in frames.split(1)]
+        last = model(frames[3:])
+        neuroflow.enable_cache(model, exact(threshold=1e-4))
+        with pytest.warns(RuntimeWarning, match="went through 2 of 4 blocks"):
+            for frame, theirs in zip(frames.split(1), dense, strict=True):
+                ours = model.forward_intermediates(frame, [1], stop_early=True)[1][0]
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        with pytest.warns(RuntimeWarning, match="other hidden states or feature maps are asked for"):
+            torch.testing.assert_close(model(frames[3:]), last, rtol=0, atol=1e-5)
+
+
+@needs_timm
+def test_architecture_b_has_no_intermediates():
+    model, frame = tiny("timm dinov2"), clip(frames=1)
+    with torch.inference_mode():
+        dense, _ = model.forward_intermediates(frame)
+        neuroflow.enable_cache(model, exact(arch="B", threshold=1e-4))
+        model(frame)
+        with pytest.warns(
+            RuntimeWarning, match="arch 'active' has no feature maps of all patches; .* run unpatched"
+        ) as said:
+            assert model.forward_intermediates(frame)[0].equal(dense)
+    assert len(said) == 1
 
 
 @needs_timm

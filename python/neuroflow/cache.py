@@ -2,7 +2,8 @@
 
 A patched tower runs its own forward. The engine stands at a few points of it: it reads the patch projection, packs the
 active tokens in front of a block [S, T, D] -> [1, M, D], serves attention and MLP from caches, and scatters the encoded
-tokens back after the last module that takes each by itself. An architecture is a choice of points:
+tokens back after the last module that takes each by itself, and after blocks whose output is wanted of all patches (as
+hidden states or feature maps). An architecture is a choice of points:
 
     mlp       packs in front of each MLP and restores after it
     active    packs in front of the first block; the rest is gone
@@ -14,11 +15,12 @@ With every patch active nothing is packed and the tower runs as it would unpatch
 CPU packed tokens go through `linear_rows` and `attend_rows` where those have fast kernels.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,27 @@ from .streams import StreamCache
 ATTENTION = "neuroflow"
 DEFAULT_STREAM = "default"
 DENSE_PROJECTION = 0.75  # of the patches; above it, picking out the changed ones gains nothing
+
+
+def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments of a call by name, defaults and those behind ** too."""
+    complete = inspect.BoundArguments(bound.signature, bound.arguments.copy())
+    complete.apply_defaults()
+    rest = next((each for each in bound.signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
+    return complete.arguments | ({} if rest is None else complete.arguments[rest.name])
+
+
+def blocks_of_hidden_states(asked: bool | int | Iterable[int] | None, depth: int) -> set[int]:
+    """The blocks that give the hidden states which `output_hidden_states` asks for.
+
+    That may be numbers: of hidden states, of which 0 is what the first block takes, also counted from the last; up to
+    transformers 5.20 at least, of blocks.
+    """
+    if not asked or asked is True:
+        return set(range(depth)) if asked else set()
+    numbers = [asked] if isinstance(asked, int) else asked
+    blocks = {block for number in numbers for block in ((number - 1, number) if number >= 0 else (number + depth,))}
+    return blocks & set(range(depth))
 
 
 class Engine:
@@ -88,13 +111,16 @@ class Engine:
                 f"arch is 'active'; {type(anatomy.tower).__name__} makes a map of all patches, so accepted is one that "
                 "serves the others too: 'context', 'dual', 'midlayer' or 'mlp'"
             )
+        # Blocks up to this one run on all tokens; the output of the last may be all that the rest of the tower sees.
+        self.first_packed = {"mlp": depth, "midlayer": self.mid_layer + 1}.get(config.arch, 0)
+        self.final = depth - 1 if anatomy.last is anatomy.layers[-1] else None
         # What the pooled output reads in the last blocks tells best what it reads of a patch altogether.
         self.watched = (
             range(depth - max(depth // 3, 1), depth) if anatomy.prefix and config.score == "staleness" else ()
         )
         self.signatures = {entry: inspect.signature(getattr(anatomy.tower, entry)) for entry in anatomy.entries}
         self.layer_of = {module: layer for layer, module in enumerate(anatomy.attentions)}
-        self.attention_name: str | None = None
+        self.configs: dict[nn.Module, Any] = {}  # of attentions that call transformers' interface, the model's own
         self.adopted = False  # patched by itself, as its attention implementation asked for
         self.kept: dict[Hashable, tuple[list, Any]] = {}  # by `derived`
         self.ladders: dict[torch.device, torch.Tensor] = {}
@@ -103,6 +129,7 @@ class Engine:
         self.streams = streams
         self.named: ContextVar[tuple[Hashable, ...]] = ContextVar("neuroflow_streams", default=(DEFAULT_STREAM,))
         self.numbered: ContextVar[tuple[int, ...] | None] = ContextVar("neuroflow_frame_ids", default=None)
+        self.unpatched: ContextVar[bool] = ContextVar("neuroflow_unpatched", default=False)
         self._warned: set[str] = set()
 
     def points(self) -> list[tuple[nn.Module, str, Callable]]:
@@ -115,7 +142,8 @@ class Engine:
             points.append((module, method, lambda *args, to=override, **kwargs: self.on_override(to, *args, **kwargs)))
         if anatomy.rotary is not None:  # inside of what packs
             points += [(layer, "forward", self.on_rotary) for layer in anatomy.layers]
-        points.append((anatomy.layers[0], "forward", self.on_first_layer))
+        for layer, block in enumerate(anatomy.layers):
+            points.append((block, "forward", lambda *args, layer=layer, **kw: self.on_layer(layer, *args, **kw)))
         if anatomy.projection is not None:
             points.append((anatomy.projection, "forward", self.on_projection))
         for table in anatomy.tables:
@@ -142,12 +170,8 @@ class Engine:
             for layer, (first, last) in enumerate(anatomy.mlps):
                 points.append((first, "forward", self.on_mlp_input))
                 points.append((last, "forward", lambda *args, layer=layer: self.on_mlp_output(layer, *args)))
-        else:
+        elif self.final is None:
             points.append((anatomy.last, "forward", self.on_last))
-            for number, module in enumerate(anatomy.readers):
-                points.append((module, "forward", lambda *args, number=number: self.on_reader(number, *args)))
-        if arch == "midlayer":
-            points.append((anatomy.layers[self.mid_layer + 1], "forward", self.on_later_layer))
         return points
 
     @property
@@ -160,6 +184,15 @@ class Engine:
             self._warned.add(message)
             warnings.warn(f"neuroflow: {message}", RuntimeWarning, stacklevel=2)
 
+    @contextlib.contextmanager
+    def runs_unpatched(self) -> Iterator[None]:
+        """A block in which the tower is meant to run as it would unpatched."""
+        token = self.unpatched.set(True)
+        try:
+            yield
+        finally:
+            self.unpatched.reset(token)
+
     @torch.compiler.disable(reason="which patches are encoded, and so every shape, is decided frame by frame")
     def on_tower(self, entry: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         if current_frame.get() is not None and current_frame.get().engine is self:
@@ -171,35 +204,51 @@ class Engine:
             )
         signature, names = self.signatures[entry], self.named.get()
         bound = signature.bind(*args, **kwargs)
-        arguments = bound.arguments
+        arguments = by_name(bound)
         name = next(iter(signature.parameters))
         if not isinstance(arguments.get(name), torch.Tensor):
             raise ValueError(f"{name} is {arguments.get(name)!r}; accepted is a tensor, one frame of each stream")
-        grids = self.anatomy.grids(arguments)
+        grids, read = self.anatomy.grids(arguments), frozenset(self.anatomy.reads(arguments))
+        if self.config.arch == "active" and read:
+            self.warn_once("arch 'active' has no feature maps of all patches; calls that ask for them run unpatched")
+            with self.runs_unpatched():
+                return forward(*args, **kwargs)
         if len(grids) != len(names):
             if self.adopted and names == (DEFAULT_STREAM,):
                 self.warn_once(f"{name} holds {len(grids)} frames of streams without names; such batches run unpatched")
-                return forward(*args, **kwargs)
+                with self.runs_unpatched():
+                    return forward(*args, **kwargs)
             raise ValueError(
                 f"{name} holds {len(grids)} frames, and the context names {len(names)} stream(s); accepted is one "
                 "frame of each stream: neuroflow.encode(model, pixels, stream_ids=[...]) names them"
             )
         order = None if self.anatomy.order is None else self.anatomy.order(arguments)
+        hidden = arguments.get("output_hidden_states")
+        if hidden is None:
+            hidden = getattr(getattr(self.anatomy.tower, "config", None), "output_hidden_states", None)
+        asked = read | blocks_of_hidden_states(hidden, len(self.anatomy.layers))
         with self.streams.used(names, [rows * columns for rows, columns in grids]) as states, torch.no_grad():
             self._note_gaps(states)
+            self._note_asked(states, asked)
             surprises = None
             if self.graphs is not None:
-                output, surprises = self.graphs.run(entry, forward, bound, states, grids)
+                output, surprises = self.graphs.run(entry, forward, bound, states, grids, asked)
                 if output is not None:
                     return output
-            frame = Frame(self, states, grids, order, surprises)
+            frame = Frame(self, states, grids, order, surprises, asked)
             token = current_frame.set(frame)
             try:
                 output = forward(*args, **kwargs)
             finally:
                 current_frame.reset(token)
+            whole = frame.blocks == len(self.anatomy.layers)
+            if not whole:
+                self.warn_once(
+                    f"a frame went through {frame.blocks} of {len(self.anatomy.layers)} blocks, so that later blocks "
+                    "know nothing of it; the one after it is a key frame"
+                )
             for state, finite, attention in zip(states, frame.finite, frame.attention, strict=True):
-                state.valid = finite
+                state.valid = finite and whole
                 if attention is not None:
                     state.heed(attention)
         if frame.unmeasured is not None:
@@ -218,6 +267,22 @@ class Engine:
                     f"stream {state.name!r}: frames are missing or out of order; what follows is a key frame"
                 )
             state.frame_id = frame_id
+
+    def _kept(self, asked: frozenset[int]) -> frozenset[int]:
+        """Of the blocks whose output is wanted of all patches, those that a cache is kept for beside the output's."""
+        if self.config.arch == "active":
+            return frozenset()
+        return frozenset(layer for layer in asked if layer >= self.first_packed and layer != self.final)
+
+    def _note_asked(self, states: list[StreamState], asked: frozenset[int]) -> None:
+        """A frame of which other blocks' output is wanted than of the last one of its stream is a key frame."""
+        for state in states:
+            if state.signature is not None and state.hidden != self._kept(asked):
+                state.valid = False
+                self.warn_once(
+                    f"stream {state.name!r}: other hidden states or feature maps are asked for than of its last frame; "
+                    "it starts over with a key frame"
+                )
 
     def on_projection(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
         frame = current_frame.get()
@@ -294,22 +359,31 @@ class Engine:
             self.kept[key] = weights, compute()
         return self.kept[key][1]
 
-    def on_first_layer(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def on_layer(self, layer: int, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame.get()
-        if frame is not None:
+        if frame is None:
+            if layer == 0 and not self.unpatched.get():
+                self.warn_once(
+                    f"{type(self.anatomy.tower).__name__} is patched, and frames went past what is: accepted are calls "
+                    f"of its {', '.join(self.anatomy.entries)}; others run as without a patch"
+                )
+            return forward(tokens, *args, **kwargs)
+        if layer == 0:
             if isinstance(frame, StaticFrame):
                 tokens = frame.gate(frame, tokens)
             else:
                 self._gate(frame, tokens)
                 if frame.unmeasured is not None:
                     frame.first_block = tokens, lambda tokens: forward(tokens, *args, **kwargs)
-            if self.config.arch in ("active", "dual", "context"):
-                tokens = self._pack(frame, tokens)
-        return forward(tokens, *args, **kwargs)
-
-    def on_later_layer(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        frame = current_frame.get()
-        return forward(tokens if frame is None else self._pack(frame, tokens), *args, **kwargs)
+        if layer == self.first_packed and frame.partial:
+            frame.packed, tokens = True, frame.pack(tokens)
+        elif frame.packed:
+            tokens = frame.repacked(tokens)
+        frame.blocks = layer + 1
+        result = forward(tokens, *args, **kwargs)
+        if layer >= self.first_packed and layer in (*frame.asked, self.final):
+            return self._of_all(frame, "output" if layer == self.final else ("hidden", layer), result)
+        return result
 
     def on_linear(self, module: nn.Linear, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
         frame = current_frame.get()
@@ -348,24 +422,23 @@ class Engine:
         frame.store(("increment", layer), increments)
         return frame.restored(("increment", layer)) if frame.partial else increments
 
-    def on_last(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        frame, result = current_frame.get(), forward(*args, **kwargs)
-        if frame is None:
-            return result
+    def on_last(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        frame = current_frame.get()
+        if frame is None or frame.blocks < len(self.anatomy.layers):  # of a feature map
+            return forward(tokens, *args, **kwargs)
+        if frame.packed:
+            tokens = frame.repacked(tokens)
+        return self._of_all(frame, "output", forward(tokens, *args, **kwargs))
+
+    def _of_all(self, frame: Frame, name: Hashable, result: Any) -> Any:
+        """What a block or the last norm gave, of all tokens: those it did not encode as the cache `name` has them."""
         outputs = result[0] if isinstance(result, tuple) else result
         if self.config.arch != "active":
-            frame.store("output", outputs, self.config.blend)
+            frame.store(name, outputs, self.config.blend)
         if not frame.packed:
             return result
-        outputs = frame.pad(outputs) if self.config.arch == "active" else frame.restored("output")
+        outputs = frame.shown(name, outputs)
         return (outputs, *result[1:]) if isinstance(result, tuple) else outputs
-
-    def on_reader(self, number: int, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
-        frame = current_frame.get()
-        if frame is None or (frame.partial and tokens.shape == frame.shape):
-            return forward(tokens)  # not packed yet, or no longer
-        frame.store(("read", number), tokens, self.config.blend)
-        return forward(frame.restored(("read", number)) if frame.packed else tokens)
 
     def on_pool(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame.get()
@@ -436,8 +509,10 @@ class Engine:
             [S, T, heads, head_dim], or [1, rows of all streams, heads, head_dim] when packed or by `product`; and
             attention weights or None.
         """
-        name = "sdpa" if self.attention_name == ATTENTION else self.attention_name
-        attention = ALL_ATTENTION_FUNCTIONS.get(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
+        name = getattr(self.configs.get(module), "_attn_implementation", ATTENTION)
+        attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if name != ATTENTION:
+            attention = ALL_ATTENTION_FUNCTIONS.get(name, attention)
         context, layer = self.config.arch == "context", self.layer_of[module]
         if frame.packed and frame.rounded and query.dtype == torch.float32:
             rounded = (heads.bfloat16() for heads in (query, key, value))
@@ -476,20 +551,14 @@ class Engine:
                 outputs.append(attention(module, queries, keys, values, None, **kwargs)[0])
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None
 
-    def _pack(self, frame: Frame, tokens: torch.Tensor) -> torch.Tensor:
-        if not frame.partial:
-            return tokens
-        frame.packed = True
-        return frame.pack(tokens)
-
     def _gate(self, frame: Frame, tokens: torch.Tensor) -> None:
         """Choose each stream's active patches, move the references on, and account for it."""
         prefix = self.anatomy.prefix
         signals = self.signals(frame, tokens)
         surprises = frame.surprises  # [N] each, None for a key frame
         if surprises is None:
-            of_streams = zip(frame.states, signals, frame.grids, strict=True)
-            surprises = [self._surprise(state, h, grid) for state, h, grid in of_streams]
+            of_streams, kept = zip(frame.states, signals, frame.grids, strict=True), self._kept(frame.asked)
+            surprises = [self._surprise(state, h, grid, kept) for state, h, grid in of_streams]
         chosen = self._choose(frame, surprises)
         if crossover.is_above(frame, tokens, chosen):
             chosen = [None] * len(chosen)
@@ -523,7 +592,7 @@ class Engine:
             return signals
         return [h[:, order.argsort()] for h, order in zip(signals, frame.order, strict=True)]
 
-    def _surprise(self, state: StreamState, h: torch.Tensor, grid: Grid) -> torch.Tensor | None:
+    def _surprise(self, state: StreamState, h: torch.Tensor, grid: Grid, kept: frozenset[int]) -> torch.Tensor | None:
         """One stream's surprise [N] at its patches h [1, N, D]; None where it needs a key frame.
 
         Moves averages on.
@@ -534,8 +603,9 @@ class Engine:
             self.warn_once(f"stream {state.name!r} changed from {before} to {now}; it starts over with a key frame")
         comparable = self.is_steady(state) and state.signature == signature
         state.valid = False
-        if state.signature != signature:
+        if state.signature != signature or state.hidden != kept:
             state.start_over(signature, grid, h.device)
+            state.hidden = kept
         return self.surprise(h, state.tensors)[0] if comparable else None
 
     def is_steady(self, state: StreamState) -> bool:

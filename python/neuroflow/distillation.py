@@ -24,7 +24,7 @@ from torch import nn
 
 from .adapters import Anatomy, describe
 from .adapters.anatomy import interpolation
-from .cache import Engine
+from .cache import Engine, by_name
 from .config import ARCHITECTURES, NeuroFlowConfig
 from .frame import Frame, current_frame, split
 from .models import ClassHead
@@ -209,7 +209,7 @@ class Student(Engine):
     def on_tower(self, entry: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         if current_frame.get() is not None:
             return forward(*args, **kwargs)
-        arguments = self.signatures[entry].bind(*args, **kwargs).arguments
+        arguments = by_name(self.signatures[entry].bind(*args, **kwargs))
         grids = self.anatomy.grids(arguments)
         order = None if self.anatomy.order is None else self.anatomy.order(arguments)
         frame = Steps(self, [StreamState(STREAM) for _ in grids], grids, order)
@@ -280,7 +280,7 @@ class Distillation:
             raise ValueError(
                 f"{type(model).__name__} has no pooled output; accepted is a model with a pooling head or a CLS token"
             )
-        if anatomy.readers:
+        if anatomy.reads({}):
             raise ValueError(
                 f"{type(model).__name__} makes features between its blocks, which distillation does not serve"
             )

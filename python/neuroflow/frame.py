@@ -42,6 +42,7 @@ class Frame:
         grids: list[Grid],
         order: list[torch.Tensor] | None,
         surprises: list[torch.Tensor] | None = None,
+        asked: frozenset[int] = frozenset(),
     ) -> None:
         self.engine = engine
         self.states = states
@@ -53,6 +54,9 @@ class Frame:
         self.projected: torch.Tensor | None = None
         self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
         self.surprises = surprises  # [N] of each stream, where they are known beforehand
+        self.asked = asked  # numbers of the blocks whose output is wanted of all tokens
+        self.blocks = 0  # that it went through so far
+        self.last_shown: tuple[torch.Tensor, torch.Tensor] | None = None  # by `shown`, and packed
         self.attention: list[torch.Tensor | None] = [None] * len(states)  # [N] of each stream, that its patches got
         self.finite: list[bool] = []
         self.whole: list[bool] = []  # of each stream, whether all its tokens are encoded
@@ -105,6 +109,17 @@ class Frame:
     def pack(self, tokens: torch.Tensor) -> torch.Tensor:
         """All tokens -> [1, M, D]"""
         return gather_rows(tokens.flatten(0, -2)[None], self.index, self.cu_seqlens, self.index.numel())[None]
+
+    def shown(self, name: Hashable, tokens: torch.Tensor) -> torch.Tensor:
+        """Packed tokens among all others in the cache `name`, or padded where nothing is kept; see `repacked`."""
+        everything = self.pad(tokens) if self.engine.config.arch == "active" else self.restored(name)
+        self.last_shown = everything, tokens
+        return everything
+
+    def repacked(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The packed tokens behind `tokens`, if they are those that were shown."""
+        everything, packed = self.last_shown or (None, None)
+        return packed if tokens is everything else tokens
 
     def pack_positions(self, value: Any) -> Any:
         """The value of the blocks' argument for rotary positions, for the packed tokens."""

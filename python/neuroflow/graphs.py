@@ -227,7 +227,8 @@ class Group:
         self.gated: Gated | None = None
         self.encoders: dict[int, Recorded] = {}
         self.held_bytes = 0  # by its graphs
-        self.dense_seconds = seconds(lambda: forward(*bound.args, **bound.kwargs), device)
+        with engine.runs_unpatched():
+            self.dense_seconds = seconds(lambda: forward(*bound.args, **bound.kwargs), device)
         self.patches = self.slab.age.numel()
         self.timed = engine.config.dense_above is None
         self.dense_above = 1.0 if self.timed else engine.config.dense_above
@@ -340,7 +341,13 @@ class Graphs:
         self.lock = threading.RLock()
 
     def run(
-        self, entry: str, forward: Callable, bound: BoundArguments, states: list[StreamState], grids: list[Grid]
+        self,
+        entry: str,
+        forward: Callable,
+        bound: BoundArguments,
+        states: list[StreamState],
+        grids: list[Grid],
+        asked: frozenset[int],
     ) -> tuple[Any, list[torch.Tensor] | None]:
         """The tower's output; or None, where the pass is to be run as it is, and each stream's surprise if known."""
         frames = bound.args[0]
@@ -348,7 +355,7 @@ class Graphs:
             return None, None
         key = None
         try:
-            key = self._key(entry, bound, states, grids)
+            key = self._key(entry, bound, states, grids, asked)
             if key in self.refused:
                 return None, None
             with self.lock, torch.cuda.device_of(frames):
@@ -401,7 +408,14 @@ class Graphs:
         self.groups[key] = group
         return group
 
-    def _key(self, entry: str, bound: BoundArguments, states: list[StreamState], grids: list[Grid]) -> Hashable:
+    def _key(
+        self,
+        entry: str,
+        bound: BoundArguments,
+        states: list[StreamState],
+        grids: list[Grid],
+        asked: frozenset[int],
+    ) -> Hashable:
         """What must be the same for a pass to be recorded with another.
 
         Raises:
@@ -417,11 +431,13 @@ class Graphs:
             raise Unrecordable("arch 'active' pads its output to the longest stream")
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(rest)):
             raise Unrecordable("the tower takes tensors beside the frames")
+        # Releases of transformers before 5 leave a tower that ends behind the gate collecting these for good.
+        if asked:
+            raise Unrecordable("hidden states or feature maps are asked for")
         named = bound.arguments | next((held for held in bound.arguments.values() if isinstance(held, dict)), {})
-        for name in ("output_hidden_states", "output_attentions"):
-            if named.get(name) or getattr(anatomy.tower.config, name, None):
-                # Releases of transformers before 5 leave a tower that ends behind the gate collecting them for good.
-                raise Unrecordable(f"{name} is asked for")
+        model_config = getattr(anatomy.tower, "config", None)
+        if named.get("output_attentions") or getattr(model_config, "output_attentions", None):
+            raise Unrecordable("output_attentions is asked for")
         kind = frames.device.type
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         names = tuple(state.name for state in states)

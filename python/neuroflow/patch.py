@@ -1,7 +1,9 @@
 """Patching a model in place: on the instance, never on the class, and undone without a trace."""
 
 import contextlib
+import copy
 import functools
+import inspect
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import describe
+from .adapters import describe, towers
 from .cache import ATTENTION, Engine
 from .config import NeuroFlowConfig
 from .state import StreamSummary, Summary
@@ -19,25 +21,55 @@ from .weights import distilled_config, load_weights, twins
 _ENGINE = "_neuroflow_engine"
 
 
-def engine_of(model: nn.Module) -> Engine:
-    """The engine behind a patched model.
-
-    Raises:
-        RuntimeError: the model is not patched. TypeError: a model that no adapter knows.
-    """
-    engine = vars(describe(model).tower).get(_ENGINE)
-    if engine is None:
-        raise RuntimeError(f"{type(model).__name__} is not patched; call neuroflow.enable_cache(model) first")
-    return engine
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Whether `enable_cache` is in force.
+def _engines(model: nn.Module) -> list[Engine]:
+    """The engines behind the patched towers of a model, if there are any.
 
     Raises:
         TypeError: a model that no adapter knows.
     """
-    return _ENGINE in vars(describe(model).tower)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    engines = [vars(module)[_ENGINE] for module in modules if _ENGINE in vars(module)]
+    if not engines:
+        towers(model)
+    return engines
+
+
+def engines_of(model: nn.Module) -> list[Engine]:
+    """The engines behind a patched model, one for each patched tower.
+
+    Raises:
+        RuntimeError: the model is not patched. TypeError: a model that no adapter knows.
+    """
+    engines = _engines(model)
+    if not engines:
+        raise RuntimeError(f"{type(model).__name__} is not patched; call neuroflow.enable_cache(model) first")
+    return engines
+
+
+def engine_of(model: nn.Module) -> Engine:
+    """The engine behind a model of which one tower is patched.
+
+    Raises:
+        RuntimeError: the model is not patched. TypeError: a model that no adapter knows. ValueError: several of its
+            towers are patched.
+    """
+    engines = engines_of(model)
+    if len(engines) > 1:
+        names = ", ".join(repr(name) for name, (tower, _) in towers(model).items() if _ENGINE in vars(tower))
+        raise ValueError(
+            f"model is a {type(model).__name__} of which {len(engines)} towers are patched; accepted is one of them: "
+            f"model.get_submodule(...) with {names}"
+        )
+    return engines[0]
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `enable_cache` is in force, for one of the model's towers at least.
+
+    Raises:
+        TypeError: a model that no adapter knows.
+    """
+    return bool(_engines(model))
 
 
 def enable_cache(
@@ -45,13 +77,16 @@ def enable_cache(
     config: NeuroFlowConfig | str | Path | None = None,
     streams: StreamCache | None = None,
     weights: str | Path | None = None,
+    tower: str | None = None,
 ) -> None:
     """Patch `model`'s vision tower in place, so that only surprising patches are encoded.
 
-    The model is called as before and returns its own output class. It runs without gradients, attention weights are not
-    returned for partial frames (an "eager" attention implementation becomes "sdpa"), and hidden states of a partial
-    frame are those of its active tokens, packed [1, M, D]. Under "active" (B) so is the last one, [S, most active, D],
-    padded with zeros: what averages it outside of the tower has to leave those out.
+    The model is called as before and returns its own output class. It runs without gradients, and attention weights are
+    not returned for partial frames (an "eager" attention implementation becomes "sdpa"). Hidden states and feature maps
+    are of all patches: those that a frame does not encode keep what their last encoding gave there. Each block that is
+    asked for is a cache more, and a stream that is asked for others than in its last frame begins anew with a key
+    frame. Under "active" (B) hidden states are of the active tokens alone, as the output is: [S, most active, D],
+    padded with zeros, which what averages them outside of the tower has to leave out.
 
     Args:
         model: a model with a vision tower of one of `supported_models()`, in evaluation mode.
@@ -60,12 +95,14 @@ def enable_cache(
         streams: keeps the streams within its limits; by default there are none.
         weights: a file that `neuroflow distill` wrote for this model. Partial frames are encoded with these, on the
             device and of the dtype that the model now has; whole frames with the model's own, which stay as they are.
+        tower: the name of the tower in the model, where it has several; each is patched by a call of its own, and one
+            that is not runs as before. `summary`, `save_state` and `load_state` take one tower then, not the model.
 
     Raises:
         TypeError: a model that no adapter knows. AttributeError: its adapter names a method that is not there.
         RuntimeError: the model is patched with another configuration, other limits or other weights. ValueError: an
-            architecture or a `mid_layer` that the model cannot have, a file that holds no configuration, or weights
-            that are not this model's.
+            architecture or a `mid_layer` that the model cannot have, a file that holds no configuration, weights that
+            are not this model's, several towers and no name, or the name of none.
     """
     weights = None if weights is None else Path(weights)
     if config is None:
@@ -75,7 +112,7 @@ def enable_cache(
     if not isinstance(config, NeuroFlowConfig):
         accepted = "a neuroflow.NeuroFlowConfig, or the path of a saved one"
         raise TypeError(f"config is {config!r} ({type(config).__name__}); accepted is {accepted}")
-    anatomy = describe(model)
+    anatomy = describe(model, tower)
     patched = vars(anatomy.tower).get(_ENGINE)
     if patched is not None:
         if (patched.config, patched.weights) == (config, weights) and streams in (None, patched.streams):
@@ -96,31 +133,39 @@ def install(engine: Engine) -> None:
     for module, method, _ in points:
         getattr(module, method)  # all are there before any is replaced
     for module, method, replacement in points:
-        setattr(module, method, functools.partial(replacement, getattr(module, method)))
+        original = getattr(module, method)
+        patched = functools.partial(replacement, original)
+        patched.__signature__ = inspect.signature(original)  # by which callers choose what they pass
+        setattr(module, method, patched)
     if anatomy.attention is None:
-        model_config = anatomy.attentions[0].config
-        engine.attention_name = model_config._attn_implementation
-        model_config._attn_implementation = ATTENTION
+        for module in anatomy.attentions:  # each its own, as towers may share one
+            engine.configs[module] = module.config
+            module.config = copy.copy(module.config)
+            module.config._attn_implementation = ATTENTION
     setattr(anatomy.tower, _ENGINE, engine)
 
 
 def disable_cache(model: nn.Module) -> None:
-    """Undo `enable_cache` and drop every stream; does nothing to a model that is not patched.
+    """Undo `enable_cache`, for every tower of the model, and drop every stream.
+
+    Does nothing to a model that is not patched.
 
     Raises:
         TypeError: a model that no adapter knows.
     """
-    engine = vars(describe(model).tower).get(_ENGINE)
-    if engine is None:
-        return
+    for engine in _engines(model):
+        _uninstall(engine)
+
+
+def _uninstall(engine: Engine) -> None:
     for module, method, _ in reversed(engine.points()):
         # A class's own method comes back by removing the instance's.
         original = getattr(module, method).args[0]
         delattr(module, method)
         if getattr(module, method) != original:
             setattr(module, method, original)
-    if engine.anatomy.attention is None:
-        engine.anatomy.attentions[0].config._attn_implementation = engine.attention_name
+    for module, config in engine.configs.items():
+        module.config = config
     delattr(engine.anatomy.tower, _ENGINE)
 
 
@@ -128,19 +173,20 @@ def disable_cache(model: nn.Module) -> None:
 def cache_context(model: nn.Module, *streams: Hashable) -> Iterator[None]:
     """Name the stream that the frames inside the block belong to; several names for a batch, one a frame, in order.
 
+    They hold for every patched tower of the model, each of which has streams of its own.
+
     Without a context a batch of one frame belongs to the stream "default". Contexts are local to a thread or task.
 
     Raises:
         RuntimeError: the model is not patched. ValueError: no name, or one name twice.
     """
-    engine = engine_of(model)
+    engines = engines_of(model)
     if not streams or len(set(streams)) < len(streams):
         raise ValueError(f"streams is {streams!r}; accepted is at least one name, each only once")
-    token = engine.named.set(streams)
-    try:
+    with contextlib.ExitStack() as stack:
+        for engine in engines:
+            stack.callback(engine.named.reset, engine.named.set(streams))
         yield
-    finally:
-        engine.named.reset(token)
 
 
 def encode(
@@ -171,13 +217,12 @@ def encode(
         raise ValueError(
             f"frame_ids holds {len(frame_ids)} numbers for {len(stream_ids)} streams; accepted is one each"
         )
-    engine = engine_of(model)
-    token = engine.numbered.set(None if frame_ids is None else tuple(frame_ids))
-    try:
-        with cache_context(model, *stream_ids):
-            return model(pixels, **kwargs) if model is engine.anatomy.tower else model(pixel_values=pixels, **kwargs)
-    finally:
-        engine.numbered.reset(token)
+    with contextlib.ExitStack() as stack:
+        for engine in engines_of(model):
+            stack.callback(engine.numbered.reset, engine.numbered.set(None if frame_ids is None else tuple(frame_ids)))
+        stack.enter_context(cache_context(model, *stream_ids))
+        is_tower = _ENGINE in vars(model)
+        return model(pixels, **kwargs) if is_tower else model(pixel_values=pixels, **kwargs)
 
 
 def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
@@ -189,23 +234,23 @@ def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
     Raises:
         RuntimeError: the model is not patched. KeyError: a stream that was never seen.
     """
-    engine = engine_of(model)
-    if stream is None:
-        engine.streams.close(name for name, _ in engine.streams.items())
-        engine.kept.clear()
-    elif stream in engine.streams:
-        engine.streams.close([stream])
-    else:
-        raise KeyError(f"stream is {stream!r}; known are {[name for name, _ in engine.streams.items()]}")
-    if engine.graphs is not None:
-        engine.graphs.prune()
+    engines = engines_of(model)
+    names = dict.fromkeys(name for engine in engines for name, _ in engine.streams.items())
+    if stream is not None and stream not in names:
+        raise KeyError(f"stream is {stream!r}; known are {list(names)}")
+    for engine in engines:
+        engine.streams.close(names if stream is None else [stream])
+        if stream is None:
+            engine.kept.clear()
+        if engine.graphs is not None:
+            engine.graphs.prune()
 
 
 def summary(model: nn.Module) -> Summary:
     """What every stream has skipped so far and holds, and from which share on passes run dense.
 
     Raises:
-        RuntimeError: the model is not patched.
+        RuntimeError: the model is not patched. ValueError: several of its towers are.
     """
     engine = engine_of(model)
     streams = {

@@ -92,6 +92,7 @@ def _state(
     for name in (*PATCHES, "skipped"):
         setattr(state, name, own.pop(name, None))
     state.tensors = {_key(text): tensor for text, tensor in own.items()}
+    state.hidden = frozenset(key[1] for key in state.tensors if key[0] == "hidden")
     return state
 
 

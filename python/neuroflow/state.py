@@ -43,6 +43,7 @@ class StreamState:
         self.signature: tuple | None = None
         self.grid: Grid = (0, 0)
         self.tensors: dict[Hashable, torch.Tensor] = {}
+        self.hidden: frozenset[int] = frozenset()  # numbers of the blocks whose output it keeps
         self.age: torch.Tensor | None = None  # [N], frames since a patch was last encoded
         self.seen: Seen | None = None
         self.attention: torch.Tensor | None = None  # [N] of mean 1, what the pooled output paid each patch

@@ -41,7 +41,7 @@ class Family(NamedTuple):
 
     def knows(self, module: nn.Module) -> bool:
         """Whether `module` is such a tower."""
-        kinds = (type(module), type(getattr(module, "embeddings", None)))
+        kinds = (type(module), type(module._modules.get("embeddings")))  # its own, not that of what it wraps
         return any(
             kind.__module__.partition(".")[0] == self.library and kind.__name__ in self.found_by for kind in kinds
         )
@@ -91,27 +91,23 @@ def register_adapter(tower: type[nn.Module], adapter: Adapter) -> None:
     _registered[tower] = Family(tower.__name__, tower.__module__.partition(".")[0], (tower.__name__,), adapter)
 
 
-def describe(model: nn.Module) -> Anatomy:
-    """The anatomy of `model`'s vision tower, wherever in the model it lies.
+def towers(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
+    """The vision towers in `model` that NeuroFlow knows, by their names in it ("" is itself), but none within another.
 
     Raises:
-        TypeError: `model` is no module, has no vision tower of a supported family, or one that is built otherwise than
-            its adapter expects. ValueError: a ViTDet that cannot be sparse.
+        TypeError: `model` is no module, or has no such tower.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {model!r} ({type(model).__name__}); accepted is a torch.nn.Module")
-    for module in model.modules():
-        family = _registered.get(type(module)) or next((family for family in FAMILIES if family.knows(module)), None)
-        if family is None:
+    found: dict[str, tuple[nn.Module, Family]] = {}
+    for name, module in model.named_modules():
+        if any(_is_in(name, outer) for outer in found):
             continue
-        try:
-            return family.adapter(module)
-        except AttributeError as error:
-            library = family.library
-            if family in FAMILIES:
-                library += f" {importlib.metadata.version(library)}"
-            message = f"{type(module).__name__} of {library} is not built as the adapter of {family.name} expects"
-            raise TypeError(f"{message}: {error}") from error
+        family = _registered.get(type(module)) or next((family for family in FAMILIES if family.knows(module)), None)
+        if family is not None:
+            found[name] = module, family
+    if found:
+        return found
     names = ", ".join(f"{family.name} ({family.library})" for family in supported_models())
     raise TypeError(
         f"{type(model).__name__} has no vision tower that NeuroFlow knows; supported are {names}. "
@@ -119,4 +115,39 @@ def describe(model: nn.Module) -> Anatomy:
     )
 
 
-__all__ = ["FAMILIES", "Anatomy", "Family", "Grid", "describe", "register_adapter", "supported_models"]
+def describe(model: nn.Module, tower: str | None = None) -> Anatomy:
+    """The anatomy of `model`'s vision tower, wherever in the model it lies.
+
+    Args:
+        tower: its name in the model, or that of a module which holds no other; needed where there are several.
+
+    Raises:
+        TypeError: `model` is no module, has no vision tower of a supported family, or one that is built otherwise than
+            its adapter expects. ValueError: a ViTDet that cannot be sparse; several towers and no name, or the name of
+            none.
+    """
+    found = towers(model)
+    named = {name: of for name, of in found.items() if tower is None or _is_in(name, tower)}
+    if len(named) != 1:
+        names = ", ".join(repr(name) for name in found)
+        given = f"tower is {tower!r}" if tower is not None else f"{type(model).__name__} has {len(found)} vision towers"
+        raise ValueError(
+            f"{given}; accepted is tower=... with one of {names}, in a call for each that is to be patched"
+        )
+    ((module, family),) = named.values()
+    try:
+        return family.adapter(module)
+    except AttributeError as error:
+        library = family.library
+        if family in FAMILIES:
+            library += f" {importlib.metadata.version(library)}"
+        message = f"{type(module).__name__} of {library} is not built as the adapter of {family.name} expects"
+        raise TypeError(f"{message}: {error}") from error
+
+
+def _is_in(name: str, outer: str) -> bool:
+    """Whether the module `name` is the module `outer` or a part of it."""
+    return f"{name}.".startswith(f"{outer}.") if outer else True
+
+
+__all__ = ["FAMILIES", "Anatomy", "Family", "Grid", "describe", "register_adapter", "supported_models", "towers"]

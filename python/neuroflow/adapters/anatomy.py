@@ -1,12 +1,16 @@
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 Grid = tuple[int, int]
+
+
+def _none(arguments: dict[str, Any]) -> Iterable[int]:
+    return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Anatomy:
         mlps: of each block, where its MLP begins and ends: the MLP itself twice, or its first and last linear.
         last: the last module through which every token goes by itself: the final norm, or else the last block.
         prefix: how many tokens before the patches are no patches (CLS, registers).
-        grids: the tower's arguments by name -> (rows, columns) of patches of each frame; raises ValueError for
-            arguments that a sparse frame cannot honour.
+        grids: the tower's arguments by name, defaults too -> (rows, columns) of patches of each frame; raises
+            ValueError for arguments that a sparse frame cannot honour.
         embedding: the model's output -> the frame's embedding [S, D].
         pool: module and method that make the pooled output of all tokens [S, T, D]; None where there is no such thing,
             or the first token is it.
@@ -42,7 +46,8 @@ class Anatomy:
         order: the tower's arguments by name -> of each frame, the row-major patch at each of its tokens, int64 [N];
             None where tokens are in row-major order.
         overrides: (module, method, function that takes the original first), in force while the tower runs.
-        readers: modules that take all tokens from between two blocks, or after the last, and make features of them.
+        reads: the tower's arguments by name -> numbers of the blocks whose output the tower needs of all patches, for
+            feature maps and the like; hidden states that are asked for by `output_hidden_states` come by themselves.
     """
 
     tower: nn.Module
@@ -62,7 +67,7 @@ class Anatomy:
     attention: Callable | None = None
     order: Callable[[dict[str, Any]], list[torch.Tensor]] | None = None
     overrides: tuple[tuple[nn.Module, str, Callable], ...] = ()
-    readers: tuple[nn.Module, ...] = ()
+    reads: Callable[[dict[str, Any]], Iterable[int]] = _none
 
 
 def grids_of_images(projection: nn.Conv2d, *refused: str) -> Callable[[dict[str, Any]], list[Grid]]:
@@ -84,6 +89,30 @@ def grids_of_images(projection: nn.Conv2d, *refused: str) -> Callable[[dict[str,
         return [(rows, columns)] * pixels.shape[0]
 
     return grids
+
+
+def backbone(anatomy: Anatomy) -> Anatomy:
+    """The same tower as a backbone of transformers, whose stages are the outputs of its blocks.
+
+    What comes after a block, as the norm of each stage, sees all of its tokens.
+    """
+    tower = anatomy.tower
+
+    def reads(arguments: dict[str, Any]) -> Iterable[int]:
+        return [number - 1 for number, name in enumerate(tower.stage_names) if number and name in tower.out_features]
+
+    return dataclasses.replace(
+        anatomy, last=anatomy.layers[-1], embedding=_of_last_map, needs_every_token=True, reads=reads
+    )
+
+
+def _of_last_map(output: Any) -> torch.Tensor:
+    features = output.feature_maps[-1]  # [S, D, rows, columns], or [S, T, D] as the tower has it
+    return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
+
+
+def is_backbone(tower: nn.Module) -> bool:
+    return hasattr(tower, "out_features")
 
 
 def interpolation(tower: nn.Module, pixels: torch.Tensor) -> dict[str, bool]:

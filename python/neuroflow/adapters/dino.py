@@ -1,14 +1,17 @@
 from torch import nn
 
-from .anatomy import Anatomy, cos_and_sin, grids_of_images
+from .anatomy import Anatomy, backbone, cos_and_sin, grids_of_images, is_backbone
 
 
 def dinov2(tower: nn.Module) -> Anatomy:
-    """DINOv2, with or without registers. Its attention lay one module deeper before transformers 5.23."""
+    """DINOv2, with or without registers, the model or the backbone.
+
+    Its attention lay one module deeper before transformers 5.23.
+    """
     layers = tuple(tower.encoder.layer)
     projection = tower.embeddings.patch_embeddings.projection
 
-    return Anatomy(
+    anatomy = Anatomy(
         tower=tower,
         projection=projection,
         layers=layers,
@@ -20,14 +23,18 @@ def dinov2(tower: nn.Module) -> Anatomy:
         embedding=lambda output: output.last_hidden_state[:, 0],
         tables=((tower.embeddings, "interpolate_pos_encoding"),),
     )
+    return backbone(anatomy) if is_backbone(tower) else anatomy
 
 
 def dinov3(tower: nn.Module) -> Anatomy:
-    """DINOv3 as a ViT. Its blocks are `layer` up to transformers 5.5, `model.layer` later."""
+    """DINOv3 as a ViT, the model or the backbone.
+
+    Its blocks are `layer` up to transformers 5.5, `model.layer` later.
+    """
     layers = tuple((tower.model if hasattr(tower, "model") else tower).layer)
     projection = tower.embeddings.patch_embeddings
 
-    return Anatomy(
+    anatomy = Anatomy(
         tower=tower,
         projection=projection,
         layers=layers,
@@ -40,3 +47,4 @@ def dinov3(tower: nn.Module) -> Anatomy:
         tables=((tower.rope_embeddings, "forward"),),
         rotary=("position_embeddings", cos_and_sin),
     )
+    return backbone(anatomy) if is_backbone(tower) else anatomy

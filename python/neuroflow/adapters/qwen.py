@@ -27,7 +27,7 @@ def qwen3_vl(tower: nn.Module) -> Anatomy:
         projection=tower.patch_embed,
         attention=_attention,
         order=order,
-        readers=tuple(tower.deepstack_merger_list),
+        reads=lambda arguments: tower.deepstack_visual_indexes,
     )
 
 

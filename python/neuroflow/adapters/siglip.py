@@ -15,7 +15,7 @@ def siglip(tower: nn.Module) -> Anatomy:
     projection = tower.embeddings.patch_embedding
 
     def grids(arguments: dict[str, Any]) -> list[Grid]:
-        if "spatial_shapes" in arguments:
+        if arguments.get("spatial_shapes") is not None:
             return [(rows, columns) for rows, columns in arguments["spatial_shapes"].tolist()]
         return grids_of_images(projection)(arguments)
 

@@ -15,9 +15,9 @@ ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention")
 def vision_transformer(tower: nn.Module) -> Anatomy:
     """timm's VisionTransformer, its DeiT with a distillation token, and Eva, of timm 1.0 or later.
 
-    `forward` and `forward_features` take sparse frames; `forward_intermediates`, and what is built on it, runs as in
-    the unpatched model. `forward_head` called by itself takes every row that it gets for a token, also those that pad
-    the streams of one batch to equal length under architecture B.
+    `forward`, `forward_features`, `forward_intermediates` and what is built on it take sparse frames. `forward_head`
+    called by itself takes every row that it gets for a token, also those that pad the streams of one batch to equal
+    length under architecture B.
     """
     _accept("patch_embed", [tower.patch_embed], ("PatchEmbed",))
     layers = tuple(tower.blocks)
@@ -42,8 +42,20 @@ def vision_transformer(tower: nn.Module) -> Anatomy:
             return [tower.patch_embed.dynamic_feat_size(arguments["x"].shape[2:])] * len(grids)
         return grids
 
+    def reads(arguments: dict[str, Any]) -> Iterable[int]:
+        if "indices" not in arguments:
+            return ()
+        indices, depth = arguments["indices"], len(layers)
+        if indices is None or isinstance(indices, int):
+            return range(depth - (depth if indices is None else indices), depth)
+        return [index % depth for index in indices]
+
     def embedding(output: Any) -> torch.Tensor:
+        if isinstance(output, list):  # of feature maps
+            return output[-1].mean((2, 3))
         if not isinstance(output, torch.Tensor):  # of transformers' wrappers
+            if "feature_maps" in output:
+                return embedding([*output.feature_maps])
             held = (output.get(name) for name in ("logits", "pooler_output", "last_hidden_state"))
             output = next(tensor for tensor in held if tensor is not None)
         if output.ndim == 2:
@@ -62,10 +74,11 @@ def vision_transformer(tower: nn.Module) -> Anatomy:
         grids=grids,
         embedding=embedding,
         pool=None if tower.global_pool in ("", "token") else (tower, "forward_head"),
-        entries=("forward", "forward_features"),
+        entries=("forward", "forward_features", "forward_intermediates"),
         tables=() if rope is None else ((rope, "get_embed"),),
         rotary=None if rope is None else ("rope", _sin_and_cos),
         attention=_attention,
+        reads=reads,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .anatomy import Anatomy, Grid, grids_of_images
+from .anatomy import Anatomy, Grid, backbone, grids_of_images, is_backbone
 
 
 def sam(tower: nn.Module) -> Anatomy:
@@ -52,7 +52,7 @@ def vitdet(tower: nn.Module) -> Anatomy:
     """ViTDet, the model or the backbone. Its blocks take channels first; while the tower runs they take them last.
 
     Raises:
-        ValueError: blocks with convolutions, or a backbone that gives the maps of other blocks than the last.
+        ValueError: blocks with convolutions.
     """
     layers = tuple(tower.encoder.layer)
     with_convolution = [number for number, layer in enumerate(layers) if layer.use_residual_block]
@@ -61,20 +61,11 @@ def vitdet(tower: nn.Module) -> Anatomy:
             f"residual_block_indices is {with_convolution}; accepted is [], as a convolution over neighbouring tokens "
             "cannot do with the active ones"
         )
-    stages = getattr(tower, "out_features", None)
-    if stages is not None and list(stages) != tower.stage_names[-1:]:
-        raise ValueError(
-            f"out_features is {list(stages)}; accepted is {tower.stage_names[-1:]}, as a sparse frame has a map of all "
-            "patches after the last block only"
-        )
     projection = tower.embeddings.projection
-
-    def embedding(output: Any) -> torch.Tensor:
-        return (output.feature_maps[-1] if "feature_maps" in output else output.last_hidden_state).mean((2, 3))
 
     attentions = tuple(layer.attention for layer in layers)
     blocks = tuple((layer, "forward", functools.partial(_block, layer)) for layer in layers)
-    return Anatomy(
+    anatomy = Anatomy(
         tower=tower,
         projection=projection,
         layers=layers,
@@ -83,12 +74,13 @@ def vitdet(tower: nn.Module) -> Anatomy:
         last=layers[-1],
         prefix=0,
         grids=grids_of_images(projection, "head_mask"),
-        embedding=embedding,
+        embedding=lambda output: output.last_hidden_state.mean((2, 3)),
         needs_every_token=True,
         tables=((tower.embeddings, "get_absolute_positions"),),
         attention=_attention(tower.config.num_attention_heads, layers, attentions),
         overrides=((tower.encoder, "forward", _channels_last), *blocks),
     )
+    return backbone(anatomy) if is_backbone(tower) else anatomy
 
 
 def _channels_last(forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
