@@ -30,6 +30,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .releases import warn_of_newer
+
 ATTENTION = "neuroflow_bypass"
 _BYPASS = "_neuroflow_bypass"
 
@@ -140,6 +142,8 @@ def enable_bypass(model: PreTrainedModel, config: BypassConfig) -> None:
             return
         name = type(model).__name__
         raise RuntimeError(f"{name} is already patched, with {patched.config}; call disable_bypass first")
+    for library in ("torch", "transformers"):
+        warn_of_newer(library)
     bypass = _Bypass(model, config)
     for module, attribute, value in bypass.points():
         setattr(module, attribute, value)

@@ -14,6 +14,7 @@ from torch import nn
 from .adapters import describe, towers
 from .cache import ATTENTION, Engine
 from .config import NeuroFlowConfig
+from .releases import warn_of_newer
 from .state import StreamSummary, Summary
 from .streams import StreamCache
 from .weights import distilled_config, load_weights, twins
@@ -113,6 +114,8 @@ def enable_cache(
         accepted = "a neuroflow.NeuroFlowConfig, or the path of a saved one"
         raise TypeError(f"config is {config!r} ({type(config).__name__}); accepted is {accepted}")
     anatomy = describe(model, tower)
+    for library in ("torch", type(anatomy.tower).__module__.partition(".")[0]):
+        warn_of_newer(library)
     patched = vars(anatomy.tower).get(_ENGINE)
     if patched is not None:
         if (patched.config, patched.weights) == (config, weights) and streams in (None, patched.streams):
