@@ -101,7 +101,7 @@ def assert_keeps_old_rows(model, run, frames):
 
 @needs_timm
 @pytest.mark.parametrize(
-    "options", [{}, {"indices": [0, 2], "norm": True}, {"indices": 1, "output_fmt": "NLC"}], ids=str
+    "options", [{}, {"indices": [0, -2], "norm": True}, {"indices": 1, "output_fmt": "NLC"}], ids=str
 )
 @pytest.mark.parametrize("family", ["timm vit", "timm dinov2", "timm dinov3", "timm rope mixed"])
 def test_forward_intermediates_takes_sparse_frames(family, options):
