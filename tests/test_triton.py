@@ -168,7 +168,8 @@ def test_attention_compiles_without_spills(kernels, tmp_path, capability, dtype,
     assert len(kernels) == 2 or tokens < 3136  # long enough to be split
     for kernel in kernels:
         registers, stack, local = resources(kernel, tmp_path)
-        assert 0 < registers <= (255 if kernel.metadata.num_warps == 4 else 208), (kernel.name, registers)
+        # Of 8 warps, one block fits a multiprocessor either way; Triton 3.9 takes 208 and 3.7 214 for float32.
+        assert 0 < registers <= (255 if kernel.metadata.num_warps == 4 else 216), (kernel.name, registers)
         assert (stack, local) == (0, 0), kernel.name
         # Of the GPUs that run code for sm_80 and up, those for desktops have 99 KiB.
         assert kernel.metadata.shared <= (64 if capability == 75 else 99) * 1024, kernel.name

@@ -21,7 +21,7 @@ def _ordered_key(surprise: tl.tensor) -> tl.tensor:
     surprise = tl.where(surprise != surprise, float("inf"), surprise)
     surprise = tl.where(surprise == 0, 0.0, surprise)
     bits = surprise.to(tl.uint32, bitcast=True)
-    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit(do_not_specialize=["streams", "floor"])
