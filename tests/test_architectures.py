@@ -128,13 +128,13 @@ def test_unknown_models_are_refused():
 
 def test_the_midlayer_architecture_stands_between_dense_and_dual():
     """D runs the blocks up to mid_layer on everything: with the last block but one it is closer to dense than C."""
-    model, frames = tiny("siglip"), clip(changed=8)
-    dense = outputs(model, "siglip", frames)[-1].pooler_output
+    model, frames = tiny("vit"), clip(changed=8)
+    dense = outputs(model, "vit", frames)[-1].last_hidden_state[:, 0]
     distance = {}
     for arch, mid_layer in (("C", None), ("D", 0), ("D", 2)):
         config = exact(arch=arch, threshold=1e-4, mid_layer=mid_layer)
         neuroflow.enable_cache(model, config)
-        distance[mid_layer] = (outputs(model, "siglip", frames)[-1].pooler_output - dense).norm()
+        distance[mid_layer] = (outputs(model, "vit", frames)[-1].last_hidden_state[:, 0] - dense).norm()
         neuroflow.disable_cache(model)
     assert distance[2] < distance[0] < distance[None]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import neuroflow
 import pytest
 import torch
-from models import FAMILIES, PATCH, OldRows, clip, exact, inputs, tiny
+from models import FAMILIES, PATCH, OldRows, clip, exact, inputs, redrawn, tiny
 from neuroflow.adapters import describe
 
 CELLS = [(family, arch) for family, known in FAMILIES.items() for arch in known.architectures]
@@ -91,7 +91,7 @@ def test_threshold_zero_is_the_unpatched_model(family, arch, size):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_of_a_smooth_clip_is_enough(family):
-    model, frames = tiny(family), smooth_clip()
+    model, frames = redrawn(tiny(family)), smooth_clip()
     embedding = describe(model).embedding
     dense = [embedding(output) for output in outputs(model, family, frames)]
     neuroflow.enable_cache(model, exact(arch="E", budget=0.5))
