@@ -17,6 +17,8 @@ from neuroflow import adapters
 from test_families import smooth_clip
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SIZE = (96, 96)  # 6 x 6 patches
 

@@ -10,6 +10,8 @@ from test_families import assert_close, outputs
 
 from neuroflow_kernels import use_backend, without_row_kernels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = ("siglip", "siglip2", "vit")
 ARCHITECTURES = ("A", "B", "C", "D", "E")
 

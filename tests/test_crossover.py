@@ -15,6 +15,8 @@ from neuroflow.frame import Frame, current_frame
 from neuroflow.saving import COUNTERS
 from neuroflow.state import PATCHES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 measure = crossover.measure  # in its place conftest.py puts one that does not
 CPU = torch.device("cpu")
 SHARES = [4 / 36, 18 / 36, 32 / 36]  # SHARES of 6 x 6 patches

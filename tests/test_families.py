@@ -9,6 +9,8 @@ import torch
 from models import FAMILIES, PATCH, OldRows, clip, exact, inputs, redrawn, tiny
 from neuroflow.adapters import describe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CELLS = [(family, arch) for family, known in FAMILIES.items() for arch in known.architectures]
 
 

@@ -9,6 +9,8 @@ from models import clip, exact, tiny
 from neuroflow.adapters import describe
 from transformers import CLIPConfig, CLIPModel, SiglipVisionModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def saved(tmp_path):

@@ -6,6 +6,8 @@ import torch
 from models import clip, exact, inputs, tiny
 from neuroflow import policies
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GRID = (5, 7)
 
 

@@ -17,6 +17,8 @@ from transformers import (
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeVisionConfig
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = ("qwen2.5-vl", "qwen3-vl")
 SIZE = (64, 96)  # 8 x 12 patches, in windows of 4 x 4
 

@@ -8,6 +8,8 @@ import torch
 from models import clip, exact, inputs, naflex, tiny
 from neuroflow.rewrites import project_windows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ARCHITECTURES = ("A", "B", "C", "D", "E")
 
 

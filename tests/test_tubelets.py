@@ -17,6 +17,8 @@ from transformers import (
     VivitForVideoClassification,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = ("videomae", "vivit")
 
 

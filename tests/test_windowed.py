@@ -23,6 +23,8 @@ from transformers import (
     VitDetModel,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIDE = 48 // PATCH  # rows and columns of patches
 HEADS = SIZES["num_attention_heads"]
 NAMES = {
