@@ -59,6 +59,7 @@ lock:
 	.venv/lock/bin/pip install --quiet --no-deps timm torchvision==0.28.0
 	echo '# Written by `make lock`.' > $(LOCK)
 	.venv/lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//' >> $(LOCK)
+	rm -rf .venv/lock
 
 .venv/compat/%/installed: | .venv/installed
 	$(BIN)/pip install --quiet --upgrade --target $(@D) transformers$(patsubst %,==%,$(filter-out newest,$*))
