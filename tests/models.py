@@ -215,7 +215,7 @@ def redrawn(model):
     """`model` with weights that hardly differ between releases of torch, which draw their own for a new module."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for matrix in (parameter for parameter in model.parameters() if parameter.ndim > 1):
+        for matrix in (parameter for parameter in model.parameters() if parameter.ndim > 1 and parameter.numel()):
             matrix.copy_(torch.randn(matrix.shape, generator=generator) * matrix.std())
     return model
 

@@ -33,6 +33,7 @@ from neuroflow_kernels import attend_rows, compact, ema_surprise_, gather_rows, 
 
 from . import crossover, graphs, policies
 from .adapters import Anatomy, Grid
+from .adapters.anatomy import by_name
 from .config import NeuroFlowConfig
 from .frame import Frame, StaticFrame, Unrecordable, current_frame, split
 from .rewrites import (
@@ -52,14 +53,6 @@ from .streams import StreamCache
 ATTENTION = "neuroflow"
 DEFAULT_STREAM = "default"
 DENSE_PROJECTION = 0.75  # of the patches; above it, picking out the changed ones gains nothing
-
-
-def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """All arguments of a call by name, defaults and those behind ** too."""
-    complete = inspect.BoundArguments(bound.signature, bound.arguments.copy())
-    complete.apply_defaults()
-    rest = next((each for each in bound.signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
-    return complete.arguments | ({} if rest is None else complete.arguments[rest.name])
 
 
 def blocks_of_hidden_states(asked: bool | int | Iterable[int] | None, depth: int) -> set[int]:
@@ -111,7 +104,7 @@ class Engine:
                 f"arch is 'active'; {type(anatomy.tower).__name__} makes a map of all patches, so accepted is one that "
                 "serves the others too: 'context', 'dual', 'midlayer' or 'mlp'"
             )
-        # Blocks up to this one run on all tokens; the output of the last may be all that the rest of the tower sees.
+        # Blocks before this one run on all tokens; the output of the last may be all that the rest of the tower sees.
         self.first_packed = {"mlp": depth, "midlayer": self.mid_layer + 1}.get(config.arch, 0)
         self.final = depth - 1 if anatomy.last is anatomy.layers[-1] else None
         # What the pooled output reads in the last blocks tells best what it reads of a patch altogether.
@@ -232,7 +225,7 @@ class Engine:
             self._note_asked(states, asked)
             surprises = None
             if self.graphs is not None:
-                output, surprises = self.graphs.run(entry, forward, bound, states, grids, asked)
+                output, surprises = self.graphs.run(entry, forward, bound, arguments, states, grids, asked)
                 if output is not None:
                     return output
             frame = Frame(self, states, grids, order, surprises, asked)
@@ -276,8 +269,9 @@ class Engine:
 
     def _note_asked(self, states: list[StreamState], asked: frozenset[int]) -> None:
         """A frame of which other blocks' output is wanted than of the last one of its stream is a key frame."""
+        kept = self._kept(asked)
         for state in states:
-            if state.signature is not None and state.hidden != self._kept(asked):
+            if state.signature is not None and state.hidden != kept:
                 state.valid = False
                 self.warn_once(
                     f"stream {state.name!r}: other hidden states or feature maps are asked for than of its last frame; "

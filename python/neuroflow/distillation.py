@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adapters import Anatomy, describe
-from .adapters.anatomy import interpolation
-from .cache import Engine, by_name
+from .adapters.anatomy import by_name, interpolation
+from .cache import Engine
 from .config import ARCHITECTURES, NeuroFlowConfig
 from .frame import Frame, current_frame, split
 from .models import ClassHead

@@ -345,6 +345,7 @@ class Graphs:
         entry: str,
         forward: Callable,
         bound: BoundArguments,
+        arguments: dict[str, Any],
         states: list[StreamState],
         grids: list[Grid],
         asked: frozenset[int],
@@ -355,7 +356,7 @@ class Graphs:
             return None, None
         key = None
         try:
-            key = self._key(entry, bound, states, grids, asked)
+            key = self._key(entry, bound, arguments, states, grids, asked)
             if key in self.refused:
                 return None, None
             with self.lock, torch.cuda.device_of(frames):
@@ -412,6 +413,7 @@ class Graphs:
         self,
         entry: str,
         bound: BoundArguments,
+        arguments: dict[str, Any],
         states: list[StreamState],
         grids: list[Grid],
         asked: frozenset[int],
@@ -434,9 +436,8 @@ class Graphs:
         # Releases of transformers before 5 leave a tower that ends behind the gate collecting these for good.
         if asked:
             raise Unrecordable("hidden states or feature maps are asked for")
-        named = bound.arguments | next((held for held in bound.arguments.values() if isinstance(held, dict)), {})
         model_config = getattr(anatomy.tower, "config", None)
-        if named.get("output_attentions") or getattr(model_config, "output_attentions", None):
+        if arguments.get("output_attentions") or getattr(model_config, "output_attentions", None):
             raise Unrecordable("output_attentions is asked for")
         kind = frames.device.type
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)

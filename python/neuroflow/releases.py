@@ -5,11 +5,8 @@ import importlib.metadata
 import re
 import warnings
 
-TESTED = {
-    "torch": "2.13.0",
-    "transformers": "5.24.0",
-    "timm": "1.0.31",
-}  # the newest of each, as `make lock` wrote them
+# The newest of each, as `make lock` wrote them.
+TESTED = {"torch": "2.13.0", "transformers": "5.24.0", "timm": "1.0.31"}
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -91,28 +91,37 @@ def grids_of_images(projection: nn.Conv2d, *refused: str) -> Callable[[dict[str,
     return grids
 
 
-def backbone(anatomy: Anatomy) -> Anatomy:
-    """The same tower as a backbone of transformers, whose stages are the outputs of its blocks.
+def with_stages(anatomy: Anatomy) -> Anatomy:
+    """The same tower; where it is a backbone of transformers, with the blocks whose outputs are its stages.
 
     What comes after a block, as the norm of each stage, sees all of its tokens.
     """
     tower = anatomy.tower
+    if not hasattr(tower, "out_features"):
+        return anatomy
 
     def reads(arguments: dict[str, Any]) -> Iterable[int]:
         return [number - 1 for number, name in enumerate(tower.stage_names) if number and name in tower.out_features]
 
+    def embedding(output: Any) -> torch.Tensor:
+        return mean_of_last(output.feature_maps)
+
     return dataclasses.replace(
-        anatomy, last=anatomy.layers[-1], embedding=_of_last_map, needs_every_token=True, reads=reads
+        anatomy, last=anatomy.layers[-1], embedding=embedding, needs_every_token=True, reads=reads
     )
 
 
-def _of_last_map(output: Any) -> torch.Tensor:
-    features = output.feature_maps[-1]  # [S, D, rows, columns], or [S, T, D] as the tower has it
-    return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
+def mean_of_last(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean of the last of some feature maps, [S, D, rows, columns] or [S, T, D]."""
+    return maps[-1].mean((2, 3)) if maps[-1].ndim == 4 else maps[-1].mean(1)
 
 
-def is_backbone(tower: nn.Module) -> bool:
-    return hasattr(tower, "out_features")
+def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments of a call by name, defaults and those behind ** too."""
+    complete = inspect.BoundArguments(bound.signature, bound.arguments.copy())
+    complete.apply_defaults()
+    rest = next((each for each in bound.signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
+    return complete.arguments | ({} if rest is None else complete.arguments[rest.name])
 
 
 def interpolation(tower: nn.Module, pixels: torch.Tensor) -> dict[str, bool]:

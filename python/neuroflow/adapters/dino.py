@@ -1,6 +1,6 @@
 from torch import nn
 
-from .anatomy import Anatomy, backbone, cos_and_sin, grids_of_images, is_backbone
+from .anatomy import Anatomy, cos_and_sin, grids_of_images, with_stages
 
 
 def dinov2(tower: nn.Module) -> Anatomy:
@@ -23,7 +23,7 @@ def dinov2(tower: nn.Module) -> Anatomy:
         embedding=lambda output: output.last_hidden_state[:, 0],
         tables=((tower.embeddings, "interpolate_pos_encoding"),),
     )
-    return backbone(anatomy) if is_backbone(tower) else anatomy
+    return with_stages(anatomy)
 
 
 def dinov3(tower: nn.Module) -> Anatomy:
@@ -47,4 +47,4 @@ def dinov3(tower: nn.Module) -> Anatomy:
         tables=((tower.rope_embeddings, "forward"),),
         rotary=("position_embeddings", cos_and_sin),
     )
-    return backbone(anatomy) if is_backbone(tower) else anatomy
+    return with_stages(anatomy)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import Anatomy, Grid, grids_of_images
+from .anatomy import Anatomy, Grid, grids_of_images, mean_of_last
 
 BLOCKS = ("Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm")
 ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention")
@@ -52,10 +52,10 @@ def vision_transformer(tower: nn.Module) -> Anatomy:
 
     def embedding(output: Any) -> torch.Tensor:
         if isinstance(output, list):  # of feature maps
-            return output[-1].mean((2, 3))
+            return mean_of_last(output)
         if not isinstance(output, torch.Tensor):  # of transformers' wrappers
             if "feature_maps" in output:
-                return embedding([*output.feature_maps])
+                return mean_of_last(output.feature_maps)
             held = (output.get(name) for name in ("logits", "pooler_output", "last_hidden_state"))
             output = next(tensor for tensor in held if tensor is not None)
         if output.ndim == 2:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .anatomy import Anatomy, Grid, backbone, grids_of_images, is_backbone
+from .anatomy import Anatomy, Grid, grids_of_images, with_stages
 
 
 def sam(tower: nn.Module) -> Anatomy:
@@ -80,7 +80,7 @@ def vitdet(tower: nn.Module) -> Anatomy:
         attention=_attention(tower.config.num_attention_heads, layers, attentions),
         overrides=((tower.encoder, "forward", _channels_last), *blocks),
     )
-    return backbone(anatomy) if is_backbone(tower) else anatomy
+    return with_stages(anatomy)
 
 
 def _channels_last(forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
