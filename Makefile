@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0 triton==3.7.1
 OUT ?= .benchmarks/gpu
 BIN := .venv/bin
 INSTALL := pip install --quiet --constraint $(LOCK)
-SOURCES := $(wildcard $(addprefix csrc/,cpu/*.cpp cpu/*.h cuda/*.cu cuda/*.h include/neuroflow/*.h include/neuroflow/*.cuh))
+SOURCES := $(wildcard $(addprefix csrc/,*.h cpu/*.* cuda/*.* include/neuroflow/*.*))
 # CUDA for tests without a GPU.
 SHIM := $(wildcard tests/cuda_on_host/*.* tests/cuda_on_host/cuda/*)
 # Releases of transformers between which towers or decoders were rebuilt, the newest tested one, and what pip serves

@@ -2,12 +2,19 @@
 
 `ema_surprise_` measures each token against a running reference, `compact` turns surprise into a packed index,
 `gather_rows` and `scatter_rows_` move rows between the full and the packed layout, and `ema_gate_` does all of it up to
-the packed rows in one pass. In a transformer's block `scatter_kv_` brings cached keys and values up to date and
+the packed rows in one call. In a transformer's block `scatter_kv_` brings cached keys and values up to date and
 `attend_rows` attends from the packed rows to them. All are batched over S independent streams and never wait for the
 device. `linear_rows` is a linear layer over packed rows, for CPUs.
 """
 
-from .dispatch import BackendUnavailable, load_extensions, unavailable, use_backend, without_row_kernels
+from .dispatch import (
+    BackendUnavailable,
+    load_extensions,
+    row_kernels_serve,
+    unavailable,
+    use_backend,
+    without_row_kernels,
+)
 from .ops.attend_rows import attend_rows
 from .ops.compact import compact
 from .ops.ema_gate import ema_gate_
@@ -27,6 +34,7 @@ __all__ = [
     "ema_surprise_",
     "gather_rows",
     "linear_rows",
+    "row_kernels_serve",
     "scatter_kv_",
     "scatter_rows_",
     "unavailable",

@@ -123,6 +123,17 @@ def without_row_kernels() -> str | None:
     return None if capability == "AVX512" else f"they are written for AVX512, and torch finds {capability}"
 
 
+def row_kernels_serve(rows: torch.Tensor) -> bool:
+    """Whether `linear_rows` and `attend_rows`, which have no gradient, have fast kernels for such rows here."""
+    return (
+        not torch.is_grad_enabled()
+        and rows.device.type == "cpu"
+        and rows.dtype in (torch.float32, torch.bfloat16)
+        and not torch.is_autocast_enabled("cpu")
+        and without_row_kernels() is None
+    )
+
+
 @functools.cache
 def _implementation(backend: str, op: str, module: str) -> Callable:
     return getattr(importlib.import_module(f".{backend}.{module}", __package__), op)

@@ -1,54 +1,22 @@
-// What the bindings share. They trust the shapes, which Python checked, and nothing that could leave a tensor's memory.
+// What the bindings for the CPU share. Beyond shapes they trust nothing that could leave a tensor's memory.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
-#include <cstdint>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <tuple>
 
+#include "../bindings.h"
 #include "neuroflow/scalar.h"
 
 namespace neuroflow::cpu {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Tensor ema_surprise_(Tensor h, Tensor ema, double decay);
-std::tuple<Tensor, Tensor> compact(Tensor surprise, std::optional<Tensor> threshold, std::optional<Tensor> budget,
-                                   int64_t floor);
-Tensor gather_rows(Tensor x, Tensor index, Tensor cu_seqlens, int64_t rows, std::optional<Tensor> norm_weight,
-                   std::optional<Tensor> norm_bias, double eps);
+EmaSurprise ema_surprise_;
+Compact compact;
+GatherRows gather_rows;
 
 /// Calls f with a value of the element type that `dtype` stands for.
 template <typename F>
 void dispatch(ScalarType dtype, const char* name, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Float16{});
-    default:
-      throw std::invalid_argument(std::string(name) + " is " + torch::headeronly::toString(dtype) +
-                                  "; accepted is float32, bfloat16, float16 or float64");
-  }
-}
-
-/// The elements of a contiguous tensor; T names what `dispatch` found there.
-template <typename T>
-T* data(const Tensor& tensor, const char* name) {
-  if (!tensor.is_contiguous()) throw std::invalid_argument(std::string(name) + " is not contiguous");
-  return static_cast<T*>(tensor.data_ptr());
+  if (dtype == ScalarType::Double) return f(double{});
+  dispatch_floats<BFloat16, Float16>(dtype, name, "accepted is float32, bfloat16, float16 or float64", f);
 }
 
 /// The elements of a tensor [rows, heads, dim] of any strides but the last.

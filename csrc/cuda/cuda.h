@@ -1,21 +1,13 @@
-// What the CUDA bindings share. They trust the shapes, which Python checked. What index and cu_seqlens hold only the
-// kernels can see without a wait, and those touch no row outside its tensor.
+// What the bindings for CUDA share. What index and cu_seqlens hold only the kernels can see without a wait, and those
+// touch no row outside its tensor.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <cstdint>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <tuple>
 
+#include "../bindings.h"
 #include "neuroflow/rows.cuh"
 
 // The dispatch key the kernels are registered on; a build for the host, which tests them without a GPU, names CPU.
@@ -25,29 +17,14 @@
 
 namespace neuroflow::cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Tensor ema_surprise_(Tensor h, Tensor ema, double decay);
-std::tuple<Tensor, Tensor> compact(Tensor surprise, std::optional<Tensor> threshold, std::optional<Tensor> budget,
-                                   int64_t floor);
-Tensor gather_rows(Tensor x, Tensor index, Tensor cu_seqlens, int64_t rows, std::optional<Tensor> norm_weight,
-                   std::optional<Tensor> norm_bias, double eps);
+EmaSurprise ema_surprise_;
+Compact compact;
+GatherRows gather_rows;
 
 /// Calls f with a value of the element type that `dtype` stands for.
 template <typename F>
 void dispatch(ScalarType dtype, const char* name, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Float16{});
-    default:
-      throw std::invalid_argument(std::string(name) + " is " + torch::headeronly::toString(dtype) +
-                                  "; accepted by the CUDA kernels is float32, bfloat16 or float16");
-  }
+  dispatch_floats<BFloat16, Float16>(dtype, name, "accepted by the CUDA kernels is float32, bfloat16 or float16", f);
 }
 
 /// Calls f with a value of h's element type and one of ema's.
@@ -59,13 +36,6 @@ void dispatch_gate(const Tensor& h, const Tensor& ema, F&& f) {
       if (ema.scalar_type() == ScalarType::Float) return f(token, float{});
     throw std::invalid_argument("ema is neither of h's dtype nor, for an h of 16 bits, float32");
   });
-}
-
-/// The elements of a contiguous tensor; T names what `dispatch` found there.
-template <typename T>
-T* data(const Tensor& tensor, const char* name) {
-  if (!tensor.is_contiguous()) throw std::invalid_argument(std::string(name) + " is not contiguous");
-  return static_cast<T*>(tensor.data_ptr());
 }
 
 /// The device of a tensor, the current one while this lives, and torch's current stream there.

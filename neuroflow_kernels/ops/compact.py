@@ -57,11 +57,11 @@ def compact(
         threshold: a number or a float tensor [S]; exactly one of threshold and budget is given.
         budget: tokens per stream, a number or an integer tensor [S]; more than N means N.
         floor: the least number of active tokens in a stream (N where N is smaller).
-        ladder: the tokens of all streams together are one of these numbers, ascending, or all S * N: the first that is
-            enough, filled up with the most surprising tokens that the rule left, of whichever stream. So that what is
-            compiled or captured for a few numbers of tokens serves every frame, without padding and without a copy to
-            the host. While a CUDA graph is captured nothing can be copied from it either: there it is an int32 tensor
-            on surprise's device, whose order is not checked.
+        ladder: ascending numbers of tokens. All streams together have the first of these that is enough, or else all
+            S * N, filled up with the most surprising tokens that the rule left out, of whichever stream. What is
+            compiled or captured for a few numbers of tokens thus serves every frame, without padding and without a copy
+            to the host. While a CUDA graph is captured nothing can be copied from the host either: there it is an int32
+            tensor on surprise's device, whose order is not checked.
 
     Returns:
         index [S * N] int32: rows of the flattened [S * N], ascending within each stream, stream after stream, -1 past

@@ -44,7 +44,10 @@ def ema_gate_(
     floor: int = 4,
     rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`ema_surprise_`, `compact` and `gather_rows` in one pass over h and ema.
+    """`ema_surprise_`, `compact` and `gather_rows` in one call.
+
+    With a threshold, the CUDA backend fuses all three into one kernel, or the first two where `rows` is None; otherwise
+    they run one after the other.
 
     Args:
         h, ema, decay: as in `ema_surprise_`.

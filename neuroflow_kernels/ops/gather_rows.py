@@ -83,7 +83,8 @@ def gather_rows(
         packed [rows, D], x's dtype.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit. IndexError, on the CPU: an index outside [0, S * N).
+        ValueError: a shape, dtype or device that does not fit.
+        IndexError: on the CPU, an index outside [0, S * N).
     """
     checks.rank("x", x, "[S, N, D]", *checks.FLOATS)
     checks.selection(index, cu_seqlens, x.device)

@@ -20,7 +20,8 @@ def linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
     Args:
         x: [M, K] in float32, bfloat16, float16 or float64; sums are kept in float32 (float64 for float64).
-        weight: [N, K], bias: [N] or None, of x's dtype.
+        weight: [N, K], of x's dtype.
+        bias: [N], of x's dtype, or None.
 
     Returns:
         [M, N], x's dtype.

@@ -51,7 +51,8 @@ def scatter_kv_(
         key_cache, value_cache.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit. IndexError, on the CPU: an index outside [0, S * N).
+        ValueError: a shape, dtype or device that does not fit.
+        IndexError: on the CPU, an index outside [0, S * N).
     """
     checks.rank("key_cache", key_cache, "[S, N, heads * head_dim]", *checks.FLOATS)
     checks.same("value_cache", value_cache, key_cache.shape, key_cache.device, key_cache.dtype)

@@ -65,7 +65,8 @@ def scatter_rows_(
         cache.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit. IndexError, on the CPU: an index outside [0, S * N).
+        ValueError: a shape, dtype or device that does not fit.
+        IndexError: on the CPU, an index outside [0, S * N).
 
     Source: Schmitt 2026, dual memory; the blend is the paper's proposal against flicker.
     """

@@ -43,7 +43,7 @@ __device__ inline void write_packed(const Word* h, Word* packed, int64_t words, 
   }
 }
 
-/// Surprise, new references, index, cu_seqlens and packed rows, in one pass over h and ema.
+/// Surprise, new references, index, cu_seqlens and packed rows in one launch.
 template <typename Token, typename Reference, int vectors>
 __global__ void __launch_bounds__(RowShape::threads, vectors < most_vectors ? 6 : 5)
     ema_gate_kernel(const Token* h, Reference* ema, RowShape shape, Accumulator<Token> keep, Accumulator<Token> take,
