@@ -8,16 +8,17 @@ BIN := .venv/bin
 INSTALL := pip install --quiet --constraint $(LOCK)
 SOURCES := $(wildcard $(addprefix csrc/,*.h cpu/*.* cuda/*.* include/neuroflow/*.*))
 # CUDA for tests without a GPU.
-SHIM := $(wildcard tests/cuda_on_host/*.* tests/cuda_on_host/cuda/*)
+SHIM := $(wildcard tests/ops/cuda_on_host/*.* tests/ops/cuda_on_host/cuda/*)
 # Releases of transformers between which towers or decoders were rebuilt, the newest tested one, and what pip serves
 # today; `make compat COMPAT=5.5.0` tests one. `make compat-torch` does the same for releases of torch, whose wheels for
 # x86-64 are CUDA builds of some 5 GB each.
 COMPAT ?= 4.57.6 5.5.0 5.17.0 5.23.0 5.24.0 newest
 COMPAT_TORCH ?= 2.10.0 2.11.0 newest
-OPS := backends compact compile ema_gate ema_surprise gather_rows linear_rows scatter_kv scatter_rows attend_rows
-STRUCTURAL := families hidden_states tubelets architectures streams graphs precision rewrites reference_vectors policies vit_tiny baselines adapters llm
-
-KERNELS := $(addprefix tests/test_,triton.py cuda.py cuda_on_host.py timm.py attend_rows.py)
+# What depends on how models are built, and on nothing that only a pinned environment has.
+STRUCTURAL := tests/adapters tests/engine tests/ops/test_reference_vectors.py tests/bench/test_baselines.py \
+  tests/bench/test_vit_tiny.py tests/test_llm.py
+# What takes one core about as long as everything else takes the other.
+KERNELS := $(addprefix tests/,ops/test_triton.py ops/test_cuda.py ops/test_cuda_on_host.py ops/test_attend_rows.py adapters/test_timm.py)
 
 .PHONY: demo test test-kernels test-others test-slow gpu lock compat $(COMPAT:%=compat-%) compat-torch \
   $(COMPAT_TORCH:%=compat-torch-%) lint format bench clean always
@@ -71,7 +72,7 @@ compat: $(COMPAT:%=compat-%)
 
 $(COMPAT:%=compat-%): compat-%: .venv/compat/%/installed
 	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
-	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -m pytest -rs $(STRUCTURAL:%=tests/test_%.py)
+	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -m pytest -rs $(STRUCTURAL)
 
 # The C++ kernels are those of .venv: one binary is to serve every release of torch.
 .venv/compat/torch-%/installed: | .venv/installed
@@ -88,7 +89,7 @@ compat-torch: $(COMPAT_TORCH:%=compat-torch-%)
 
 $(COMPAT_TORCH:%=compat-torch-%): compat-torch-%: .venv/compat/torch-%/installed
 	$(<D)/bin/python -c 'import torch; print("torch", torch.__version__)'
-	$(<D)/bin/python -m pytest -rs $(OPS:%=tests/test_%.py) $(STRUCTURAL:%=tests/test_%.py)
+	$(<D)/bin/python -m pytest -rs tests/ops $(STRUCTURAL)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import neuroflow
 import torch
 import torch.nn.functional as F
-from neuroflow.graphs import LADDER
+from neuroflow.engine.gate import LADDER
 from neuroflow.weights import copy_sharing_weights
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -404,7 +404,7 @@ def error_of(model, name, pixels, expected):
     errors = [distance(everything(second), expected)]
     active = active_of(model, max(SKIPS))
     # Eager, as a graph encodes more patches than are active, up to the next number of its ladder.
-    part = dense(patched(model, arch, budget=active, floor=0, engine="eager", **always))
+    part = dense(patched(model, arch, budget=active, floor=0, launch="eager", **always))
     if arch == "E":
         part(second)
         errors.append(distance(part(second), expected))
@@ -415,8 +415,8 @@ def error_of(model, name, pixels, expected):
         errors.append(distance(found, other))
     if model.device.type == "cuda":
         ways = [
-            dense(patched(model, arch, budget=active, floor=0, ladder=LADDER, engine=engine, **always))
-            for engine in ("eager", "graph")
+            dense(patched(model, arch, budget=active, floor=0, ladder=LADDER, launch=launch, **always))
+            for launch in ("eager", "graph")
         ]
         for shown in itertools.islice(frames(model, active), RECORDED):
             launched, replayed = (way(shown) for way in ways)

@@ -11,7 +11,7 @@ import statistics
 
 import neuroflow
 import torch
-from neuroflow.crossover import SHARES, crossing
+from neuroflow.engine.crossover import SHARES, crossing
 
 from bench import cases
 from bench.run import timed
@@ -24,7 +24,7 @@ def measure(name, size, dtype, arch, turns, device="cpu"):
     model = MODELS[name](size).to(device, dtype)
     active = [round(each * cases.patches_of(model)) for each in SHARES]
     clips = [cases.frames(model, count) for count in active]
-    rule = {"floor": 0, "max_age": None, "cut_share": None, "cut_surprise": None, "engine": "eager"}
+    rule = {"floor": 0, "max_age": None, "cut_share": None, "cut_surprise": None, "launch": "eager"}
     sparse = [cases.patched(model, arch, budget=count, dense_above=1.0, **rule) for count in active]
     asked = cases.patched(model, arch, **rule)
     asked(next(clips[0]))

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from neuroflow.cli.main import main as neuroflow
 from neuroflow.config import ARCHITECTURES
 from neuroflow.distillation import DistillationConfig
-from neuroflow.models import load_street
+from neuroflow.street import load_street
+from neuroflow.street.scene import CAMERAS, CLASSES, TRAJECTORIES, Stage, scenes
 from neuroflow.video.encode import VideoWriter
-from neuroflow.video.scene import CAMERAS, CLASSES, TRAJECTORIES, Stage, scenes
 from neuroflow.weights import distilled_config
+from neuroflow_cli import main as neuroflow
 from safetensors import safe_open
 from tqdm import tqdm
 

@@ -7,16 +7,15 @@ where the clips, weights and photographs come from. Results go to bench/results/
 import argparse
 import tempfile
 
-import neuroflow
 import numpy as np
 import torch
+from neuroflow import NeuroFlowConfig
 from neuroflow.weights import copy_sharing_weights
 from PIL import Image
 from tqdm import tqdm
 
 from bench.tables import (
     LEAD,
-    PUBLISHED,
     TOLERANCE,
     cosine,
     embeddings,
@@ -36,23 +35,23 @@ from bench.tables import (
 from bench.vit_tiny import vit_tiny
 
 VARIANTS = {
-    "E (default)": {},
-    "E, surprise": {"score": "surprise"},
-    "C, published": {"arch": "C"} | PUBLISHED,
-    "E, published gate": PUBLISHED,
-    "A, published gate": {"arch": "A"} | PUBLISHED,
-    "B, published gate": {"arch": "B"} | PUBLISHED,
-    "D, published gate": {"arch": "D"} | PUBLISHED,
-    "signal embedding": {"signal": "embedding"},
-    "signal pixel": {"signal": "pixel"},
-    "reference previous": {"reference": "previous"},
-    "reference dual": {"reference": "dual"},
-    "blend 0.7": {"blend": 0.7},
-    "max_age None": {"max_age": None},
-    "no cuts": {"cut_share": None, "cut_surprise": None},
-    "normalise_motion": {"normalise_motion": True},
-    "dilation 1": {"dilation": 1},
-    "budget": {},
+    "E (default)": NeuroFlowConfig(),
+    "E, surprise": NeuroFlowConfig(score="surprise"),
+    "C, published": NeuroFlowConfig.published(),
+    "E, published gate": NeuroFlowConfig.published("E"),
+    "A, published gate": NeuroFlowConfig.published("A"),
+    "B, published gate": NeuroFlowConfig.published("B"),
+    "D, published gate": NeuroFlowConfig.published("D"),
+    "signal embedding": NeuroFlowConfig(signal="embedding"),
+    "signal pixel": NeuroFlowConfig(signal="pixel"),
+    "reference previous": NeuroFlowConfig(reference="previous"),
+    "reference dual": NeuroFlowConfig(reference="dual"),
+    "blend 0.7": NeuroFlowConfig(blend=0.7),
+    "max_age None": NeuroFlowConfig(max_age=None),
+    "no cuts": NeuroFlowConfig(cut_share=None, cut_surprise=None),
+    "normalise_motion": NeuroFlowConfig(normalise_motion=True),
+    "dilation 1": NeuroFlowConfig(dilation=1),
+    "budget": NeuroFlowConfig(),
 }
 MAIN = ("E (default)", "E, surprise", "C, published")
 SKIP, MORE = 0.84, 0.95
@@ -83,7 +82,7 @@ def measure_clip(model, dense, name, clip, variants, skips, starts):
     starts: from a gate and a skip to its threshold over the default's, which differs little between clips and tells
     where a search starts; kept up to date.
     """
-    gate, default = gate_of(model), neuroflow.NeuroFlowConfig()
+    gate, default = gate_of(model), NeuroFlowConfig()
 
     def row(variant, asked, config, one):
         figures = score([expected], [one], dense.classifier)
@@ -95,14 +94,13 @@ def measure_clip(model, dense, name, clip, variants, skips, starts):
     rows = [row("E (default)", None, default, first)]
     found = {}  # the default's threshold at each skip
     moving = first.key_frames >= MOVING * (len(clip) - 1)
-    for variant, settings in variants.items():
-        config = neuroflow.NeuroFlowConfig(**settings)
+    for variant, config in variants.items():
         cuts = config.cut_share is not None or config.cut_surprise is not None
         if moving and cuts:
             continue
         for skip in skips(variant):
             if variant == "budget":
-                config = neuroflow.NeuroFlowConfig(budget=1 - skip)
+                config = NeuroFlowConfig(budget=1 - skip)
                 (one,) = run(model, [clip], config)
             else:
                 gate_settings = config.signal, config.reference, config.score, config.normalise_motion, config.dilation
@@ -257,8 +255,7 @@ def photographs(arguments):
     with torch.inference_mode():
         rows += [{"variant": "dense", "kind": kind, "label_top1": correct(expected, kind)} for kind in (*KINDS, "all")]
         for variant in MAIN:
-            config = neuroflow.NeuroFlowConfig(**VARIANTS[variant])
-            seen = clips[:CALIBRATED_ON]
+            config, seen = VARIANTS[variant], clips[:CALIBRATED_ON]
             config, _ = run_at_skip(model, gate_of(model), seen, config, SKIP, config.threshold)
             runs = []
             for start in tqdm(range(0, count, 10), desc=variant):

@@ -32,8 +32,8 @@ def steps(out):
     return [
         ("build", 110, [*python, "setup.py", "-q", "build_ext", "--inplace"]),
         ("environment", 20, [*python, "-m", "neuroflow_kernels.env"]),
-        ("ops", 80, ["env", "NEUROFLOW_TEST_DEVICE=cuda", *pytest, *(f"tests/test_{op}.py" for op in OPS)]),
-        ("engine", 60, [*pytest, "tests/test_gpu.py"]),
+        ("ops", 80, ["env", "NEUROFLOW_TEST_DEVICE=cuda", *pytest, *(f"tests/ops/test_{op}.py" for op in OPS)]),
+        ("engine", 60, [*pytest, "tests/engine/test_gpu.py"]),
         ("ops measured", 40, [*run, "ops", "--out", f"{out}/run-cuda-ops.json"]),
         ("models", 120, [*run, "models", *models, "--seconds", "4", "--out", f"{out}/run-cuda-models.json"]),
         ("streams", 30, [*python, "-m", "bench.streams", *streams, "--skip", "0.97", "--out", f"{out}/streams-cuda"]),

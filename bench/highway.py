@@ -16,9 +16,9 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 from neuroflow import NeuroFlowConfig
-from neuroflow.models import load_street
+from neuroflow.engine.projection import patch_windows, project_windows
 from neuroflow.objects import motion
-from neuroflow.rewrites import patch_windows, project_windows
+from neuroflow.street import load_street
 from neuroflow.video.preprocess import Preprocessor
 from neuroflow.video.source import Source
 from PIL import Image

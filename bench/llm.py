@@ -10,12 +10,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from neuroflow.cli.eval import Journal
-from neuroflow.cli.eval_llm import cut, evaluate, load_language_model, pair_of, time_steps
+from neuroflow.journal import Findings
 from neuroflow.llm import BypassConfig, disable_bypass, enable_bypass
+from neuroflow.llm_evaluation import cut_windows, evaluate, pair_of, time_steps
 from neuroflow.weights import copy_sharing_weights
 from tqdm import tqdm
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 from bench.tables import share, table, write
 from bench.train_llm import DIRECTORY, MODEL, SHARES
@@ -108,21 +108,22 @@ def main():
     parser.add_argument("--model", type=Path, default=DIRECTORY, help="what bench.train_llm wrote")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = load_language_model(str(arguments.model), torch.device("cpu"), torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = {}
     for name in SHARES:
-        path = arguments.model / f"{name}.txt"
-        windows[name] = cut(path, tokenizer(path.read_text())["input_ids"], TOKENS, WINDOWS)
+        text_ids = tokenizer((arguments.model / f"{name}.txt").read_text())["input_ids"]
+        windows[name] = cut_windows(text_ids, TOKENS, WINDOWS)
     configs = [BypassConfig(*pair, threshold) for pair in PAIRS for threshold in THRESHOLDS]
     configs += [BypassConfig(*pair, threshold, "mlp") for pair in MLP_PAIRS for threshold in MLP_THRESHOLDS]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = {"tokens": TOKENS, "windows": WINDOWS, "new_tokens": NEW_TOKENS, "parameters": parameters}
     kept = arguments.model / "tables.json"
-    journal = Journal(
+    findings = Findings(
         kept, settings | {"weights": (arguments.model / "model.safetensors").stat().st_mtime}, resume=True
     )
-    rows = evaluate(model, windows, configs, NEW_TOKENS, journal)
-    journal.finish()
+    rows = evaluate(model, windows, configs, NEW_TOKENS, findings)
+    findings.finish()
     large = most_saved()
     write("llm", settings | {"large": LARGE}, {"small": rows, "large": large}, text(rows, large))
 

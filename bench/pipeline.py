@@ -19,21 +19,20 @@ from pathlib import Path
 import neuroflow
 import numpy as np
 import torch
-from neuroflow.cli.demo import SIGLIP_BASE
-from neuroflow.cli.model import load_tower
-from neuroflow.cli.run import encode_frames
-from neuroflow.models import STREET
+from neuroflow.street import load_street
+from neuroflow.street.scene import RATE, Scene, Stage
 from neuroflow.video.ahead import ReadAhead, prepare
 from neuroflow.video.encode import VideoWriter
 from neuroflow.video.preprocess import Preprocessor
-from neuroflow.video.scene import RATE, Scene, Stage
 from neuroflow.video.source import Source
+from neuroflow.video.stream import encode_stream
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from bench.tables import share, table, write
 
 WIDTH, HEIGHT, TOP = 1920, 1080, 560
 CROSSING = 120  # frames
+SIGLIP_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 BASE_SIZE = 448
 CONFIG = neuroflow.NeuroFlowConfig(budget=0.03)
 PASSES = "alone", "in turn", "ahead"
@@ -56,7 +55,7 @@ def models():
         config = SiglipVisionConfig(**SIGLIP_BASE, image_size=BASE_SIZE, patch_size=16)
         name = f"SigLIP base, {str(dtype).removeprefix('torch.')}"
         yield name, SiglipVisionModel(config).eval().to(dtype), BASE_SIZE
-    tower = load_tower(str(STREET), torch.device("cpu"), torch.float32)
+    tower, _ = load_street()
     yield "embedded tower, float32", tower, tower.config.image_size
 
 
@@ -70,7 +69,7 @@ def encode(model, clip, frames, size, way):
         elif way == "ahead":
             inputs = stack.enter_context(ReadAhead(inputs))
         found, start = [], time.thread_time()
-        for encoded in encode_frames(inputs, model, None, None):
+        for encoded in encode_stream(inputs, model):
             end = time.thread_time()
             encode_ms = encoded.record.neuroflow_ms
             found.append(

@@ -191,7 +191,7 @@ class System:
             projection = 2 * self.encode.anatomy.projection.weight.numel()
             right = self.encode.flops - before == self.flops + projection * self.patches
         else:
-            encoded = int(neuroflow.summary(self.model).streams["default"].active.sum())
+            encoded = int(neuroflow.last_pass(self.model)[0].active.sum())
             right = encoded == rung_of(self.model, self.active)
         if not right:
             print(f"{self.name}, {self.skip:.0%} skipped: not measured, it skips another share")

@@ -1,7 +1,7 @@
 """What became of the ways to score a patch that were tried: fidelity at equal tokens, everything else being equal.
 
 `python -m bench.scores`: an ImageNet ViT-Ti at 224 px over the first 120 frames of four clips, architecture E, the
-threshold found per clip. Every candidate takes the place of `neuroflow.policies.staleness`. Results go to
+threshold found per clip. Every candidate takes the place of `neuroflow.engine.scores.staleness`. Results go to
 bench/results/.
 """
 
@@ -10,7 +10,7 @@ import argparse
 import neuroflow
 import torch
 import torch.nn.functional as F
-from neuroflow import policies
+from neuroflow.engine import scores
 from tqdm import tqdm
 
 from bench.fidelity import large_clips, load_classifier
@@ -18,7 +18,7 @@ from bench.tables import cosine, embeddings, gate_of, read_clip, run_at_skip, sc
 
 SIZE, FRAMES = 224, 120
 SKIPS = (0.84,)
-STALENESS = policies.staleness
+STALENESS = scores.staleness
 EXACT = 0.002  # of the skip rate, as candidates differ by little
 
 
@@ -126,7 +126,7 @@ def main():
     rows = []
     bar = tqdm(total=len(CANDIDATES) * len(SKIPS) * len(clips), unit="clip")
     for candidate, make in CANDIDATES.items():
-        policies.staleness = Fresh(make)
+        scores.staleness = Fresh(make)
         for skip in SKIPS:
             start = 0.1
             for name, clip in clips.items():
@@ -136,7 +136,7 @@ def main():
                 figures = score([dense[name]], runs, model.classifier)
                 rows.append({"candidate": candidate, "asked": skip, "clip": name, "threshold": start} | figures)
                 bar.update()
-    policies.staleness = STALENESS
+    scores.staleness = STALENESS
     parts = [
         "# Ways to score a patch, at equal tokens",
         f"`python -m bench.scores`. An ImageNet ViT-Ti at {SIZE} px, architecture E, the first {FRAMES} frames of each "

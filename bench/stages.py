@@ -32,7 +32,7 @@ def fidelity(model, unpatched, clip, config):
     cosines, skipped = [], []
     for frame in clip.split(1):
         found = feature_maps(model, frame)
-        active = neuroflow.summary(model).streams["default"].active
+        active = neuroflow.last_pass(model)[0].active
         if not active.all():
             cosines.append(F.cosine_similarity(found, feature_maps(unpatched, frame), dim=2).mean(1))
             skipped.append(1 - active.float().mean().item())

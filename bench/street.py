@@ -11,12 +11,11 @@ from pathlib import Path
 import neuroflow
 import torch
 import torch.nn.functional as F
-from neuroflow.models import load_street
-from neuroflow.video.scene import CAMERAS, CLASSES, TRAJECTORIES, scenes, write_scene
+from neuroflow.street import load_street
+from neuroflow.street.scene import CAMERAS, CLASSES, TRAJECTORIES, scenes, write_scene
 from tqdm import tqdm
 
 from bench.tables import (
-    PUBLISHED,
     cosine,
     embeddings,
     gate_of,
@@ -29,7 +28,7 @@ from bench.tables import (
     write,
 )
 
-VARIANTS = {"E (default)": {}, "C, published": {"arch": "C"} | PUBLISHED}
+VARIANTS = {"E (default)": neuroflow.NeuroFlowConfig(), "C, published": neuroflow.NeuroFlowConfig.published()}
 FIELDS = {"trajectory": TRAJECTORIES, "camera": CAMERAS, "subject": CLASSES}
 SKIP = 0.84
 RETAINED = 0.99  # of what dense names; a class that retains less is a failure
@@ -50,8 +49,7 @@ def choose_settings(model, scratch):
     settings = {}
     size = model.config.image_size
     clips = [draw(scene, size, scratch)[0] for scene in scenes(CALIBRATED_ON)]
-    for variant, changed in VARIANTS.items():
-        config = neuroflow.NeuroFlowConfig(**changed)
+    for variant, config in VARIANTS.items():
         settings[variant, "default threshold"] = config
         chosen, _ = run_at_skip(model, gate_of(model), clips, config, SKIP, config.threshold)
         settings[variant, f"{SKIP:.0%}"] = chosen

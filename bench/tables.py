@@ -19,8 +19,7 @@ import neuroflow
 import torch
 import torch.nn.functional as F
 from neuroflow.adapters import describe as anatomy_of
-from neuroflow.adapters.anatomy import interpolation
-from neuroflow.evaluation import PUBLISHED as PUBLISHED
+from neuroflow.embedding import frame_embeddings
 from neuroflow.weights import copy_sharing_weights
 from torch import nn
 
@@ -66,8 +65,7 @@ def read_clip(path, size, count):
 @torch.inference_mode()
 def embeddings(model, pixels):
     """The tower's embeddings [S, D] of pixels [S, 3, H, W]."""
-    anatomy = anatomy_of(model)
-    return anatomy.embedding(anatomy.tower(pixel_values=pixels, **interpolation(anatomy.tower, pixels))).float()
+    return frame_embeddings(model, pixels)
 
 
 def run(model, clips, config, *, dense=None, weights=None):
@@ -90,29 +88,33 @@ def run(model, clips, config, *, dense=None, weights=None):
 
 def _run_together(model, clips):
     neuroflow.reset_cache(model)
-    names, found, skipped = range(len(clips)), [], []
-    for pixels in zip(*clips, strict=True):
-        with neuroflow.cache_context(model, *names):
+    found, reports = [], []  # of each frame, those of all clips
+    with neuroflow.cache_context(model, *range(len(clips))):
+        for pixels in zip(*clips, strict=True):
             found.append(embeddings(model, torch.stack(pixels)))
-        streams = neuroflow.summary(model).streams
-        skipped.append([1 - streams[name].active.float().mean().item() for name in names])
-    found, skipped = torch.stack(found), torch.tensor(skipped)
-    return [Run(found[:, name], skipped[:, name], streams[name].key_frames - 1) for name in names]
+            reports.append(neuroflow.last_pass(model))
+    return [_run_of(*one) for one in zip(zip(*found, strict=True), zip(*reports, strict=True), strict=True)]
+
+
+def _run_of(found, reports, speed=None):
+    """A `Run` of the embeddings [D] and the reports of a clip's frames."""
+    skipped = torch.tensor([report.skipped for report in reports])
+    key_frames = sum(report.key_frame is not None for report in reports[1:])
+    return Run(torch.stack(found), skipped, key_frames, speed)
 
 
 def _run_in_turns(model, clip, dense):
     neuroflow.reset_cache(model)
-    found, expected, skipped, times = [], [], [], {model: [], dense: []}
+    found, expected, reports, times = [], [], [], {model: [], dense: []}
     for number, pixels in enumerate(clip.split(1)):
         # Taking turns, so that neither always finds the processor's cache as the other left it.
         for each in (model, dense) if number % 2 else (dense, model):
             start = time.perf_counter()
             (found if each is model else expected).append(embeddings(each, pixels))
             times[each].append(time.perf_counter() - start)
-        stream = neuroflow.summary(model).streams["default"]
-        skipped.append(1 - stream.active.float().mean().item())
+        reports += neuroflow.last_pass(model)
     speed = statistics.median(times[dense][1:]) / statistics.median(times[model][1:])
-    return torch.cat(expected), Run(torch.cat(found), torch.tensor(skipped), stream.key_frames - 1, speed)
+    return torch.cat(expected), _run_of([embedding for (embedding,) in found], reports, speed)
 
 
 def mean_skip(runs):

@@ -1,4 +1,4 @@
-"""Train the tower of `neuroflow.models.STREET` on drawn scenes: `OMP_NUM_THREADS=1 python -m bench.train_street`.
+"""Train the tower of `neuroflow.street.STREET` on drawn scenes: `OMP_NUM_THREADS=1 python -m bench.train_street`.
 
 A SigLIP tower with a table of class embeddings, scored by cosine. First on 112-pixel windows about the subject, which
 keep the scale and the places of the whole picture's patches at a quarter of the cost, then on whole pictures. A run
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from neuroflow import adapters
-from neuroflow.models import STREET, load_street
+from neuroflow.street import STREET, load_street
+from neuroflow.street.scene import CLASSES, Stage, scenes, write_scene
 from neuroflow.video.preprocess import Preprocessor
-from neuroflow.video.scene import CLASSES, Stage, scenes, write_scene
 from neuroflow.video.source import Source
 from PIL import Image
 from safetensors.torch import save_file

@@ -8,9 +8,9 @@ import torch
 
 from neuroflow_kernels import BackendUnavailable, dispatch, unavailable, use_backend
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/test_triton.py runs the ops' tests again like this
-CUDA_ON_HOST = os.environ.get("NEUROFLOW_CUDA_ON_HOST")  # and tests/test_cuda_on_host.py with this library
-DEVICE = os.environ.get("NEUROFLOW_TEST_DEVICE", "cpu")  # and tests/test_cuda.py on cuda, where there is a GPU
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/ops/test_triton.py runs the ops' tests again like this
+CUDA_ON_HOST = os.environ.get("NEUROFLOW_CUDA_ON_HOST")  # and tests/ops/test_cuda_on_host.py with this library
+DEVICE = os.environ.get("NEUROFLOW_TEST_DEVICE", "cpu")  # and tests/ops/test_cuda.py on cuda, where there is a GPU
 BACKENDS = ["triton"] if INTERPRETED else ["cuda"] if CUDA_ON_HOST else ["reference", "cpp"]
 if DEVICE != "cpu":
     BACKENDS = ["reference", "cuda", "triton"]
@@ -39,7 +39,7 @@ if CUDA_ON_HOST:
 def never_dense(monkeypatch):
     """Which frames run dense does not depend on how fast they are."""
     if not (INTERPRETED or CUDA_ON_HOST):
-        monkeypatch.setattr("neuroflow.crossover.measure", lambda *_: 1.0)
+        monkeypatch.setattr("neuroflow.engine.crossover.measure", lambda *_: 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def generator():
 def neuroflow_with_warnings(capsys):
     """neuroflow_with_warnings(command, *arguments) -> exit code, stdout, stderr."""
 
-    from neuroflow.cli.main import main
+    from neuroflow_cli import main
 
     def call(*arguments):
         try:

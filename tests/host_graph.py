@@ -1,4 +1,4 @@
-"""Graphs without a GPU: a stand-in for `neuroflow.graphs.CudaGraph` on the CPU."""
+"""Graphs without a GPU: a stand-in for `neuroflow.engine.graphs.CudaGraph` on the CPU."""
 
 import contextlib
 

@@ -7,9 +7,11 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import neuroflow
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
@@ -196,7 +198,7 @@ TIMM = {
     "timm pe": of_timm("Eva", **perception, attn_type="rope", use_pre_transformer_norm=True, global_pool="map"),
     "timm rope mixed": of_timm("Eva", **rope, rope_type="mixed", attn_type="rope", qk_norm=True),
 }
-if find_spec("timm") and find_spec("torchvision"):  # which it needs; tests/test_timm.py sees to both
+if find_spec("timm") and find_spec("torchvision"):  # which it needs; tests/adapters/test_timm.py sees to both
     FAMILIES |= TIMM
 
 
@@ -276,3 +278,51 @@ def clip(frames=6, size=(48, 48), seed=0, changed=4):
             window.copy_(torch.rand(window.shape, generator=generator) * 2 - 1)
         result.append(still)
     return torch.stack(result)
+
+
+def smooth_clip(frames=8, size=(48, 48)):
+    """A picture without edges that drifts slowly, and a soft spot that crosses it: [T, 3, H, W]."""
+    rows, columns = torch.meshgrid(*(torch.linspace(0, 1, length) for length in size), indexing="ij")
+    result = []
+    for time in torch.linspace(0, 1, frames):
+        waves = [torch.sin(3 * (k + 1) * rows + 4 * columns + 0.1 * time + k) for k in range(3)]
+        spot = torch.exp(-((rows - 0.2 - 0.5 * time) ** 2 + (columns - 0.5) ** 2) / 0.02)
+        result.append(torch.stack(waves) * 0.5 + spot)
+    return torch.stack(result)
+
+
+def outputs(model, family, frames):
+    torch.manual_seed(0)  # of ViT-MAE's shuffling
+    with torch.inference_mode():
+        return [model(**inputs(family, frame[None])) for frame in frames]
+
+
+def values(output):
+    """The tensors of a model's output that are about the frame, by name."""
+    if isinstance(output, torch.Tensor):
+        return {"output": output}
+    if isinstance(output, tuple):  # Qwen3-VL up to transformers 4.57
+        return {"pooler_output": output[0]} | {f"deepstack {k}": each for k, each in enumerate(output[1])}
+    found = {name: output.get(name) for name in ("last_hidden_state", "pooler_output")}
+    found = {name: value for name, value in found.items() if value is not None}
+    found |= {f"deepstack {k}": each for k, each in enumerate(output.get("deepstack_features") or [])}
+    if "ids_restore" in output:  # ViT-MAE shuffles its patches
+        patches = found["last_hidden_state"][:, 1:]
+        found["last_hidden_state"] = patches.gather(1, output.ids_restore[..., None].expand_as(patches))
+    return found
+
+
+def assert_close(actual, expected, tolerance):
+    ours, theirs = values(actual), values(expected)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name].shape == theirs[name].shape
+        assert (ours[name] - theirs[name]).abs().max() <= tolerance * theirs[name].abs().max()
+
+
+def photograph(path):
+    """The middle 224 x 224 of a photograph whose short side is 256."""
+    image = Image.open(path).convert("RGB")
+    left, top = (image.width - 224) // 2, (image.height - 224) // 2
+    pixels = np.asarray(image.crop((left, top, left + 224, top + 224)))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1

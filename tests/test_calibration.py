@@ -103,7 +103,7 @@ def test_frames_may_be_any_iterable_that_starts_over():
 def test_the_threshold_does_not_depend_on_the_machines_speed(monkeypatch):
     model, frames = tiny("siglip"), drift(frames=5)
     expected = calibrate(model, frames, PLAIN, skip=0.6)
-    monkeypatch.setattr("neuroflow.crossover.measure", lambda *_: 0.2)
+    monkeypatch.setattr("neuroflow.engine.crossover.measure", lambda *_: 0.2)
     result = calibrate(model, frames, dataclasses.replace(PLAIN, dense_above=None), skip=0.6)
     assert result == dataclasses.replace(expected, config=dataclasses.replace(expected.config, dense_above=None))
     with pytest.raises(CalibrationError, match="is not reached"):  # with frames above it dense

@@ -66,3 +66,24 @@ def test_configurations_are_values():
     assert dataclasses.replace(config, threshold=0.2).threshold == 0.2
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.arch = "E"
+
+
+def test_the_published_gate():
+    published = neuroflow.NeuroFlowConfig.published()
+    assert (published.arch, published.signal, published.reference) == ("dual", "embedding", "ema")
+    assert (published.score, published.threshold) == ("surprise", 0.02)
+    assert published.max_age is published.cut_share is published.cut_surprise is None and published.dense_above == 1
+    other = neuroflow.NeuroFlowConfig.published("B", threshold=0.1, signal="patch")
+    assert (other.arch, other.threshold, other.signal, other.reference) == ("active", 0.1, "patch", "ema")
+
+
+def test_files_of_earlier_versions_load(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"arch": "dual", "engine": "eager"}')
+    assert neuroflow.NeuroFlowConfig.load(path) == neuroflow.NeuroFlowConfig(arch="C", launch="eager")
+    path.write_text('{"arch": "dual", "engines": "eager"}')
+    with pytest.raises(ValueError, match=r"config .*config\.json: has no field 'engines'; accepted are those of"):
+        neuroflow.NeuroFlowConfig.load(path)
+    path.write_text('{"engine": "auto"}')
+    with pytest.raises(ValueError, match="launch is 'auto'; accepted is one of 'graph', 'eager'"):
+        neuroflow.NeuroFlowConfig.load(path)

@@ -11,10 +11,14 @@ import torch
 from models import tiny
 from neuroflow import distillation
 from neuroflow.adapters import describe
-from neuroflow.distillation import Clip, Distillation, DistillationConfig, Epoch, Outside, distillation_loss
-from neuroflow.models import ClassHead
+from neuroflow.classes import ClassHead
+from neuroflow.distillation import Distillation, DistillationConfig, Epoch, OpenVideo, Outside, distillation_loss
+from neuroflow.embedding import frame_embeddings
+from neuroflow.engine import passes
+from neuroflow.engine.gate import Gate
+from neuroflow.engine.passes import Plan
+from neuroflow.engine.state import StreamState
 from neuroflow.patch import engine_of, install
-from neuroflow.state import StreamState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 32
@@ -60,9 +64,10 @@ def trained(model, videos, path=None, stop=None, **settings):
 
 
 def clip_of(run, frames, decay=0.05, **rule):
-    """A clip of the frames for the run's engine."""
-    gate = dataclasses.replace(run.config.gate(**rule), ema_decay=decay)
-    return Clip(0, enumerate(frames), gate, StreamState("clip"), len(frames))
+    """A video of the frames for the run's engine."""
+    config = dataclasses.replace(run.config.gate(**rule), ema_decay=decay)
+    gate = Gate(Plan.of(run.engine.anatomy, config))
+    return OpenVideo(0, enumerate(frames), gate, StreamState("clip"), len(frames))
 
 
 def moved(run):
@@ -95,20 +100,21 @@ def test_the_student_computes_what_the_patched_model_does(name, arch, threshold,
     rules = [{"threshold": threshold} | always, {"budget": 0.25, "decay": 0.5} | always]
     videos = [video(0, turn=5), video(1, turn=5)]
     clips = [clip_of(run, frames, **rule) for frames, rule in zip(videos, rules, strict=True)]
-    run.engine.clips, found = clips, []
+    run.engine.videos, found = clips, []
     install(run.engine)
     for start, stop in ((0, 4), (4, 7), (7, 9)):
         for clip in clips:
             clip.count = stop - start
-        found.append(run.embed(run.student, torch.cat([frame for frames in videos for frame in frames[start:stop]])))
+        frames = [frame for frames in videos for frame in frames[start:stop]]
+        found.append(frame_embeddings(run.student, torch.cat(frames)))
     assert all(part.requires_grad for part in found)
     assert run.engine.whole == [threshold == 0] * 2 + [False] * 2
     for number, (frames, clip) in enumerate(zip(videos, clips, strict=True)):
-        neuroflow.enable_cache(model, clip.gate, weights=tmp_path / "weights.safetensors")
-        expected = torch.cat([run.embed(model, frame) for frame in frames])
+        neuroflow.enable_cache(model, clip.gate.config, weights=tmp_path / "weights.safetensors")
+        expected = torch.cat([frame_embeddings(model, frame) for frame in frames])
         skipped = neuroflow.summary(model).streams["default"].skipped
         neuroflow.disable_cache(model)
-        assert (skipped > 0) == (clip.gate.threshold != 0)
+        assert (skipped > 0) == (clip.gate.config.threshold != 0)
         own = torch.cat([part.detach().chunk(2)[number] for part in found])
         torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)
 
@@ -118,16 +124,16 @@ def test_gradients_are_those_of_the_definition(model):
     run = Distillation(model, DistillationConfig())
     frames, seen = torch.cat(video(0, 3)), []
     install(run.engine)
-    select = distillation.Frame.select
+    select = passes.Pass.select
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            distillation.Frame, "select", lambda self, rows, tokens: (seen.append(rows), select(self, rows, tokens))[1]
+            passes.Pass, "select", lambda self, rows, tokens: (seen.append(rows), select(self, rows, tokens))[1]
         )
         with torch.no_grad():
-            run.engine.clips = [clip_of(run, frames, threshold=0.03)]
-            run.embed(run.student, frames)  # leaves nothing behind that has no gradient
-        run.engine.clips = [clip_of(run, frames, threshold=0.03)]
-        run.embed(run.student, frames).square().sum().backward()
+            run.engine.videos = [clip_of(run, frames, threshold=0.03)]
+            frame_embeddings(run.student, frames)  # leaves nothing behind that has no gradient
+        run.engine.videos = [clip_of(run, frames, threshold=0.03)]
+        frame_embeddings(run.student, frames).square().sum().backward()
     total, anatomy = 0, describe(model)
     assert [rows is None for rows in seen[-1]] == [True, False, False]
     for frame, rows in list(zip(frames.split(1), seen[-1], strict=True))[1:]:
@@ -152,8 +158,8 @@ def test_gradients_go_through_the_caches(name, arch):
     install(run.engine)
 
     def total():
-        run.engine.clips = [clip_of(run, frames, budget=0.25, score="surprise")]
-        return run.embed(run.student, frames).double().square().sum()
+        run.engine.videos = [clip_of(run, frames, budget=0.25, score="surprise")]
+        return frame_embeddings(run.student, frames).double().square().sum()
 
     total().backward()
     generator = torch.Generator().manual_seed(0)
@@ -176,15 +182,15 @@ def test_attention_reaches_the_gate(name, arch):
     run = Distillation(model, DistillationConfig(arch=arch))
     frames = video(0, 2)
     clips = [clip_of(run, frames, budget=budget) for budget in (0.25, 0.5)]
-    run.engine.clips = clips
+    run.engine.videos = clips
     install(run.engine)
-    run.embed(run.student, torch.cat([*frames, *frames])).sum().backward()
+    frame_embeddings(run.student, torch.cat([*frames, *frames])).sum().backward()
     for clip in clips:
-        neuroflow.enable_cache(model, clip.gate)
+        neuroflow.enable_cache(model, clip.gate.config)
         engine = engine_of(model)
-        run.embed(model, frames[0])
+        frame_embeddings(model, frames[0])
         engine.streams["default"].attention.fill_(1)  # as nothing is known of it in a clip's first pass
-        run.embed(model, frames[1])
+        frame_embeddings(model, frames[1])
         expected = engine.streams["default"].attention
         neuroflow.disable_cache(model)
         assert not clip.state.attention.requires_grad
@@ -230,7 +236,7 @@ def recorded_steps(run, videos, monkeypatch):
     def step(clips, taken, rate):
         numbers = [clip.number for clip in clips]
         indices = [[index for index, _ in frames] for frames in taken]
-        steps.append((numbers, indices, [clip.gate for clip in clips], rate))
+        steps.append((numbers, indices, [clip.gate.config for clip in clips], rate))
         return [float(len(steps))]
 
     monkeypatch.setattr(run, "_step", step)
@@ -302,7 +308,7 @@ def test_a_step(model, monkeypatch):
     clip = clip_of(run, frames)
     name, weight = next(iter(run.weights.items()))
     found, expected = torch.zeros(3, 4) + torch.arange(3.0)[:, None] + 1, torch.ones(3, 4)
-    monkeypatch.setattr(run, "embed", lambda model, pixels: found + 0 * weight.sum())
+    monkeypatch.setattr(distillation, "frame_embeddings", lambda model, pixels: found + 0 * weight.sum())
     monkeypatch.setattr(run, "_expected", lambda keys, frames: expected)
     start, average = weight.detach().clone(), weight.detach().clone()
     for number in range(40):
@@ -394,9 +400,9 @@ def test_last_frames_are_to_be_known(model, videos, monkeypatch):
     assert run.evaluate(videos, Outside(others)).outside == 0.25
     ((found, teacher),) = seen
     for row, (frames, length) in enumerate(zip(others, lengths, strict=True)):
-        torch.testing.assert_close(teacher[row], run.embed(model, frames[-1])[0])
+        torch.testing.assert_close(teacher[row], frame_embeddings(model, frames[-1])[0])
         neuroflow.enable_cache(model, run.config.gate())
-        expected = [run.embed(model, frame)[0] for frame in frames][-1]
+        expected = [frame_embeddings(model, frame)[0] for frame in frames][-1]
         neuroflow.disable_cache(model)
         torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-5)
         assert torch.allclose(found[row], teacher[row], rtol=0, atol=1e-5) == (length == 1)
@@ -414,9 +420,9 @@ def test_the_result_is_run_as_it_was_evaluated(model, videos, tmp_path):
     neuroflow.enable_cache(model, weights=path)
     config = engine_of(model).config
     assert config.arch == "active" and config.budget == 0.25 and config.reference == "ema"
-    found = torch.cat([run.embed(model, frame) for frame in videos[0]])
+    found = torch.cat([frame_embeddings(model, frame) for frame in videos[0]])
     neuroflow.disable_cache(model)
-    expected = torch.cat([run.embed(model, frame) for frame in videos[0]])
+    expected = torch.cat([frame_embeddings(model, frame) for frame in videos[0]])
     cosines = torch.cosine_similarity(found, expected)
     assert cosines[1:].mean().item() == pytest.approx(run.chosen.fidelity, abs=1e-6)
     assert run.chosen.fidelity > run.history[0].fidelity

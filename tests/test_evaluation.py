@@ -1,94 +1,19 @@
-"""Clips in class folders and what they are named; and the laws of reuse, each by hand on a tiny model."""
+"""What clips are named, and the laws of reuse, each by hand on a tiny model."""
 
-import json
 import math
-from fractions import Fraction
 
 import neuroflow
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from models import clip, exact, tiny
 from neuroflow import evaluation, laws
 from neuroflow.adapters import describe
-from neuroflow.evaluation import Answer, Clip
-from neuroflow.models import STREET, ClassHead, load_classes
-from neuroflow.video.encode import VideoWriter
-from neuroflow.video.preprocess import Preprocessor
-from neuroflow.video.source import Source, SourceError
+from neuroflow.classes import ClassHead
+from neuroflow.evaluation import Answer
 from neuroflow.weights import copy_sharing_weights
-from safetensors.torch import save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def write_clip(path, frames=8):
-    """Frame k is of grey level 20 k."""
-    with VideoWriter(path, Fraction(10)) as writer:
-        for number in range(frames):
-            writer.write(np.full((32, 32, 3), 20 * number, np.uint8))
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Clips of two classes, a clip of images in a third, and things that are no clips."""
-    root = tmp_path / "clips"
-    for name in ("YoYo/b.mp4", "YoYo/a.AVI", "Archery/c.mkv", "TaiChi/d/0.png", "TaiChi/empty/notes.txt", "YoYo/x.txt"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    (root / "readme.txt").touch()
-    (root / ".hidden").mkdir()
-    return root
-
-
-def test_clips_are_those_in_class_folders(folder):
-    labels, clips = evaluation.find_clips(folder)
-    assert labels == ["Archery", "TaiChi", "YoYo"]
-    assert clips == [
-        Clip(folder / name, name, name.split("/")[0])
-        for name in ("Archery/c.mkv", "TaiChi/d", "YoYo/a.AVI", "YoYo/b.mp4")
-    ]
-
-
-def test_a_testlist_chooses_clips_and_leaves_the_classes(folder, tmp_path):
-    testlist = tmp_path / "testlist01.txt"
-    testlist.write_text("YoYo/b.mp4 101\n\nTaiChi/d\nYoYo/b.mp4 101\n")
-    labels, clips = evaluation.find_clips(folder, testlist)
-    assert labels == ["Archery", "TaiChi", "YoYo"]
-    assert [(clip.name, clip.label) for clip in clips] == [("YoYo/b.mp4", "YoYo"), ("TaiChi/d", "TaiChi")]
-
-
-@pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        (
-            "YoYo/b.mp4\nYoYo/gone.avi\nLost/lost.avi",
-            "2 of the 3 clips that it names are not in .*, YoYo/gone.avi first",
-        ),
-        ("YoYo/b.mp4 1\nb.mp4 1", "line 2: 'b.mp4' has no class; give ClassName/clip.avi"),
-        ("\n", "names no clip"),
-        (None, "cannot be read"),
-    ],
-)
-def test_a_bad_testlist_is_an_error(folder, tmp_path, lines, words):
-    testlist = tmp_path / "testlist01.txt"
-    if lines is not None:
-        testlist.write_text(lines)
-    with pytest.raises(ValueError, match=words):
-        evaluation.find_clips(folder, testlist)
-
-
-def test_a_folder_without_classes_or_clips_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no such directory"):
-        evaluation.find_clips(tmp_path / "missing")
-    write_clip(tmp_path / "clip.mp4", 2)
-    with pytest.raises(ValueError, match="holds no class folder"):
-        evaluation.find_clips(tmp_path)
-    (tmp_path / "YoYo").mkdir()
-    with pytest.raises(ValueError, match="no clip in its 1 class folders"):
-        evaluation.find_clips(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -104,80 +29,6 @@ def test_a_folder_without_classes_or_clips_is_an_error(tmp_path):
 )
 def test_class_names_are_spoken_as_words(label, words):
     assert evaluation.spoken(label) == words
-
-
-def test_classes_are_read_from_either_format(tmp_path):
-    own = evaluation.read_classes(STREET / "classes.safetensors")
-    expected = load_classes()
-    assert own.names == expected.names and own.temperature == expected.temperature
-    assert torch.equal(own.embeddings, expected.embeddings.float())
-    np.savez(tmp_path / "two.npz", names=["a", "b"], embeddings=np.eye(2, 4, dtype=np.float16))
-    two = evaluation.read_classes(tmp_path / "two.npz")
-    assert two.names == ("a", "b") and two.temperature == 1 and torch.equal(two.embeddings, torch.eye(2, 4))
-
-
-def write_classes(path, kind):
-    embeddings = np.eye(2, 4, dtype=np.float32)
-    if kind == "no names":
-        save_file({"embeddings": torch.eye(2, 4)}, path)
-    elif kind == "no embeddings":
-        np.savez(path, names=["a", "b"])
-    elif kind == "text":
-        path.write_text("not a file of arrays")
-    elif kind == "three names":
-        save_file({"embeddings": torch.eye(2, 4)}, path, {"names": json.dumps(["a", "b", "c"])})
-    elif kind == "one name twice":
-        np.savez(path, names=["a", "a"], embeddings=embeddings)
-    elif kind == "flat":
-        np.savez(path, names=["a", "b"], embeddings=embeddings[:, 0])
-    elif kind == "nan":
-        np.savez(path, names=["a", "b"], embeddings=embeddings * np.nan)
-
-
-@pytest.mark.parametrize(
-    ("kind", "suffix", "words"),
-    [
-        ("no names", ".safetensors", "holds no names"),
-        ("no embeddings", ".npz", "holds no embeddings"),
-        ("text", ".npz", "cannot be read"),
-        ("text", ".safetensors", "cannot be read"),
-        ("missing", ".npz", "cannot be read"),
-        ("three names", ".safetensors", r"holds embeddings \[2, 4\] and 3 names"),
-        ("one name twice", ".npz", "and 1 names"),
-        ("flat", ".npz", r"holds embeddings \[2\]"),
-        ("nan", ".npz", "all finite"),
-    ],
-)
-def test_a_bad_file_of_classes_is_an_error(tmp_path, kind, suffix, words):
-    path = tmp_path / f"classes{suffix}"
-    write_classes(path, kind)
-    with pytest.raises(ValueError, match=words) as caught:
-        evaluation.read_classes(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_frames_are_the_first_of_a_clip_and_a_stride_apart(tmp_path):
-    path, preprocess = write_clip(tmp_path / "clip.mp4"), Preprocessor(16, 16, mean=(0, 0, 0), std=(1 / 255,) * 3)
-
-    def levels(*options):
-        return (evaluation.read_clip(path, preprocess, *options).mean((1, 2, 3)) / 20).round().tolist()
-
-    assert levels(3) == [0, 1, 2]
-    assert levels(3, 3) == [0, 3, 6]
-    assert levels() == list(range(8))
-    with pytest.raises(SourceError, match="32x32 is over the ceiling of 1,000 pixels"):
-        levels(3, 1, 1000)
-
-
-def test_a_clip_that_is_damaged_before_the_last_frame_asked_for_is_an_error(tmp_path):
-    first = next(iter(Source(str(write_clip(tmp_path / "clip.mp4"))))).picture.to_image()
-    for number in range(3):
-        first.save(tmp_path / f"{number}.png")
-    (tmp_path / "3.png").write_text("no picture")
-    (tmp_path / "clip.mp4").unlink()
-    assert len(evaluation.read_clip(tmp_path, Preprocessor(16, 16), 3)) == 3
-    with pytest.raises(SourceError, match=r"image 3.png cannot be read"):
-        evaluation.read_clip(tmp_path, Preprocessor(16, 16), 4)
 
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 5), (4, 5), (5, 5), (7155, 10000), (1, 1)])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from neuroflow.llm import FAMILIES, BypassConfig, bypass_summary, cache_argument, disable_bypass, enable_bypass
+from neuroflow.llm import DECODERS, BypassConfig, bypass_summary, cache_argument, disable_bypass, enable_bypass
 from transformers import DynamicCache, GPT2Config, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +35,7 @@ CONFIGS = {
     "gpt2": lambda: GPT2Config(**GPT2),
     "gpt2 upcast": lambda: GPT2Config(**GPT2, reorder_and_upcast_attn=True, attn_implementation="eager"),
 }
-CLASSES = dict(zip(("phi3", "llama", "qwen2", "qwen3", "gpt2"), FAMILIES, strict=True))
+CLASSES = dict(zip(("phi3", "llama", "qwen2", "qwen3", "gpt2"), DECODERS, strict=True))
 NEVER, ALWAYS = 2.0, -2.0
 
 
@@ -57,7 +57,7 @@ def model(request):
 
 
 def layers_of(model):
-    family = FAMILIES[type(model).__name__]
+    family = DECODERS[type(model).__name__]
     return getattr(getattr(model, family.decoder), family.layers), family
 
 

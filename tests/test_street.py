@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from neuroflow.cli.model import load_tower
-from neuroflow.models import STREET, load_street
+from neuroflow.street import STREET, load_street
+from neuroflow.street.scene import CAMERAS, CLASSES, TRAJECTORIES, Scene, Stage, draw_scene, scenes, write_scene
+from neuroflow.street.sprites import KINDS, draw_subject, paste, random_look
 from neuroflow.video.preprocess import Preprocessor
-from neuroflow.video.scene import CAMERAS, CLASSES, TRAJECTORIES, Scene, Stage, draw_scene, scenes, write_scene
 from neuroflow.video.source import Source
-from neuroflow.video.sprites import KINDS, draw_subject, paste, random_look
 
 SMALL = 64
 

@@ -8,13 +8,13 @@ import neuroflow
 import pytest
 import torch
 from models import clip, inputs, tiny
-from neuroflow import cache
 from neuroflow.adapters import describe
 from neuroflow.config import NeuroFlowConfig
 from neuroflow.distillation import _trained
+from neuroflow.engine import pooling
+from neuroflow.engine.pooling import fold_head
 from neuroflow.patch import engine_of
-from neuroflow.rewrites import fold_head
-from neuroflow.weights import copy_sharing_weights, distilled_config, load_weights, twins, write
+from neuroflow.weights import copy_sharing_weights, distilled_config, distilled_modules, load_weights, write
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,13 +123,13 @@ def test_what_is_derived_from_weights_is_kept_of_both(tmp_path, monkeypatch):
     path, folded = tmp_path / "weights.safetensors", []
     model = tiny("siglip")
     saved(model, path)
-    monkeypatch.setattr(cache, "fold_head", lambda head: folded.append(head) or fold_head(head))
+    monkeypatch.setattr(pooling, "fold_head", lambda head: folded.append(head) or fold_head(head))
     neuroflow.enable_cache(model, weights=path)
     frames = clip(4)
     for stream in "bcd":  # the first frame of a stream beside one of a stream that goes on
         embed("siglip", model, frames[:1], "a")
         embed("siglip", model, frames[1:3], "a", stream)
-    assert folded == [describe(model).pool[0], engine_of(model).twins[describe(model).pool[0]]]
+    assert folded == [describe(model).pool[0], engine_of(model).distilled[describe(model).pool[0]]]
 
 
 def test_rounded_products_have_them_too(tmp_path):
@@ -142,8 +142,8 @@ def test_rounded_products_have_them_too(tmp_path):
         found.append(torch.cat([embed("siglip", model, frame, "a") for frame in frames.split(1)]))
         engine = engine_of(model)
         neuroflow.disable_cache(model)
-    rounded = {key[0] for key in engine.kept if key[-1] == "rounded"}
-    parts = [part for twin in engine.twins.values() for part in twin.modules()]
+    rounded = {key[0] for key in engine.derived._kept if key[-1] == "rounded"}
+    parts = [part for module in engine.distilled.values() for part in module.modules()]
     assert rounded == {part for part in parts if isinstance(part, nn.Linear)}
     own = dense("siglip", model, frames)
     assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0], found[1])
@@ -198,7 +198,7 @@ def test_weights_of_what_has_parts_are_refused():
     model.get_submodule("encoder.layers.1.mlp").scale = nn.Parameter(torch.ones(()))
     weight = {"encoder.layers.1.mlp.scale": nn.Parameter(torch.ones(()))}
     with pytest.raises(ValueError, match=r"encoder.layers.1.mlp.scale is of a SiglipMLP, which has parts; accepted"):
-        twins(model, describe(model), weight)
+        distilled_modules(model, describe(model), weight)
 
 
 def test_states_are_of_these_weights_too(tmp_path):

@@ -7,16 +7,28 @@ from . import (
 from .adapters import Anatomy, Family, register_adapter, supported_models
 from .calibration import Calibration, CalibrationError, LogitShift, calibrate
 from .config import NeuroFlowConfig
-from .patch import cache_context, disable_cache, enable_cache, encode, is_patched, reset_cache, summary
+from .engine.passes import FrameReport
+from .engine.streams import StreamCache
+from .patch import (
+    StreamSummary,
+    Summary,
+    cache_context,
+    disable_cache,
+    enable_cache,
+    encode,
+    is_patched,
+    last_pass,
+    reset_cache,
+    summary,
+)
 from .saving import load_state, save_state
-from .state import StreamSummary, Summary
-from .streams import StreamCache
 
 __all__ = [
     "Anatomy",
     "Calibration",
     "CalibrationError",
     "Family",
+    "FrameReport",
     "LogitShift",
     "NeuroFlowConfig",
     "StreamCache",
@@ -29,6 +41,7 @@ __all__ = [
     "enable_cache",
     "encode",
     "is_patched",
+    "last_pass",
     "load_state",
     "register_adapter",
     "reset_cache",

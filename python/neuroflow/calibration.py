@@ -9,14 +9,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from .adapters import describe
-from .adapters.anatomy import interpolation
-from .cache import DEFAULT_STREAM
 from .config import NeuroFlowConfig
+from .embedding import frame_embeddings
 from .patch import disable_cache, enable_cache, is_patched, summary
+from .weights import write
 
 # By score: from float32's rounding, or a hundredth of what one frame of age adds, to more than any patch reaches.
 THRESHOLDS = {"surprise": (1e-6, 2.0), "staleness": (1e-5, 1000.0)}
@@ -96,7 +95,8 @@ def calibrate(
         CalibrationError: no threshold reaches the target, or the frames do not tell thresholds apart.
         ValueError: not exactly one target, or one out of range; a budget in config; fewer than two frames, frames of
             another shape, with NaN or Inf, or that can be read only once.
-        RuntimeError: the model is patched. TypeError: a model that no adapter knows.
+        RuntimeError: the model is patched.
+        TypeError: a model that no adapter knows.
     """
     config = NeuroFlowConfig() if config is None else config
     if (fidelity is None) == (skip is None):
@@ -172,7 +172,7 @@ def _try(model: nn.Module, frames: Iterable[torch.Tensor], dense: torch.Tensor, 
     enable_cache(model, config)
     try:
         sparse = _embeddings(model, frames)
-        stream = summary(model).streams[DEFAULT_STREAM]
+        (stream,) = summary(model).streams.values()
     finally:
         disable_cache(model)
     cosine = F.cosine_similarity(sparse[1:], dense[1:])
@@ -183,15 +183,11 @@ def _try(model: nn.Module, frames: Iterable[torch.Tensor], dense: torch.Tensor, 
 @torch.inference_mode()
 def _embeddings(model: nn.Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
     """The frames' embeddings [T, D] float32."""
-    anatomy = describe(model)
-    weight = next(anatomy.tower.parameters())
     embeddings = []
     for pixels in frames:
         if pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
             raise ValueError(f"frames holds a tensor {list(pixels.shape)}; accepted are [1, 3, H, W]")
-        pixels = pixels.to(weight.device, weight.dtype)
-        output = anatomy.tower(pixels, **interpolation(anatomy.tower, pixels))
-        embeddings.append(anatomy.embedding(output).float())
+        embeddings.append(frame_embeddings(model, pixels))
     return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
 
 
@@ -240,7 +236,7 @@ class LogitShift:
 
     def save(self, path: str | Path) -> None:
         """Write the shift to a safetensors file."""
-        save_file({"shift": self.shift.contiguous()}, path)
+        write(Path(path), {"shift": self.shift}, {})
 
     @classmethod
     def load(cls, path: str | Path) -> "LogitShift":

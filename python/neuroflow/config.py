@@ -3,10 +3,13 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from .files import replacing
 
 ARCHITECTURES = {"A": "mlp", "B": "active", "C": "dual", "D": "midlayer", "E": "context"}
 DEFAULT_THRESHOLD = {"staleness": 0.1, "surprise": 0.02}
+RENAMED = {"engine": "launch"}  # fields of files that were written before
 
 Signal = Literal["patch", "embedding", "pixel"]
 Reference = Literal["refreshed", "ema", "previous", "dual"]
@@ -30,8 +33,7 @@ class NeuroFlowConfig:
     """What is measured per patch, which patches are encoded, and what the others contribute.
 
     The default is the training-free architecture E on the patch projection, against the content at each patch's last
-    encoding, scored by staleness. The published system's gate is `signal="embedding", reference="ema",
-    score="surprise", max_age=None, cut_share=None, cut_surprise=None, dense_above=1`.
+    encoding, scored by staleness. `NeuroFlowConfig.published()` is the published system's.
 
     Args:
         arch: what inactive patches contribute. "context" (E): their keys and values of every block and their last
@@ -70,7 +72,7 @@ class NeuroFlowConfig:
             model's linear layers and attention multiply in bfloat16, and the caches hold keys and values in it. Sums,
             the residual stream and passes of whole frames stay float32. Takes half the weights' memory more and half
             the keys' and values' less. Models of other dtypes stay as they are.
-        engine: "graph": on a GPU, sparse frames of streams that keep coming together are recorded as CUDA graphs, whose
+        launch: "graph": on a GPU, sparse frames of streams that keep coming together are recorded as CUDA graphs, whose
             numbers of patches are those of the ladder (64, 96, 128, 192, ... where none is given). Hooks on the tower's
             modules run when a graph is recorded, and not with every frame. "eager": every frame is launched op by op,
             as everything is on a CPU.
@@ -103,7 +105,7 @@ class NeuroFlowConfig:
     blend: float = 1.0
     mid_layer: int | None = None
     precision: Precision = "model"
-    engine: Launch = "graph"
+    launch: Launch = "graph"
 
     def __post_init__(self) -> None:
         names = [*ARCHITECTURES, *ARCHITECTURES.values()]
@@ -115,7 +117,7 @@ class NeuroFlowConfig:
             "score": Score,
             "refresh": Refresh,
             "precision": Precision,
-            "engine": Launch,
+            "launch": Launch,
         }
         for name, kind in kinds.items():
             _require(getattr(self, name) in get_args(kind), name, getattr(self, name), "one of " + _listed(kind))
@@ -153,6 +155,49 @@ class NeuroFlowConfig:
         placed = self.mid_layer is None or (isinstance(self.mid_layer, int) and self.mid_layer >= 0)
         _require(placed, "mid_layer", self.mid_layer, "None or the number of a block, counted from 0")
 
+    @classmethod
+    def published(cls, arch: str = "dual", **settings: Any) -> "NeuroFlowConfig":
+        """The gate of the published system: the tokens in front of the first block, against a moving average of them.
+
+        Args:
+            arch: "mlp", "active", "dual" or "midlayer" (A to D) as published; "context" (E) under the same gate.
+            settings: fields that are to differ, such as `threshold`.
+
+        Raises:
+            ValueError: as of `NeuroFlowConfig`.
+
+        Example:
+            neuroflow.enable_cache(model, NeuroFlowConfig.published(threshold=0.05))
+
+        Source: Schmitt 2026.
+        """
+        gate = {
+            "signal": "embedding",
+            "reference": "ema",
+            "score": "surprise",
+            "max_age": None,
+            "cut_share": None,
+            "cut_surprise": None,
+            "dense_above": 1.0,
+        }
+        return cls(arch=arch, **gate | settings)
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> "NeuroFlowConfig":
+        """A configuration from its fields by name, as files hold them; those left out have their defaults.
+
+        Raises:
+            ValueError: an unknown field, or a value out of range.
+        """
+        fields = {RENAMED.get(name, name): value for name, value in fields.items()}
+        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"has no field {unknown[0]!r}; accepted are those of NeuroFlowConfig")
+        try:
+            return cls(**fields)
+        except TypeError as error:  # such as a number where text is accepted
+            raise ValueError(str(error)) from None
+
     def tokens_per_frame(self, patches: int) -> int | None:
         """The budget as a count for a frame of `patches` patches, or None under a threshold."""
         if self.budget is None or self.budget >= 1:
@@ -161,7 +206,8 @@ class NeuroFlowConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as JSON, for `load`, `enable_cache` and `neuroflow run --config`."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        with replacing(Path(path)) as partial:
+            partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "NeuroFlowConfig":
@@ -176,10 +222,7 @@ class NeuroFlowConfig:
             raise ValueError(f"config {path}: cannot be read ({error}); give a file that save wrote") from None
         if not isinstance(fields, dict):
             raise ValueError(f"config {path}: holds a {type(fields).__name__}; accepted is a JSON object")
-        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"config {path}: has no field {unknown[0]!r}; accepted are those of NeuroFlowConfig")
         try:
-            return cls(**fields)
-        except (TypeError, ValueError) as error:
+            return cls.from_fields(fields)
+        except ValueError as error:
             raise ValueError(f"config {path}: {error}") from None

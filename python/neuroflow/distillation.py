@@ -23,15 +23,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adapters import Anatomy, describe
-from .adapters.anatomy import by_name, interpolation
-from .cache import Engine
+from .adapters.anatomy import by_name
+from .classes import ClassHead
 from .config import ARCHITECTURES, NeuroFlowConfig
-from .frame import Frame, current_frame, split
-from .models import ClassHead
-from .patch import cache_context, disable_cache, engine_of, install, is_patched, reset_cache
-from .state import StreamState
-from .streams import StreamCache
-from .weights import copy_sharing_weights, read, twins, write
+from .embedding import frame_embeddings
+from .engine.engine import Engine
+from .engine.gate import Gate
+from .engine.passes import Pass, Plan, current_pass, split
+from .engine.state import StreamState
+from .engine.streams import StreamCache
+from .patch import cache_context, disable_cache, install, is_patched, last_pass, reset_cache
+from .weights import copy_sharing_weights, distilled_modules, read, write
 
 STREAM = "clip"
 TOGETHER = 16  # videos that an evaluation goes through at once
@@ -108,8 +110,7 @@ class DistillationConfig:
         rule = rule or {"budget": 1 - self.skip}
         if self.arch != "active":
             return NeuroFlowConfig(arch=self.arch, dense_above=1.0, **rule)
-        free = {"max_age": None, "cut_share": None, "cut_surprise": None, "dense_above": 1.0}
-        return NeuroFlowConfig(arch="B", reference="ema", score="surprise", **free, **rule)
+        return NeuroFlowConfig.published("active", signal="patch", **rule)
 
 
 class Outside(NamedTuple):
@@ -117,8 +118,9 @@ class Outside(NamedTuple):
 
     Args:
         videos: each gives consecutive frames [1, 3, H, W].
-        labels: of each, an index into the classes. classes: what embeddings are named by. Without both, a frame counts
-            as known where its embedding is nearest to the teacher's of the same one.
+        labels: of each, an index into the classes.
+        classes: what embeddings are named by. Without both, a frame counts as known where its embedding is nearest to
+            the teacher's of the same one.
     """
 
     videos: Sequence[Iterable[torch.Tensor]]
@@ -154,11 +156,13 @@ class Epoch(NamedTuple):
 
 
 @dataclasses.dataclass
-class Clip:
+class OpenVideo:
     """A video that is being gone through.
 
     Args:
-        number: of the video. frames: what is left of it, with the frames' own numbers. gate: what chooses its patches.
+        number: of the video.
+        frames: what is left of it, with the frames' own numbers.
+        gate: what chooses its patches.
         state: of the gate.
         count: of its frames in the next pass.
         caches: by name, those that the next frame finds.
@@ -166,27 +170,32 @@ class Clip:
 
     number: int
     frames: Iterator[tuple[int, torch.Tensor]]
-    gate: NeuroFlowConfig
+    gate: Gate
     state: StreamState
     count: int = 0
     caches: dict[Hashable, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
-class Steps(Frame):
-    """A pass of frames of several clips. What a frame finds in a cache its clip's frames before it have left there, in
-    this pass with gradients.
+class Steps(Pass):
+    """A pass of frames of several videos. What a frame finds in a cache its video's frames before it have left there,
+    in this pass with gradients.
+
+    Attributes:
+        videos: whose frames these are, one video's after another's.
     """
+
+    videos: Sequence[OpenVideo] = ()
 
     def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
         fresh = split(tokens, self.lengths if self.partial else self.counts)
         active = self.active if self.partial else [None] * len(fresh)
         frames = zip(self.states, fresh, active, strict=True)
-        for clip in self.engine.clips:
-            cache = clip.caches.get(name)
-            for state, encoded, rows in itertools.islice(frames, clip.count):
+        for video in self.videos:
+            cache = video.caches.get(name)
+            for state, encoded, rows in itertools.islice(frames, video.count):
                 cache = encoded if rows is None else cache.index_copy(1, rows.long(), encoded)
                 state.tensors[name] = cache
-            clip.caches[name] = cache.detach()
+            video.caches[name] = cache.detach()
 
     def store_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         for name, heads in (("key", key), ("value", value)):
@@ -194,61 +203,57 @@ class Steps(Frame):
 
 
 class Student(Engine):
-    """The engine with gradients: frames of several clips in one pass, each clip's gated in order.
+    """The engine with gradients: frames of several videos in one pass, each video's gated in order by its own gate.
 
-    What the pooled output pays the patches is known to the gate from the pass before.
+    What the pooled output pays the patches is known to a gate from the pass before.
 
     Attributes:
-        clips: those of the next pass, whose frames come one clip after another.
+        videos: those of the next pass, whose frames come one video's after another's.
         whole: of each frame of the last pass, whether it was encoded whole.
     """
 
-    clips: Sequence[Clip] = ()
+    videos: Sequence[OpenVideo] = ()
     whole: Sequence[bool] = ()
 
     def on_tower(self, entry: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        if current_frame.get() is not None:
+        if current_pass.get() is not None:
             return forward(*args, **kwargs)
         arguments = by_name(self.signatures[entry].bind(*args, **kwargs))
         grids = self.anatomy.grids(arguments)
         order = None if self.anatomy.order is None else self.anatomy.order(arguments)
-        frame = Steps(self, [StreamState(STREAM) for _ in grids], grids, order)
-        token = current_frame.set(frame)
+        current = Steps(self.plan, [StreamState(STREAM) for _ in grids], grids, order)
+        current.videos = self.videos
+        token = current_pass.set(current)
         try:
             output = forward(*args, **kwargs)
         finally:
-            current_frame.reset(token)
-        self.whole = frame.whole
-        owners = [clip for clip in self.clips for _ in range(clip.count)]
-        for clip, attention in zip(owners, frame.attention, strict=True):
+            current_pass.reset(token)
+        self.whole = current.whole
+        owners = [video for video in self.videos for _ in range(video.count)]
+        for video, attention in zip(owners, current.attention, strict=True):
             if attention is not None:
-                clip.state.heed(attention.detach())
+                video.state.note_attention(attention.detach())
         return output
 
     def on_projection(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
-        frame, projected = current_frame.get(), forward(pixels)
-        if frame is not None:
-            frame.projected = projected
+        current, projected = current_pass.get(), forward(pixels)
+        if current is not None:
+            current.projected = projected
         return projected
 
-    def derived(self, module: nn.Module, key: Any, compute: Callable[[], Any]) -> Any:
-        return compute()  # what is kept has no gradient
-
-    def _gate(self, frame: Frame, tokens: torch.Tensor) -> None:
-        active: list[torch.Tensor | None] = []
-        with torch.no_grad():
-            for clip in self.clips:
-                self.config = clip.gate
-                for _ in range(clip.count):
-                    number = len(active)
-                    this = slice(number, number + 1)
-                    order = None if frame.order is None else frame.order[this]
-                    own = Frame(self, [clip.state], [frame.grids[number]], order)
-                    own.projected = None if frame.projected is None else frame.projected[this]
-                    super()._gate(own, tokens[this])
-                    clip.state.valid = own.finite[0]
-                    active.append(own.active[0] if own.partial else None)
-        frame.select(active, tokens)
+    @torch.no_grad()
+    def choose(self, current: Pass, tokens: torch.Tensor) -> list[torch.Tensor | None]:
+        rows: list[torch.Tensor | None] = []
+        for video in self.videos:
+            for _ in range(video.count):
+                number = len(rows)
+                this = slice(number, number + 1)
+                order = None if current.order is None else current.order[this]
+                own = Pass(video.gate.plan, [video.state], [current.grids[number]], order)
+                own.projected = None if current.projected is None else current.projected[this]
+                rows += video.gate(own, tokens[this])
+                own.complete()
+        return rows
 
 
 class Distillation:
@@ -262,14 +267,16 @@ class Distillation:
             and optimizer are of the model's own dtype.
 
     Attributes:
-        weights: that are trained, by their names in the model. average: the moving average of them, which is evaluated.
+        weights: that are trained, by their names in the model.
+        average: the moving average of them, which is evaluated.
         best: those of the `chosen` epoch.
         history: an `Epoch` for every evaluation so far.
 
     Raises:
-        TypeError: a model that no adapter knows. ValueError: one without a pooled output or that B cannot serve, with
-            fewer blocks than "last-K" asks for, or whose weights are of modules that have no twins. RuntimeError: the
-            model is patched.
+        TypeError: a model that no adapter knows.
+        ValueError: one without a pooled output or that B cannot serve, with fewer blocks than "last-K" asks for, or
+            whose weights are of modules that have parts.
+        RuntimeError: the model is patched.
     """
 
     def __init__(self, model: nn.Module, config: DistillationConfig, dtype: torch.dtype = torch.float32) -> None:
@@ -292,7 +299,9 @@ class Distillation:
         self.weights = {name: nn.Parameter(parameter.clone()) for name, parameter in own.items()}
         self.average = {name: nn.Parameter(parameter.clone(), requires_grad=False) for name, parameter in own.items()}
         self.best = {name: parameter.clone() for name, parameter in own.items()}
-        self.engine = Student(anatomy, config.gate(), StreamCache(), twins(self.student, anatomy, self.weights))
+        self.engine = Student(
+            anatomy, config.gate(), StreamCache(), distilled_modules(self.student, anatomy, self.weights)
+        )
         # A run has hundreds of steps, not thousands, and the average of squares is to follow them.
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.rate, betas=(0.9, 0.98))
         self.steps = 0
@@ -318,25 +327,25 @@ class Distillation:
         epoch, config = len(self.history), self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         waiting = torch.randperm(len(videos), generator=generator).tolist()
-        clips: list[Clip] = []
+        running: list[OpenVideo] = []
         losses = []
         install(self.engine)
         try:
-            while waiting or clips:
-                done = epoch - (len(waiting) + len(clips)) / len(videos)
+            while waiting or running:
+                done = epoch - (len(waiting) + len(running)) / len(videos)
                 opened = []
-                while waiting and len(clips) + len(opened) < config.clips:
+                while waiting and len(running) + len(opened) < config.clips:
                     number = waiting.pop()
                     opened.append(self._open(number, videos[number], len(videos) - len(waiting), generator))
-                clips += self._start(opened)
-                if not clips:
+                running += self._start(opened)
+                if not running:
                     continue
-                asked = config.batch // len(clips)
-                taken = [list(itertools.islice(clip.frames, asked)) for clip in clips]
+                asked = config.batch // len(running)
+                taken = [list(itertools.islice(video.frames, asked)) for video in running]
                 if any(taken):
                     rate = config.rate * (0.5 + 0.5 * math.cos(math.pi * done / config.epochs))
-                    losses += self._step(clips, taken, rate)
-                clips = [clip for clip, frames in zip(clips, taken, strict=True) if len(frames) == asked]
+                    losses += self._step(running, taken, rate)
+                running = [video for video, frames in zip(running, taken, strict=True) if len(frames) == asked]
         finally:
             disable_cache(self.student)
         if not losses:
@@ -355,15 +364,14 @@ class Distillation:
             ValueError: the videos have no frame after their first, or frames of several sizes.
         """
         anatomy, known = self.engine.anatomy, None
-        partial = twins(self.student, anatomy, self.average)
-        install(Engine(anatomy, self.config.gate(), StreamCache(), partial))
+        distilled = distilled_modules(self.student, anatomy, self.average)
+        install(Engine(anatomy, self.config.gate(), StreamCache(), distilled))
         try:
             cosines, skipped = [], []
-            for names, index, found, expected in self._rounds("held out", videos):
+            for _, index, found, expected in self._rounds("held out", videos):
                 if index:
                     cosines.append(F.cosine_similarity(found, expected))
-                    streams = engine_of(self.student).streams
-                    skipped += [1 - streams[name].active.float().mean() for name in names]
+                    skipped += [report.skipped for report in last_pass(self.student)]
             if not cosines:
                 raise ValueError("videos give no frame after their first; accepted are longer ones")
             if outside is not None:
@@ -374,7 +382,7 @@ class Distillation:
         finally:
             disable_cache(self.student)
         values = torch.cat(cosines)
-        figures = values.mean().item(), values.quantile(0.05).item(), torch.stack(skipped).mean().item(), known
+        figures = values.mean().item(), values.quantile(0.05).item(), sum(skipped) / len(skipped), known
         epoch = Epoch(len(self.history), loss, *figures)
         if not self.history or (epoch.fidelity > self.chosen.fidelity and not self._forgot(epoch)):
             self.best = {name: parameter.clone() for name, parameter in self.average.items()}
@@ -395,7 +403,7 @@ class Distillation:
                     break
                 pixels = list(frames.values())
                 with cache_context(self.student, *frames):
-                    found = self.embed(self.student, _together(pixels))
+                    found = frame_embeddings(self.student, _together(pixels))
                 yield list(frames), index, found, self._expected([(domain, name, index) for name in frames], pixels)
             reset_cache(self.student)
 
@@ -403,12 +411,6 @@ class Distillation:
     def chosen(self) -> Epoch:
         """The best fidelity of `history` among what did not forget, whose weights are `best`."""
         return max((epoch for epoch in self.history if not self._forgot(epoch)), key=lambda epoch: epoch.fidelity)
-
-    def embed(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-        """Pooled outputs [S, D] float32 of frames [S, 3, H, W]."""
-        anatomy, weight = describe(model), next(model.parameters())
-        pixels = pixels.to(weight.device, weight.dtype)
-        return anatomy.embedding(anatomy.tower(pixels, **interpolation(anatomy.tower, pixels))).float()
 
     def save(self, path: Path) -> None:
         """Write the best weights, of what was trained, with the configuration to run them under and `history`."""
@@ -459,43 +461,45 @@ class Distillation:
     def _forgot(self, epoch: Epoch) -> bool:
         return epoch.outside is not None and epoch.outside < self.history[0].outside - self.config.forgetting
 
-    def _open(self, number: int, video: Iterable[torch.Tensor], turn: int, generator: torch.Generator) -> Clip:
+    def _open(self, number: int, video: Iterable[torch.Tensor], turn: int, generator: torch.Generator) -> OpenVideo:
         """The video of that number, which is the `turn`-th of its epoch."""
         config = self.config
         stride = int(torch.randint(1, config.strides + 1, (), generator=generator))
         start = int(torch.randint(stride, (), generator=generator))
         threshold, decay = _between(*config.thresholds, generator), _between(*config.decays, generator)
         rule = {"threshold": threshold} if turn % 4 == 0 else {}
-        gate = dataclasses.replace(config.gate(**rule), ema_decay=decay)
+        gate = Gate(Plan.of(self.engine.anatomy, dataclasses.replace(config.gate(**rule), ema_decay=decay)))
         frames = itertools.islice(enumerate(video), start, None, stride)
-        return Clip(number, frames, gate, StreamState(STREAM))
+        return OpenVideo(number, frames, gate, StreamState(STREAM))
 
-    def _start(self, clips: list[Clip]) -> list[Clip]:
+    def _start(self, videos: list[OpenVideo]) -> list[OpenVideo]:
         """Give those that have a frame their first one, which is whole, and return them."""
-        first = [(clip, pixels) for clip in clips for _, pixels in itertools.islice(clip.frames, 1)]
-        started = [clip for clip, _ in first]
+        first = [(video, pixels) for video in videos for _, pixels in itertools.islice(video.frames, 1)]
+        started = [video for video, _ in first]
         if started:
             self._encode(started, [[pixels] for _, pixels in first])
         return started
 
-    def _encode(self, clips: list[Clip], frames: list[list[torch.Tensor]]) -> torch.Tensor:
-        """The student's outputs [T, D] for the next frames of each clip."""
-        for clip, own in zip(clips, frames, strict=True):
-            clip.count = len(own)
-        self.engine.clips = clips
+    def _encode(self, videos: list[OpenVideo], frames: list[list[torch.Tensor]]) -> torch.Tensor:
+        """The student's outputs [T, D] for the next frames of each video."""
+        for video, own in zip(videos, frames, strict=True):
+            video.count = len(own)
+        self.engine.videos = videos
         pixels = _together([one for own in frames for one in own])
         device = next(self.student.parameters()).device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-            return self.embed(self.student, pixels)
+            return frame_embeddings(self.student, pixels)
 
-    def _step(self, clips: list[Clip], taken: list[list[tuple[int, torch.Tensor]]], rate: float) -> list[float]:
-        """One step on frames taken from clips, numbers and pixels of each; the loss, or none if all are whole."""
-        frames = [pixels for of_clip in taken for _, pixels in of_clip]
+    def _step(self, videos: list[OpenVideo], taken: list[list[tuple[int, torch.Tensor]]], rate: float) -> list[float]:
+        """One step on frames taken from videos, numbers and pixels of each; the loss, or none if all are whole."""
+        frames = [pixels for of_video in taken for _, pixels in of_video]
         keys = [
-            ("train", clip.number, index) for clip, of_clip in zip(clips, taken, strict=True) for index, _ in of_clip
+            ("train", video.number, index)
+            for video, of_video in zip(videos, taken, strict=True)
+            for index, _ in of_video
         ]
         expected = self._expected(keys, frames)
-        found = self._encode(clips, [[pixels for _, pixels in of_clip] for of_clip in taken])
+        found = self._encode(videos, [[pixels for _, pixels in of_video] for of_video in taken])
         partial = ~torch.tensor(self.engine.whole, device=found.device)
         if not partial.any():
             return []
@@ -518,7 +522,7 @@ class Distillation:
         """The teacher's outputs [T, D] for frames [1, 3, H, W], which it sees once each, and alone."""
         for key, pixels in zip(keys, frames, strict=True):
             if key not in self._dense:
-                self._dense[key] = self.embed(self.model, pixels)
+                self._dense[key] = frame_embeddings(self.model, pixels)
         return torch.cat([self._dense[key] for key in keys])
 
 

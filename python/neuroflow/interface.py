@@ -17,9 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .adapters import describe
-from .cache import ATTENTION
-from .frame import current_frame
-from .patch import enable_cache, engine_of, is_patched
+from .engine.attention import ATTENTION, attend
+from .engine.passes import current_pass
+from .patch import adopt, is_patched
 
 _asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # each once, so that `disable_cache` is for good
 
@@ -32,9 +32,9 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    frame = current_frame.get()
-    if frame is not None:
-        return frame.engine.attend(frame, module, query, key, value, attention_mask, **kwargs)
+    current = current_pass.get()
+    if current is not None:
+        return attend(current, module, query, key, value, attention_mask, **kwargs)
     if module not in _asked:
         _asked.add(module)
         _adopt(module)
@@ -55,8 +55,7 @@ def _adopt(module: nn.Module) -> None:
             continue
         if module in anatomy.attentions and not is_patched(owner):
             config = os.environ.get("NEUROFLOW_CONFIG")
-            enable_cache(owner, config)
-            engine_of(owner).adopted = True
+            adopt(owner, config)
             warnings.warn(
                 f"neuroflow: {type(owner).__name__} has the attention implementation {ATTENTION!r}, so it is patched "
                 f"from its next frame on, with {'the default settings' if config is None else config}",

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adapters import Anatomy, describe
+from .adapters.anatomy import is_foldable
 from .config import NeuroFlowConfig
-from .evaluation import clip_embeddings, frame_embeddings
-from .patch import cache_context, enable_cache, summary
-from .rewrites import is_foldable
+from .embedding import frame_embeddings
+from .evaluation import clip_embeddings
+from .patch import enable_cache, last_pass
 from .weights import copy_sharing_weights
-
-STREAM = "law"
 
 
 class Saturation(NamedTuple):
@@ -203,7 +202,8 @@ def token_stability(model: nn.Module, frames: torch.Tensor, config: NeuroFlowCon
 def _embeddings(model: nn.Module, frames: torch.Tensor) -> torch.Tensor:
     """The model's embeddings [T, D] float32 of the frames, which go through it one by one."""
     _require_frames(frames)
-    return torch.cat([frame_embeddings(model, frame) for frame in frames.split(1)])
+    with torch.inference_mode():
+        return torch.cat([frame_embeddings(model, frame) for frame in frames.split(1)])
 
 
 def _require_frames(frames: torch.Tensor) -> None:
@@ -236,11 +236,13 @@ def _moments(
     anatomy, sparse = describe(model), copy_sharing_weights(model)
     enable_cache(sparse, config)
     for number, pixels in enumerate(frames.split(1)):
-        with _outputs(watched(anatomy)) as expected:
-            frame_embeddings(model, pixels)
-        with cache_context(sparse, STREAM), _outputs(watched(describe(sparse))) as found:
-            frame_embeddings(sparse, pixels)
-        active = summary(sparse).streams[STREAM].active.flatten()
+        with torch.inference_mode():
+            with _outputs(watched(anatomy)) as expected:
+                frame_embeddings(model, pixels)
+            with _outputs(watched(describe(sparse))) as found:
+                frame_embeddings(sparse, pixels)
+        (report,) = last_pass(sparse)
+        active = report.active.flatten()
         if anatomy.order is not None or len(expected[0]) != anatomy.prefix + len(active):
             raise ValueError(f"{type(anatomy.tower).__name__} does not give its tokens as rows in row-major order")
         yield _Moment(number, active, expected, found)

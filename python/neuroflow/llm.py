@@ -19,7 +19,7 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -30,6 +30,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attributes import Replaced
 from .releases import warn_of_newer
 
 ATTENTION = "neuroflow_bypass"
@@ -38,8 +39,8 @@ _BYPASS = "_neuroflow_bypass"
 Target = Literal["attention", "mlp"]
 
 
-class Family(NamedTuple):
-    """What a family's causal models call the decoder, its layers, their attention and its last projection."""
+class DecoderParts(NamedTuple):
+    """What causal models of one family call the decoder, its layers, their attention and its last projection."""
 
     decoder: str = "model"
     layers: str = "layers"
@@ -47,12 +48,12 @@ class Family(NamedTuple):
     projection: str = "o_proj"
 
 
-FAMILIES = {
-    "Phi3ForCausalLM": Family(),
-    "LlamaForCausalLM": Family(),
-    "Qwen2ForCausalLM": Family(),
-    "Qwen3ForCausalLM": Family(),
-    "GPT2LMHeadModel": Family("transformer", "h", "attn", "c_proj"),
+DECODERS = {
+    "Phi3ForCausalLM": DecoderParts(),
+    "LlamaForCausalLM": DecoderParts(),
+    "Qwen2ForCausalLM": DecoderParts(),
+    "Qwen3ForCausalLM": DecoderParts(),
+    "GPT2LMHeadModel": DecoderParts("transformer", "h", "attn", "c_proj"),
 }
 
 
@@ -127,15 +128,16 @@ def enable_bypass(model: PreTrainedModel, config: BypassConfig) -> None:
     repeats nothing, and the first one says so.
 
     Args:
-        model: a causal model of one of `FAMILIES`. Calling again with an equal configuration does nothing.
+        model: a causal model of one of `DECODERS`. Calling again with an equal configuration does nothing.
 
     Raises:
-        TypeError: a model of another family, or no configuration. ValueError: a layer that the model does not have.
+        TypeError: a model of another family, or no configuration.
+        ValueError: a layer that the model does not have.
         RuntimeError: the model is patched with another configuration.
     """
     if not isinstance(config, BypassConfig):
         raise TypeError(f"config is {config!r} ({type(config).__name__}); accepted is a neuroflow.llm.BypassConfig")
-    _family(model)
+    _parts(model)
     patched = vars(model).get(_BYPASS)
     if patched is not None:
         if patched.config == config:
@@ -145,25 +147,23 @@ def enable_bypass(model: PreTrainedModel, config: BypassConfig) -> None:
     for library in ("torch", "transformers"):
         warn_of_newer(library)
     bypass = _Bypass(model, config)
-    for module, attribute, value in bypass.points():
-        setattr(module, attribute, value)
+    bypass.install()
     setattr(model, _BYPASS, bypass)
 
 
 def disable_bypass(model: PreTrainedModel) -> None:
     """Undo `enable_bypass`: the model has the identical objects back. Does nothing to a model that is not patched.
 
+    A method that something else has wrapped since stays wrapped, and the bypass inside is gone.
+
     Raises:
         TypeError: a model of another family.
     """
-    _family(model)
+    _parts(model)
     bypass = vars(model).get(_BYPASS)
     if bypass is None:
         return
-    for module, attribute, was in bypass.undo:
-        delattr(module, attribute)
-        if was is not None:
-            setattr(module, attribute, was)
+    bypass.replaced.undo()
     delattr(model, _BYPASS)
 
 
@@ -176,9 +176,10 @@ def bypass_summary(model: PreTrainedModel) -> BypassSummary:
     """What a patched model has repeated so far.
 
     Raises:
-        RuntimeError: the model is not patched. TypeError: a model of another family.
+        RuntimeError: the model is not patched.
+        TypeError: a model of another family.
     """
-    _family(model)
+    _parts(model)
     bypass = vars(model).get(_BYPASS)
     if bypass is None:
         raise RuntimeError(f"{type(model).__name__} is not patched; call neuroflow.llm.enable_bypass first")
@@ -191,22 +192,22 @@ class _Bypass:
     """What a patched model carries from step to step."""
 
     def __init__(self, model: PreTrainedModel, config: BypassConfig) -> None:
-        family = _family(model)
+        parts = _parts(model)
         self.config = config
-        self.decoder = getattr(model, family.decoder)
+        self.decoder = getattr(model, parts.decoder)
         self.signature = inspect.signature(self.decoder.forward)
         self.cache_argument = cache_argument(self.decoder)
-        layers = getattr(self.decoder, family.layers)
+        layers = getattr(self.decoder, parts.layers)
         for name, numbers in (("gate_layer", [config.gate_layer]), ("cache_layers", config.cache_layers)):
             known = max(numbers) < len(layers)
             _require(known, name, getattr(config, name), f"layers of the model, 0 to {len(layers) - 1}")
-        self.gate = getattr(layers[config.gate_layer], family.attention)
-        self.gate_projection = getattr(self.gate, family.projection)
+        self.gate = getattr(layers[config.gate_layer], parts.attention)
+        self.gate_projection = getattr(self.gate, parts.projection)
         self.cached = [layers[number] for number in config.cache_layers]
-        self.attentions = [getattr(layer, family.attention) for layer in self.cached]
-        self.projections = [getattr(attention, family.projection) for attention in self.attentions]
+        self.attentions = [getattr(layer, parts.attention) for layer in self.cached]
+        self.projections = [getattr(attention, parts.projection) for attention in self.attentions]
         self.model_config = self.gate.config
-        self.undo: list[tuple[nn.Module, str, Any]] = []
+        self.replaced = Replaced()
 
         self.similarities = array.array("d")
         self.asked = self.repeated = 0
@@ -220,28 +221,21 @@ class _Bypass:
         self.decided: list[bool] = []  # by row; empty before the first decision
         self.warned = False
 
-    def points(self) -> Iterator[tuple[nn.Module, str, Any]]:
-        """The attributes to set, in order; `undo` then says what they were."""
-
-        def replaced(module: nn.Module, attribute: str, value: Any) -> tuple[nn.Module, str, Any]:
-            self.undo.insert(0, (module, attribute, vars(module).get(attribute)))
-            return module, attribute, value
-
-        run = functools.partial(self.run, self.decoder.forward)
-        run.__signature__ = self.signature
-        yield replaced(self.decoder, "forward", run)
-        yield replaced(self.gate_projection, "forward", functools.partial(self.decide, self.gate_projection.forward))
+    def install(self) -> None:
+        replaced = self.replaced
+        replaced.put_in_front(self.decoder, "forward", self.run)
+        replaced.put_in_front(self.gate_projection, "forward", self.decide)
         attend = self.config.target == "attention"
         repeating = self.projections if attend else [layer.mlp for layer in self.cached]
         for number, module in enumerate(repeating):
-            yield replaced(module, "forward", functools.partial(self.repeat, number, module.forward))
+            replaced.put_in_front(module, "forward", functools.partial(self.repeat, number))
         if attend:
             # A configuration of their own leaves the other layers, and the masks, to the model's attention.
             config = copy.copy(self.model_config)
             config._attn_implementation = ATTENTION
             for attention in self.attentions:
-                yield replaced(attention, "config", config)
-                yield replaced(attention, _BYPASS, self)
+                replaced.set(attention, "config", config)
+                replaced.set(attention, _BYPASS, self)
 
     def run(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """The decoder's pass over input_ids [B, N], or inputs_embeds [B, N, D]."""
@@ -350,11 +344,11 @@ def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor,
 AttentionInterface.register(ATTENTION, _attend)
 
 
-def _family(model: PreTrainedModel) -> Family:
+def _parts(model: PreTrainedModel) -> DecoderParts:
     for kind in type(model).__mro__:
-        if kind.__name__ in FAMILIES:
-            return FAMILIES[kind.__name__]
-    raise TypeError(f"{type(model).__name__} is no model of a known family; accepted are {', '.join(FAMILIES)}")
+        if kind.__name__ in DECODERS:
+            return DECODERS[kind.__name__]
+    raise TypeError(f"{type(model).__name__} is no model of a known family; accepted are {', '.join(DECODERS)}")
 
 
 def _is_layer(value: object) -> bool:

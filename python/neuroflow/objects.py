@@ -1,7 +1,7 @@
 """Objects from what the gate measures anyway: patches that move, their components, embeddings, names and tracks.
 
-A patched model's `summary` has the surprise of the last frame; its output has the tokens. Places are in patches: x from
-the left, y from the top, the middle of the first patch at (0.5, 0.5).
+The report on a patched model's last pass has the surprise of its frames, and the model's output has the tokens. Places
+are in patches: x from the left, y from the top, the middle of the first patch at (0.5, 0.5).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from .adapters import Grid, describe
-from .policies import AROUND_WEIGHT, MOST_SURPRISE
+from .engine.scores import AROUND_WEIGHT, MOST_SURPRISE
 
 DIAGONALLY_TOO = np.ones((3, 3))
 OUT_OF_REACH = 1e6
@@ -33,7 +33,7 @@ def motion(surprise: torch.Tensor) -> torch.Tensor:
     content: noise surprises single patches, objects several.
 
     Args:
-        surprise: [rows, columns], as `StreamSummary.surprise` has it.
+        surprise: [rows, columns], as `FrameReport.surprise` has it.
 
     Returns:
         [rows, columns] float32; 0 where surprise is NaN, as it is after a key frame.

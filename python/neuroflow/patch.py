@@ -2,24 +2,95 @@
 
 import contextlib
 import copy
-import functools
-import inspect
+import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .adapters import describe, towers
-from .cache import ATTENTION, Engine
+from .adapters import Grid, describe, towers
+from .attributes import Replaced
 from .config import NeuroFlowConfig
+from .engine.attention import ATTENTION
+from .engine.crossover import Size
+from .engine.engine import Engine
+from .engine.passes import FrameReport
+from .engine.streams import StreamCache
 from .releases import warn_of_newer
-from .state import StreamSummary, Summary
-from .streams import StreamCache
-from .weights import distilled_config, load_weights, twins
+from .weights import distilled_config, distilled_modules, load_weights
 
 _ENGINE = "_neuroflow_engine"
+_REPLACED = "_neuroflow_replaced"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSummary:
+    """One stream since it was opened or reset.
+
+    Args:
+        frames, key_frames: how many, and how many of them encoded every patch because they had to.
+        skipped: share of patches that were not encoded, over all frames.
+        nonfinite: frames with a NaN or Inf in a patch.
+        grid: rows and columns of patches.
+        active: bool [rows, columns], which patches the last frame encoded.
+        surprise: float32 [rows, columns], 1 - cosine of each patch of the last frame to its reference, inf at patches
+            with NaN; NaN throughout after a key frame, which starts with new references.
+        state_bytes: what the stream holds.
+    """
+
+    frames: int
+    key_frames: int
+    skipped: float
+    nonfinite: int
+    grid: Grid
+    active: torch.Tensor
+    surprise: torch.Tensor
+    state_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a patched model holds and has saved; `str()` gives a table.
+
+    Args:
+        streams: by name, the least recently used first.
+        limit_bytes: what all of them together can come to hold, by the limits of the model's `StreamCache`; None where
+            it has none.
+        crossovers: by size of pass, above which share of active patches it runs dense, as far as that was measured; a
+            size is (streams, (rows, columns) of the largest frame, dtype, device).
+        graph_bytes: what recorded CUDA graphs hold beside the streams.
+    """
+
+    arch: str
+    streams: dict[Hashable, StreamSummary]
+    limit_bytes: int | None
+    crossovers: dict[Size, float]
+    graph_bytes: int = 0
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(stream.state_bytes for stream in self.streams.values())
+
+    def __str__(self) -> str:
+        limit = "" if self.limit_bytes is None else f" of at most {self.limit_bytes / 2**20:.1f}"
+        state = f"{self.state_bytes / 2**20:.1f}{limit} MiB of state"
+        if self.graph_bytes:
+            state += f", {self.graph_bytes / 2**20:.1f} MiB in CUDA graphs"
+        lines = [f"NeuroFlow {self.arch}: {len(self.streams)} stream(s), {state}"]
+        lines += [
+            f"  {name}: {stream.frames} frames ({stream.key_frames} key), grid {stream.grid[0]}x{stream.grid[1]}, "
+            f"{stream.skipped:.1%} of patches skipped, {stream.nonfinite} frames with NaN/Inf, "
+            f"{stream.state_bytes / 2**20:.1f} MiB"
+            for name, stream in self.streams.items()
+        ]
+        lines += [
+            f"  {size}: " + (f"dense above {share:.1%} active" if share < 1 else "never dense")
+            for size, share in self.crossovers.items()
+        ]
+        return "\n".join(lines)
 
 
 def _engines(model: nn.Module) -> list[Engine]:
@@ -39,7 +110,8 @@ def engines_of(model: nn.Module) -> list[Engine]:
     """The engines behind a patched model, one for each patched tower.
 
     Raises:
-        RuntimeError: the model is not patched. TypeError: a model that no adapter knows.
+        RuntimeError: the model is not patched.
+        TypeError: a model that no adapter knows.
     """
     engines = _engines(model)
     if not engines:
@@ -51,8 +123,9 @@ def engine_of(model: nn.Module) -> Engine:
     """The engine behind a model of which one tower is patched.
 
     Raises:
-        RuntimeError: the model is not patched. TypeError: a model that no adapter knows. ValueError: several of its
-            towers are patched.
+        RuntimeError: the model is not patched.
+        TypeError: a model that no adapter knows.
+        ValueError: several of its towers are patched.
     """
     engines = engines_of(model)
     if len(engines) > 1:
@@ -74,12 +147,12 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def enable_cache(
-    model: nn.Module,
+    model: Model,
     config: NeuroFlowConfig | str | Path | None = None,
     streams: StreamCache | None = None,
     weights: str | Path | None = None,
     tower: str | None = None,
-) -> None:
+) -> Model:
     """Patch `model`'s vision tower in place, so that only surprising patches are encoded.
 
     The model is called as before and returns its own output class. It runs without gradients, and attention weights are
@@ -100,10 +173,11 @@ def enable_cache(
             that is not runs as before. `summary`, `save_state` and `load_state` take one tower then, not the model.
 
     Raises:
-        TypeError: a model that no adapter knows. AttributeError: its adapter names a method that is not there.
-        RuntimeError: the model is patched with another configuration, other limits or other weights. ValueError: an
-            architecture or a `mid_layer` that the model cannot have, a file that holds no configuration, weights that
-            are not this model's, several towers and no name, or the name of none.
+        TypeError: a model that no adapter knows.
+        AttributeError: its adapter names a method that is not there.
+        RuntimeError: the model is patched with another configuration, other limits or other weights.
+        ValueError: an architecture or a `mid_layer` that the model cannot have, a file that holds no configuration,
+            weights that are not this model's, several towers and no name, or the name of none.
     """
     weights = None if weights is None else Path(weights)
     if config is None:
@@ -119,57 +193,56 @@ def enable_cache(
     patched = vars(anatomy.tower).get(_ENGINE)
     if patched is not None:
         if (patched.config, patched.weights) == (config, weights) and streams in (None, patched.streams):
-            return
+            return model
         other = "with another StreamCache" if patched.weights == weights else f"with the weights {patched.weights}"
         other = other if patched.config == config else f"with {patched.config}"
         raise RuntimeError(f"{type(model).__name__} is already patched, {other}; call neuroflow.disable_cache first")
-    partial = {} if weights is None else twins(model, anatomy, load_weights(model, weights))
-    engine = Engine(anatomy, config, StreamCache() if streams is None else streams, partial)
+    distilled = {} if weights is None else distilled_modules(model, anatomy, load_weights(model, weights))
+    engine = Engine(anatomy, config, StreamCache() if streams is None else streams, distilled)
     engine.weights = weights
     install(engine)
+    return model
+
+
+def adopt(tower: nn.Module, config: str | Path | None) -> None:
+    """Patch a tower whose model asked for it by its attention implementation alone.
+
+    Such a model knows nothing of streams, so that batches of frames without names run unpatched.
+    """
+    enable_cache(tower, config)
+    engine_of(tower).adopted = True
 
 
 def install(engine: Engine) -> None:
-    """Put an engine in place of the methods that it stands at; `disable_cache` takes it out."""
-    anatomy = engine.anatomy
+    """Put an engine in front of the methods that it stands at; `disable_cache` takes it out."""
+    anatomy, replaced = engine.anatomy, Replaced()
     points = engine.points()
     for module, method, _ in points:
         getattr(module, method)  # all are there before any is replaced
-    for module, method, replacement in points:
-        original = getattr(module, method)
-        patched = functools.partial(replacement, original)
-        patched.__signature__ = inspect.signature(original)  # by which callers choose what they pass
-        setattr(module, method, patched)
-    if anatomy.attention is None:
-        for module in anatomy.attentions:  # each its own, as towers may share one
-            engine.configs[module] = module.config
-            module.config = copy.copy(module.config)
-            module.config._attn_implementation = ATTENTION
+    for module, method, function in points:
+        replaced.put_in_front(module, method, function)
+    for module, config in engine.plan.configs.items():  # each its own, as towers may share one
+        own = copy.copy(config)
+        own._attn_implementation = ATTENTION
+        replaced.set(module, "config", own)
     setattr(anatomy.tower, _ENGINE, engine)
+    setattr(anatomy.tower, _REPLACED, replaced)
 
 
 def disable_cache(model: nn.Module) -> None:
     """Undo `enable_cache`, for every tower of the model, and drop every stream.
 
-    Does nothing to a model that is not patched.
+    Does nothing to a model that is not patched. A method that something else has wrapped since stays wrapped, and the
+    engine inside is gone.
 
     Raises:
         TypeError: a model that no adapter knows.
     """
     for engine in _engines(model):
-        _uninstall(engine)
-
-
-def _uninstall(engine: Engine) -> None:
-    for module, method, _ in reversed(engine.points()):
-        # A class's own method comes back by removing the instance's.
-        original = getattr(module, method).args[0]
-        delattr(module, method)
-        if getattr(module, method) != original:
-            setattr(module, method, original)
-    for module, config in engine.configs.items():
-        module.config = config
-    delattr(engine.anatomy.tower, _ENGINE)
+        tower = engine.anatomy.tower
+        vars(tower)[_REPLACED].undo()
+        delattr(tower, _REPLACED)
+        delattr(tower, _ENGINE)
 
 
 @contextlib.contextmanager
@@ -181,7 +254,8 @@ def cache_context(model: nn.Module, *streams: Hashable) -> Iterator[None]:
     Without a context a batch of one frame belongs to the stream "default". Contexts are local to a thread or task.
 
     Raises:
-        RuntimeError: the model is not patched. ValueError: no name, or one name twice.
+        RuntimeError: the model is not patched.
+        ValueError: no name, or one name twice.
     """
     engines = engines_of(model)
     if not streams or len(set(streams)) < len(streams):
@@ -213,8 +287,8 @@ def encode(
         the model's own output class, for a batch of S.
 
     Raises:
-        RuntimeError: the model is not patched. ValueError: S differs from the number of names or of frame_ids, or a
-            name comes twice.
+        RuntimeError: the model is not patched.
+        ValueError: S differs from the number of names or of frame_ids, or a name comes twice.
     """
     if frame_ids is not None and len(frame_ids) != len(stream_ids):
         raise ValueError(
@@ -235,7 +309,8 @@ def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
     not when they are written through `.data`, as some adapters are merged: torch does not count such changes.
 
     Raises:
-        RuntimeError: the model is not patched. KeyError: a stream that was never seen.
+        RuntimeError: the model is not patched.
+        KeyError: a stream that was never seen.
     """
     engines = engines_of(model)
     names = dict.fromkeys(name for engine in engines for name, _ in engine.streams.items())
@@ -244,16 +319,34 @@ def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
     for engine in engines:
         engine.streams.close(names if stream is None else [stream])
         if stream is None:
-            engine.kept.clear()
+            engine.derived.clear()
         if engine.graphs is not None:
             engine.graphs.prune()
+
+
+def last_pass(model: nn.Module) -> tuple[FrameReport, ...]:
+    """What the last pass through a patched tower, in this thread or task, did with each of its frames, in their order.
+
+    Empty where there was none, it raised an error, or it ran unpatched.
+
+    Raises:
+        RuntimeError: the model is not patched.
+        ValueError: several of its towers are.
+
+    Example:
+        model(pixel_values=frame)
+        (report,) = neuroflow.last_pass(model)
+        print(report.key_frame, f"{report.skipped:.1%} skipped")
+    """
+    return engine_of(model).reported.get()
 
 
 def summary(model: nn.Module) -> Summary:
     """What every stream has skipped so far and holds, and from which share on passes run dense.
 
     Raises:
-        RuntimeError: the model is not patched. ValueError: several of its towers are.
+        RuntimeError: the model is not patched.
+        ValueError: several of its towers are.
     """
     engine = engine_of(model)
     streams = {
@@ -273,6 +366,6 @@ def summary(model: nn.Module) -> Summary:
         arch=engine.config.arch,
         streams=streams,
         limit_bytes=engine.streams.limit_bytes,
-        crossovers=dict(engine.crossovers),
+        crossovers=dict(engine.gate.crossovers),
         graph_bytes=0 if engine.graphs is None else engine.graphs.held_bytes,
     )

@@ -10,14 +10,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .cache import Engine
+from .config import NeuroFlowConfig
+from .engine.engine import Engine
+from .engine.state import PATCHES, StreamState
 from .patch import engine_of
-from .state import PATCHES, StreamState
 from .weights import write
 
-COUNTERS = ("frames", "key_frames", "since_key_frame", "nonfinite", "frame_id", "valid")
+COUNTERS = ("frames", "key_frames", "since_key_frame", "nonfinite", "frame_id")
 
 
+@torch.no_grad()
 def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] | None = None) -> None:
     """Write streams of a patched model to a safetensors file; what was at `path` is replaced at once, or not at all.
 
@@ -25,8 +27,10 @@ def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] |
         streams: their names, strings or integers; None means all.
 
     Raises:
-        RuntimeError: the model is not patched. KeyError: a stream that is not open. ValueError: a name that is neither
-            a string nor an integer. OSError: the file cannot be written.
+        RuntimeError: the model is not patched.
+        KeyError: a stream that is not open.
+        ValueError: a name that is neither a string nor an integer.
+        OSError: the file cannot be written.
     """
     engine = engine_of(model)
     names = [name for name, _ in engine.streams.items()] if streams is None else list(streams)
@@ -44,11 +48,13 @@ def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] |
             described.append(
                 {"name": name, "grid": state.grid, "dim": state.signature[1], "dtype": str(state.signature[2])}
                 | {counter: getattr(state, counter) for counter in COUNTERS}
+                | {"valid": state.key_frame_due is None}
             )
     metadata = _conditions(engine) | {"streams": json.dumps(described)}
     write(Path(path), tensors, metadata)
 
 
+@torch.no_grad()
 def load_state(model: nn.Module, path: str | Path) -> list[Hashable]:
     """Open the streams that `save_state` wrote, in place of those of the same names; the others stay as they are.
 
@@ -56,8 +62,8 @@ def load_state(model: nn.Module, path: str | Path) -> list[Hashable]:
         their names.
 
     Raises:
-        RuntimeError: the model is not patched. ValueError: the file cannot be read, or was written for other weights
-            or another configuration.
+        RuntimeError: the model is not patched.
+        ValueError: the file cannot be read, or was written for other weights or another configuration.
     """
     engine = engine_of(model)
     device = next(engine.anatomy.tower.parameters()).device
@@ -66,6 +72,7 @@ def load_state(model: nn.Module, path: str | Path) -> list[Hashable]:
         with torch.inference_mode(False), safe_open(path, "pt", device=str(device)) as file:
             metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         described = json.loads(metadata["streams"])
+        metadata["configuration"] = _described(NeuroFlowConfig.from_fields(json.loads(metadata["configuration"])))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"state {path}: cannot be read ({error}); give a file that save_state wrote") from None
     for condition, ours in _conditions(engine).items():
@@ -87,6 +94,7 @@ def _state(
     state.signature = (state.grid, about["dim"], getattr(torch, about["dtype"].removeprefix("torch.")), device)
     for counter in COUNTERS:
         setattr(state, counter, about[counter])
+    state.key_frame_due = None if about["valid"] else "failed"
     prefix = f"{number}."
     own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     for name in (*PATCHES, "skipped"):
@@ -100,9 +108,13 @@ def _conditions(engine: Engine) -> dict[str, str]:
     """What must be the same where a state is loaded."""
     tower = engine.anatomy.tower
     return {
-        "weights": engine.derived(tower, "fingerprint", lambda: _fingerprint(tower, *engine.twins.values())),
-        "configuration": json.dumps(dataclasses.asdict(engine.config)),
+        "weights": engine.derived(tower, "fingerprint", lambda: _fingerprint(tower, *engine.distilled.values())),
+        "configuration": _described(engine.config),
     }
+
+
+def _described(config: NeuroFlowConfig) -> str:
+    return json.dumps(dataclasses.asdict(config))
 
 
 def _fingerprint(*modules: nn.Module) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .adapters import Anatomy
 from .config import NeuroFlowConfig
+from .files import replacing
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,7 +31,9 @@ def copy_sharing_weights(model: Model, others: Mapping[torch.Tensor, torch.Tenso
     return copy.deepcopy(model, {id(tensor): others.get(tensor, tensor) for tensor in tensors})
 
 
-def twins(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, nn.Parameter]) -> dict[nn.Module, nn.Module]:
+def distilled_modules(
+    model: nn.Module, anatomy: Anatomy, weights: Mapping[str, nn.Parameter]
+) -> dict[nn.Module, nn.Module]:
     """Modules of `model` -> copies of them that have `weights`, named as in the model, in place of their own.
 
     They are modules of the blocks that map each token by itself, and the pooling head as a whole.
@@ -84,14 +87,13 @@ def distilled_config(path: Path) -> NeuroFlowConfig:
 def _config(path: Path, metadata: dict[str, str]) -> NeuroFlowConfig:
     if "config" not in metadata:
         raise ValueError(f"{path}: holds no distilled weights; accepted is a file that neuroflow distill wrote")
-    return NeuroFlowConfig(**json.loads(metadata["config"]))
+    return NeuroFlowConfig.from_fields(json.loads(metadata["config"]))
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Replace the file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

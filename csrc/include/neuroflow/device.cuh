@@ -1,4 +1,4 @@
-// What the CUDA kernels share. nvcc compiles it, and so does a C++ compiler against tests/cuda_on_host, for tests.
+// What the CUDA kernels share. nvcc compiles it, and so does a C++ compiler against tests/ops/cuda_on_host, for tests.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -26,7 +26,8 @@ class Family(NamedTuple):
     """Models that one adapter describes.
 
     Args:
-        name: what the family is called. library: the package that its towers come from.
+        name: what the family is called.
+        library: the package that its towers come from.
         found_by: class names there, of a tower or of its `embeddings`. The latter kept theirs where the modules around
             them moved between releases of transformers.
         adapter: tower -> Anatomy.
@@ -123,8 +124,8 @@ def describe(model: nn.Module, tower: str | None = None) -> Anatomy:
 
     Raises:
         TypeError: `model` is no module, has no vision tower of a supported family, or one that is built otherwise than
-            its adapter expects. ValueError: a ViTDet that cannot be sparse; several towers and no name, or the name of
-            none.
+            its adapter expects.
+        ValueError: a ViTDet that cannot be sparse; several towers and no name, or the name of none.
     """
     found = towers(model)
     named = {name: of for name, of in found.items() if tower is None or _is_in(name, tower)}

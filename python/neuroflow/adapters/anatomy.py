@@ -41,8 +41,8 @@ class Anatomy:
             for packed tokens, where take(tensor [tokens without prefix, *], fill) gives the rows of packed tokens, and
             rows of `fill` for a prefix.
         attention: (module, attend, the forward's own arguments) -> what the forward of one of `attentions` returns,
-            for towers that do not call transformers' attention interface. `attend` is `Engine.attend` without its
-            first two arguments.
+            for towers that do not call transformers' attention interface. `attend` is `engine.attention.attend` without
+            its first two arguments.
         order: the tower's arguments by name -> of each frame, the row-major patch at each of its tokens, int64 [N];
             None where tokens are in row-major order.
         overrides: (module, method, function that takes the original first), in force while the tower runs.
@@ -68,6 +68,22 @@ class Anatomy:
     order: Callable[[dict[str, Any]], list[torch.Tensor]] | None = None
     overrides: tuple[tuple[nn.Module, str, Callable], ...] = ()
     reads: Callable[[dict[str, Any]], Iterable[int]] = _none
+
+
+def is_patch_projection(module: nn.Module) -> bool:
+    """Whether `module` is a convolution over windows that tile the image or clip, and so a matrix product of each."""
+    return (
+        isinstance(module, nn.Conv2d | nn.Conv3d)
+        and module.stride == module.kernel_size
+        and module.padding in ("valid", (0, 0), (0, 0, 0))
+        and set(module.dilation) == {1}
+        and module.groups == 1
+    )
+
+
+def is_foldable(head: nn.Module) -> bool:
+    """Whether `head` pools as SigLIP's does, by one learned probe that attends to all tokens."""
+    return hasattr(head, "probe") and isinstance(getattr(head, "attention", None), nn.MultiheadAttention)
 
 
 def grids_of_images(projection: nn.Conv2d, *refused: str) -> Callable[[dict[str, Any]], list[Grid]]:

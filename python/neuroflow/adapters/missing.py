@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..rewrites import is_patch_projection
+from .anatomy import is_patch_projection
 
 
 def missing_parts(model: nn.Module) -> str:

@@ -132,7 +132,7 @@ def _everywhere(
     key_rows: torch.Tensor | None,
     grid: Grid,
 ) -> torch.Tensor:
-    """`product` of `Engine.attend`, from every query to every key."""
+    """`product` of `attend`, from every query to every key."""
     at = torch.arange(query.shape[2], device=query.device) if rows is None else rows.long()
     bias = _position_bias(module, query, at[None] // grid[1], at[None] % grid[1], grid)
     if key_rows is not None:
@@ -150,7 +150,7 @@ def _in_windows(
     key_rows: torch.Tensor | None,
     grid: Grid,
 ) -> torch.Tensor:
-    """`product` of `Engine.attend`, from every query to the keys in its window of size x size and the padding there."""
+    """`product` of `attend`, from every query to the keys in its window of size x size and the padding there."""
     device, (height, width) = query.device, grid
     at = torch.arange(query.shape[2], device=device) if rows is None else rows.long()
     row, column = at // width, at % width

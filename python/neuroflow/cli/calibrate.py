@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -13,10 +14,40 @@ import neuroflow
 
 from ..video.source import Source
 from . import CommandError
-from .run import every, format_gate, gate_config, load_model
+from .common import every, format_gate, gate_config, load_model
+from .options import add_frames, add_gate, add_model, share
+
+DESCRIPTION = """\
+Find the threshold that gives a wanted fidelity, or a wanted share of patches skipped, on your own footage, and write
+the configuration that `neuroflow run --config` loads.
+
+The frames are kept in memory, 0.6 MB each at 224 px, and go through the model 14 times or less.
+SOURCE is a video file or a directory of images, MODEL as for `neuroflow run`.
+"""
+
+EXAMPLES = """\
+examples:
+  neuroflow calibrate clip.mp4 --target-fidelity 0.99 --out config.json
+  neuroflow calibrate clip.mp4 --model ./my-vit --target-skip 0.84 --max-age 60 --out config.json
+"""
 
 
-class _Passes:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `neuroflow calibrate`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.set_defaults(function=calibrate)
+    add_model(parser)
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument(
+        "--target-fidelity", type=share, metavar="F", help="mean cosine to the unpatched model's embeddings, below 1"
+    )
+    target.add_argument("--target-skip", type=share, metavar="S", help="instead: mean share of patches skipped")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the configuration to write, JSON")
+    add_gate(parser)
+    add_frames(parser, 120, "of N frames at most (default: 120)")
+
+
+class _Frames:
     """Frames that show a progress bar whenever they are gone through."""
 
     def __init__(self, frames: list[torch.Tensor]) -> None:
@@ -33,7 +64,8 @@ def calibrate(arguments: argparse.Namespace) -> int:
     """Carry out `neuroflow calibrate` and return the exit code.
 
     Raises:
-        CommandError, SourceError: bad input, or a target out of reach.
+        CommandError: bad options, or a target out of reach.
+        SourceError: the source gives no frames.
     """
     config = gate_config(arguments)
     out = arguments.out
@@ -51,7 +83,7 @@ def calibrate(arguments: argparse.Namespace) -> int:
         print(f"warning: {source.address}: {source.stopped}; the frames before are used", file=sys.stderr)
     try:
         found = neuroflow.calibrate(
-            model, _Passes(frames), config, fidelity=arguments.target_fidelity, skip=arguments.target_skip
+            model, _Frames(frames), config, fidelity=arguments.target_fidelity, skip=arguments.target_skip
         )
     except neuroflow.CalibrationError as error:
         nearer = (

@@ -14,17 +14,25 @@ from transformers import PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
 
 import neuroflow
 
-from ..models import STREET, ClassHead, load_classes
+from ..classes import ClassHead
+from ..street import STREET, load_classes
+from ..street.scene import CAMERAS, CLASSES, RATE, TRAJECTORIES, Scene, scenes, write_scene
 from ..video.ahead import prepare
 from ..video.overlay import OverlayWriter
 from ..video.preprocess import Preprocessor
 from ..video.results import Record, Results
-from ..video.scene import CAMERAS, CLASSES, RATE, TRAJECTORIES, Scene, scenes, write_scene
 from ..video.source import Source
+from ..video.stream import encode_stream
 from ..weights import copy_sharing_weights
 from . import CommandError
+from .encoding import caption, encode_video
 from .model import load_tower
-from .run import caption, encode_frames, encode_video
+
+DESCRIPTION = (
+    "Draw labelled scenes, encode them with the tower that comes with the package, dense and patched side by side, and "
+    "print how often each names the subject, what was skipped and the time; then the speed of a SigLIP of base size "
+    "and random weights. Written: the scenes, overlay.mp4 and result.jsonl of one of them."
+)
 
 SCENES, FRAMES = 10, 120
 SPEED_SIZE, SPEED_FRAMES = 448, 40
@@ -39,6 +47,13 @@ class Scored:
     scene: Scene
     label: str | None
     record: Record
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `neuroflow demo`."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(function=demo)
+    parser.add_argument("--out-dir", type=Path, default=Path("demo"), metavar="DIR", help="where to (default: demo)")
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -101,7 +116,7 @@ def score_scene(
             results = Results(clip.with_name("result.jsonl"), {"source": str(clip), "model": "street"})
             stack.callback(results.close)
         inputs = prepare(source, Preprocessor(side, side))
-        for encoded in encode_frames(inputs, model, dense, classes):
+        for encoded in encode_stream(inputs, model, dense, classes):
             record = encoded.record
             scored.append(Scored(scene, labels[record.frame], record))
             if writer is not None:

@@ -12,16 +12,86 @@ import torch
 from tqdm import tqdm
 
 from ..distillation import Distillation, DistillationConfig, Epoch, Outside
-from ..evaluation import VIDEO_SUFFIXES
-from ..models import STREET, load_classes
+from ..street import STREET, load_classes
+from ..video.clips import VIDEO_SUFFIXES
 from ..video.preprocess import Preprocessor
 from ..video.source import Source
 from . import CommandError
-from .run import every, load_model
+from .common import every, load_model, require_writable
+from .options import add_frames, add_loading, count, share
+
+DESCRIPTION = """\
+Teach a tower to give, from the active patches of a frame, what it gives for the whole one. The student is of any
+architecture: B, which without training keeps little of the output; C at the same number of patches, which has the
+others in its cache and reaches more; or E.
+
+What is trained are weights for partial frames. Whole ones, as key frames are, are encoded with the model's own, so that
+of these nothing is lost. What stands in front of the first block is never trained, as the gate reads it.
+
+VIDEOS is a directory; one video in five, by name, is held out, and after every epoch the mean cosine of the student to
+the unpatched teacher is measured there. On other videos a student may do worse than untrained: --outside is a directory
+of such, whose last frames are to be known, and epochs that know too few of them are not chosen. In folders named like
+the model's classes (a classes.safetensors beside its weights, as the package's own has) those are known that are named
+rightly; otherwise those whose embedding by the student is nearest to the teacher's of the same video.
+The best weights are written, with the settings of the gate: `neuroflow run --weights FILE` takes both.
+"""
+
+EXAMPLES = """\
+examples:
+  neuroflow distill videos/ --arch C --outside others/ --out street-c.safetensors
+  neuroflow distill videos/ --arch C --outside others/ --out street-c.safetensors --resume
+  neuroflow distill videos/ --model ./my-vit --train last-4 --rate 5e-6 --epochs 3 --device cuda --out b.safetensors
+  neuroflow run clip.mp4 --weights street-c.safetensors --compare
+"""
 
 HELD_OUT = 5  # one video in so many
 HEADING = f"""{"":>6}{"":>12}{"patches":>12}{"cosine to dense":>22}{"known":>12}
 {"epoch":>6}{"loss":>12}{"skipped":>12}{"mean":>12}{"p5":>10}{"outside":>12}"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `neuroflow distill`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.set_defaults(function=distill)
+    parser.add_argument("videos", type=Path, metavar="VIDEOS", help="directory of videos to learn from")
+    parser.add_argument("--outside", type=Path, metavar="DIR", help="videos of other things, by class or alone")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    parser.add_argument("--resume", action="store_true", help="continue the unfinished --out of the same command")
+    add_loading(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the products in training; weights are float32 (default: bfloat16 on a GPU, else float32)",
+    )
+    training = parser.add_argument_group("training", "defaults are DistillationConfig's")
+    training.add_argument("--arch", help="active (B), dual (C), context (E), midlayer (D) or mlp (A) (default: active)")
+    training.add_argument("--train", metavar="WHAT", help="head, last-K (blocks, and the head) or all (default: all)")
+    training.add_argument("--epochs", type=count, metavar="N", help="times through all videos (default: 12)")
+    training.add_argument("--rate", type=float, metavar="R", help="learning rate (default: 1e-4)")
+    training.add_argument("--batch", type=count, metavar="N", help="frames of a step (default: 128)")
+    training.add_argument("--clips", type=count, metavar="N", help="videos that a step's are from (default: 32)")
+    training.add_argument("--strides", type=count, metavar="N", help="videos give every 1st to Nth frame (default: 4)")
+    training.add_argument(
+        "--thresholds",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="a video's is drawn between these (default: 0.02 0.5)",
+    )
+    training.add_argument(
+        "--skip",
+        type=share,
+        metavar="S",
+        help="share of patches skipped in evaluation, and by the result (default: 0.9)",
+    )
+    training.add_argument(
+        "--forgetting", type=float, metavar="F", help="share of --outside that may be forgotten (default: 0.01)"
+    )
+    training.add_argument(
+        "--patience", type=count, metavar="N", help="end after N epochs in a row that forget more (default: 3)"
+    )
+    training.add_argument("--seed", type=int, metavar="N", help="of every draw (default: 0)")
+    add_frames(parser, 300, "of N frames of a video at most (default: 300)")
 
 
 class _Frames:
@@ -44,11 +114,11 @@ def distill(arguments: argparse.Namespace) -> int:
     """Carry out `neuroflow distill` and return the exit code.
 
     Raises:
-        CommandError, SourceError: bad input.
+        CommandError: bad options.
+        SourceError: a video gives no frames.
     """
     out, checkpoint = arguments.out, arguments.out.with_name(f"{arguments.out.name}.checkpoint")
-    if out.is_dir() or not out.parent.is_dir() or out.suffix != ".safetensors":
-        raise CommandError(f"--out {out}: cannot be written; give a .safetensors file in a directory that exists")
+    require_writable("--out", out, ".safetensors")
     if arguments.resume and not checkpoint.exists():
         raise CommandError(f"--resume: there is no unfinished {out}; run without it")
     paths = _videos(arguments.videos)
@@ -77,7 +147,7 @@ def distill(arguments: argparse.Namespace) -> int:
     for epoch in distillation.history:
         print(format_epoch(epoch))
     try:
-        _go_on(distillation, videos, held_out, outside, checkpoint)
+        _train(distillation, videos, held_out, outside, checkpoint)
         distillation.save(out)
     except ValueError as error:
         raise CommandError(str(error)) from None
@@ -94,7 +164,7 @@ def distill(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _go_on(
+def _train(
     distillation: Distillation,
     videos: list[_Frames],
     held_out: list[_Frames],

@@ -1,70 +1,134 @@
 """`neuroflow eval llm`: what a language model loses and saves where layers repeat what they gave the step before."""
 
 import argparse
-import dataclasses
-import math
-import statistics
 import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import huggingface_hub
 import torch
-import torch.nn.functional as F
 import transformers
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..llm import FAMILIES, BypassConfig, bypass_summary, cache_argument, disable_bypass, enable_bypass
-from ..weights import copy_sharing_weights
+from ..llm import DECODERS, BypassConfig, disable_bypass, enable_bypass
+from ..llm_evaluation import cut_windows, evaluate, pair_of
 from . import CommandError
-from .eval import KEPT, Journal
-from .run import INTERRUPTED, synchronise, torch_device
+from .common import INTERRUPTED, KEPT, open_findings, pinned_model, torch_device
+from .options import count
 
-TIMED = 128  # tokens of the first text, at most
-ACCEPTED = f"a causal model of one of {', '.join(FAMILIES)}"
+DESCRIPTION = """\
+Let layers of a language model repeat what they gave the step before where a gate layer's attention output hardly
+changed, and measure what that loses and saves.
+
+MODEL is a Phi-3, Llama, Qwen2, Qwen3 or GPT-2, with its tokenizer. Each FILE is a class of prompt, named by its file
+name: code.txt, structured.txt, prose.txt. Windows of it go through token by token, as in decoding. For every pair of
+gate and cached layers and every threshold: the share of steps in which the cached layers repeat, percentiles of the
+gate's cosine, perplexity beside dense, drift (the share of tokens that differ from the plain model's when it continues
+the first half of each window greedily), divergence of the last hidden state (the distance to dense as a share of its
+length), and milliseconds a token, both in turns.
+"""
+
+EXAMPLES = """\
+examples:
+  neuroflow eval llm --model microsoft/Phi-3-mini-4k-instruct --text code.txt structured.txt prose.txt --dtype bfloat16
+  neuroflow eval llm --model ./my-llama --text prose.txt --pairs 1:12 3:5 --thresholds 0.7 0.9 --out result.json
+  neuroflow eval llm --model ./my-llama --text prose.txt --pairs 1:8,9,10 --target mlp --out result.json --resume
+"""
+
+ACCEPTED = f"a causal model of one of {', '.join(DECODERS)}"
 
 
-class Followed(NamedTuple):
-    """What a model made of given tokens [W, T], one at a time.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `neuroflow eval llm`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.set_defaults(function=eval_llm)
+    parser.add_argument("--model", required=True, metavar="MODEL", help="Hugging Face id or local directory")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", required=True, metavar="FILE", help="a text for each class of prompt, UTF-8"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32"
+    )
+    bypass = parser.add_argument_group("what repeats, and when", "every pair at every threshold")
+    bypass.add_argument(
+        "--pairs",
+        type=_layers,
+        nargs="+",
+        metavar="G:C",
+        help="gate layer and cached layers, 1:24 or 1:24,31, counted from 0; where C lies before G it goes by the last "
+        "step's decision (default: 1 with the layer at three quarters, and with the last)",
+    )
+    bypass.add_argument(
+        "--thresholds",
+        type=float,
+        nargs="+",
+        default=[0.65, 0.7, 0.8, 0.9],
+        metavar="T",
+        help="repeat where the cosine is at least this (default: 0.65 0.7 0.8 0.9)",
+    )
+    bypass.add_argument(
+        "--target", default="attention", choices=("attention", "mlp"), help="what repeats (default: attention)"
+    )
+    length = parser.add_argument_group("how much is read")
+    length.add_argument(
+        "--tokens", type=_window, default=256, metavar="N", help="tokens of a window of text (default: 256)"
+    )
+    length.add_argument("--windows", type=count, default=4, metavar="N", help="windows of each text (default: 4)")
+    length.add_argument(
+        "--new-tokens", type=count, default=64, metavar="N", help="continue each prompt so far (default: 64)"
+    )
+    output = parser.add_argument_group("what is written")
+    output.add_argument("--out", type=Path, metavar="FILE", help="a .json file of it all, with divergence by layer")
+    output.add_argument("--resume", action="store_true", help="continue the --out of the same command")
 
-    Attributes:
-        loss: mean over all but the first, in nats.
-        states: by step, what each layer gave the residual stream, [layers, W, D].
-    """
 
-    loss: float
-    states: list[torch.Tensor]
+def _layers(text: str) -> tuple[int, tuple[int, ...]]:
+    """A gate layer and the layers that repeat."""
+    gate, colon, cached = text.partition(":")
+    numbers = [gate, *cached.split(",")]
+    if not colon or not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair of layers; give 1:24 or 1:24,31")
+    return int(gate), tuple(map(int, numbers[1:]))
+
+
+def _window(text: str) -> int:
+    tokens = int(text)
+    if tokens < 4:
+        raise argparse.ArgumentTypeError(f"{text} is not 4 or more")
+    return tokens
 
 
 def eval_llm(arguments: argparse.Namespace) -> int:
     """Carry out `neuroflow eval llm` and return the exit code.
 
     Raises:
-        CommandError: bad input.
+        CommandError: bad options, or a text that is too short.
+        JournalError: the unfinished run was made with other settings, or cannot be read.
     """
-    texts = _read(arguments.text)
-    journal = Journal(arguments.out, _settings(arguments, texts), resume=arguments.resume)
+    texts = _read_texts(arguments.text)
+    findings = open_findings(arguments, _settings(arguments, texts))
     model, tokenizer = load_language_model(
         arguments.model, torch_device(arguments.device), getattr(torch, arguments.dtype)
     )
     configs = _configs(arguments, model)
-    windows = {
-        name: cut(path, tokenizer(text, add_special_tokens=False)["input_ids"], arguments.tokens, arguments.windows)
-        for name, (path, text) in texts.items()
-    }
-    windows = {name: ids.to(model.device) for name, ids in windows.items()}
+    windows = {}
+    for name, (path, text) in texts.items():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) < arguments.tokens:
+            message = f"gives {len(ids)} tokens; give a longer text, or fewer --tokens than {arguments.tokens}"
+            raise CommandError(f"{path}: {message}")
+        windows[name] = cut_windows(ids, arguments.tokens, arguments.windows).to(model.device)
     try:
-        asked = evaluate(model, windows, configs, arguments.new_tokens, journal)
+        asked = evaluate(model, windows, configs, arguments.new_tokens, findings)
     except KeyboardInterrupt:
         if arguments.out is not None:
             print(KEPT, file=sys.stderr)
         return INTERRUPTED
     finally:
-        journal.close()
-    journal.finish()
+        findings.close()
+    findings.finish()
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"model             {type(model).__name__}, {model.config.num_hidden_layers} layers, {dtype}, {model.device}")
     for name, ids in windows.items():
@@ -89,7 +153,7 @@ def load_language_model(
         raise CommandError(f"model {name}: no such directory; give a saved model, or a Hugging Face id")
     try:
         kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-        if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) not in FAMILIES:
+        if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) not in DECODERS:
             raise CommandError(f"model {name}: its type is {kind}; give {ACCEPTED}")
         model, loading = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, trust_remote_code=False
@@ -108,122 +172,7 @@ def load_language_model(
     return model.eval().to(device), tokenizer
 
 
-def cut(path: Path, ids: list[int], tokens: int, windows: int) -> torch.Tensor:
-    """Windows [W, tokens] of a text's ids, evenly over it: `windows` of them, or as many as do not overlap.
-
-    Raises:
-        CommandError: the text is shorter than one.
-    """
-    if len(ids) < tokens:
-        raise CommandError(f"{path}: gives {len(ids)} tokens; give a longer text, or fewer --tokens than {tokens}")
-    starts = torch.linspace(0, len(ids) - tokens, min(windows, len(ids) // tokens)).long()
-    return torch.stack([torch.tensor(ids[start : start + tokens]) for start in starts])
-
-
-def evaluate(
-    model: PreTrainedModel,
-    windows: dict[str, torch.Tensor],
-    configs: list[BypassConfig],
-    new_tokens: int,
-    journal: Journal,
-) -> list[dict]:
-    """A row for each of `configs`, with progress on stderr.
-
-    Args:
-        model: a causal model that is not patched.
-        windows: by text, ids [W, T].
-        configs: those that fit it.
-        new_tokens: how far prompts, the first half of each window, are continued.
-        journal: holds the rows that are finished, and gets the others.
-    """
-    left = [config for config in configs if _name(config) not in journal.done]
-    timed = next(iter(windows.values()))[:1, :TIMED]
-    steps = sum(ids.shape[1] - 1 + new_tokens for ids in windows.values())
-    total = (bool(left) + len(left)) * steps + len(left) * timed.shape[1]
-    with tqdm(total=total, unit="step", desc="dense", dynamic_ncols=True) as bar:
-        patched = copy_sharing_weights(model)
-        dense = {
-            name: (_follow(model, ids, bar), _continue(model, ids, new_tokens, bar))
-            for name, ids in windows.items()
-            if left
-        }
-        for config in left:
-            bar.set_description_str(_name(config))
-            row = dataclasses.asdict(config) | {"texts": {}}
-            for name, ids in windows.items():
-                enable_bypass(patched, config)
-                followed = _follow(patched, ids, bar)
-                summary = bypass_summary(patched)
-                continued = _continue(patched, ids, new_tokens, bar)
-                disable_bypass(patched)
-                plain, expected = dense[name]
-                row["texts"][name] = {
-                    "dense_perplexity": math.exp(plain.loss),
-                    "perplexity": math.exp(followed.loss),
-                    **dataclasses.asdict(summary),
-                    "drift": (continued != expected).float().mean().item(),
-                    "divergence": _divergence(plain.states, followed.states),
-                }
-            enable_bypass(patched, config)
-            row["dense_ms"], row["ms"] = time_steps(model, patched, timed, bar)
-            row["timed_rate"] = bypass_summary(patched).rate
-            disable_bypass(patched)
-            journal.append(_name(config), row)
-    return [journal.done[_name(config)] for config in configs]
-
-
-@torch.inference_mode()
-def _follow(model: PreTrainedModel, ids: torch.Tensor, bar: tqdm) -> Followed:
-    cache = {cache_argument(model): DynamicCache(config=model.config)}
-    losses, states = [], []
-    for given, expected in zip(ids[:, :-1].split(1, 1), ids[:, 1:].unbind(1), strict=True):
-        output = model(given, **cache, output_hidden_states=True)
-        losses.append(F.cross_entropy(output.logits[:, -1].float(), expected))
-        states.append(torch.stack(output.hidden_states[1:])[:, :, -1].cpu())
-        bar.update()
-    return Followed(torch.stack(losses).mean().item(), states)
-
-
-@torch.inference_mode()
-def _continue(model: PreTrainedModel, ids: torch.Tensor, count: int, bar: tqdm) -> torch.Tensor:
-    """The `count` tokens [W, count] that follow greedily on the first half of windows [W, T]."""
-    cache = {cache_argument(model): DynamicCache(config=model.config)}
-    given, found = ids[:, : ids.shape[1] // 2], []
-    for _ in range(count):
-        given = model(given, **cache, logits_to_keep=1).logits.argmax(-1)
-        found.append(given)
-        bar.update()
-    return torch.cat(found, 1)
-
-
-def _divergence(expected: list[torch.Tensor], found: list[torch.Tensor]) -> list[float]:
-    """By layer, how far off what it gave is, as a share of its length: the mean over tokens."""
-    each = [
-        (other.float() - plain.float()).norm(dim=-1) / plain.float().norm(dim=-1)
-        for plain, other in zip(expected, found, strict=True)
-    ]
-    return torch.stack(each).mean((0, 2)).tolist()
-
-
-@torch.inference_mode()
-def time_steps(dense: PreTrainedModel, patched: PreTrainedModel, ids: torch.Tensor, bar: tqdm) -> tuple[float, float]:
-    """Median milliseconds of a decode step of each, over the given tokens [1, T]."""
-    caches = {each: {cache_argument(each): DynamicCache(config=each.config)} for each in (dense, patched)}
-    times = {dense: [], patched: []}
-    for number, given in enumerate(ids.split(1, 1)):
-        # Taking turns, so that neither always finds the processor's cache as the other left it.
-        for each in (dense, patched) if number % 2 else (patched, dense):
-            synchronise(ids.device)
-            start = time.perf_counter()
-            each(given, **caches[each])
-            synchronise(ids.device)
-            times[each].append((time.perf_counter() - start) * 1e3)
-        bar.update()
-    # The first token is a prompt.
-    return statistics.median(times[dense][1:]), statistics.median(times[patched][1:])
-
-
-def format_rows(rows: list[dict]) -> str:
+def format_rows(rows: list[dict[str, Any]]) -> str:
     """The table of what was measured, a line for each pair, threshold and text, and that of the times."""
     width = max(len("text"), *(len(name) for row in rows for name in row["texts"]))
     wide = max(len("gate>cached"), *(len(pair_of(row)) for row in rows))
@@ -254,17 +203,7 @@ def format_rows(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def pair_of(row: dict) -> str:
-    """The gate layer and those that repeat, as `1>4`; with "mlp" where MLPs do."""
-    cached = ",".join(map(str, row["cache_layers"]))
-    return f"{row['gate_layer']}>{cached}" + " mlp" * (row["target"] == "mlp")
-
-
-def _name(config: BypassConfig) -> str:
-    return f"{pair_of(dataclasses.asdict(config))} at {config.threshold:g}"
-
-
-def _read(paths: list[Path]) -> dict[str, tuple[Path, str]]:
+def _read_texts(paths: list[Path]) -> dict[str, tuple[Path, str]]:
     """The texts, by their files' names."""
     texts = {}
     for path in paths:
@@ -297,11 +236,10 @@ def _configs(arguments: argparse.Namespace, model: PreTrainedModel) -> list[Bypa
     return list(dict.fromkeys(found))
 
 
-def _settings(arguments: argparse.Namespace, texts: dict[str, tuple[Path, str]]) -> dict:
+def _settings(arguments: argparse.Namespace, texts: dict[str, tuple[Path, str]]) -> dict[str, Any]:
     """What a continued run must have in common with the one that it continues."""
-    model = Path(arguments.model)
     return {
-        "model": str(model.resolve()) if model.exists() else arguments.model,
+        "model": pinned_model(arguments),
         **{f"text {name}": f"{path.resolve()}, {len(text)} characters" for name, (path, text) in texts.items()},
         "tokens": arguments.tokens,
         "windows": arguments.windows,

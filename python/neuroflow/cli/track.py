@@ -10,30 +10,44 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import neuroflow
 
-from ..adapters.anatomy import interpolation
-from ..models import load_classes
+from ..classes import ClassHead, read_classes
+from ..embedding import encode_frames
+from ..engine.scores import AROUND_WEIGHT
+from ..files import replacing
 from ..objects import Track, Tracker, box_in_pixels, component_embeddings, components, motion, nearest
-from ..policies import AROUND_WEIGHT
+from ..street import load_classes
 from ..video.ahead import Prepared, ReadAhead, prepare
 from ..video.overlay import BoxWriter
 from ..video.source import Frame, Source, SourceError
+from ..video.stream import STREAM
 from . import CommandError
-from .run import DIRECTORY_RATE, INTERRUPTED, STREAM, every, load_model
+from .common import DIRECTORY_RATE, INTERRUPTED, every, load_model, require_writable
+from .options import add_frames, add_model, share
+
+DESCRIPTION = """\
+Follow what moves in a video: patches that differ from a slow background become components, which an embedding each and
+their places turn into tracks. It takes a camera that stands still, no detector and no training.
+
+SOURCE is as for `neuroflow run`, MODEL too, of those with an output token for each patch. A component has at least 2
+patches, so that small things need a larger --size. Tracks depend on every frame before: a run that is stopped writes
+neither file, and starts over.
+"""
+
+EXAMPLES = """\
+examples:
+  neuroflow track clip.mp4 --out tracks.json --overlay overlay.mp4
+  neuroflow track clip.mp4 --model ./my-siglip --labels texts.safetensors --size 640x352 --out tracks.json
+
+--labels FILE holds a tensor `embeddings` [K, D] and, in its metadata, `names`, a JSON list of K:
+  safetensors.torch.save_file({"embeddings": texts}, "texts.safetensors", {"names": json.dumps(names)})
+"""
 
 LONG = 15  # frames, of the tracks that the report counts
-
-
-class Labels(NamedTuple):
-    """Names [K] and their embeddings [K, D]."""
-
-    names: tuple[str, ...]
-    embeddings: torch.Tensor
 
 
 class Tracked(NamedTuple):
@@ -44,23 +58,53 @@ class Tracked(NamedTuple):
     patch_size: tuple[float, float]
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `neuroflow track`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.set_defaults(function=track)
+    add_model(parser)
+    moves = parser.add_argument_group("what moves")
+    moves.add_argument(
+        "--threshold",
+        type=_above_zero,
+        default=1.6,
+        metavar="T",
+        help="patches of more motion move: lower finds fainter things, and more noise (default: 1.6)",
+    )
+    moves.add_argument(
+        "--ema-decay",
+        type=share,
+        default=0.01,
+        metavar="A",
+        help="weight of a new frame in the background: what stops is kept for about 1/A frames (default: 0.01)",
+    )
+    moves.add_argument("--labels", type=Path, metavar="FILE", help="embeddings to name objects by, .safetensors")
+    add_frames(parser, None, "stop after N frames")
+    output = parser.add_argument_group("what is written")
+    output.add_argument("--out", type=Path, metavar="FILE", help="boxes and tracks, .json")
+    output.add_argument("--overlay", type=Path, metavar="FILE", help="an .mp4 of the frames under boxes and ids")
+
+
+def _above_zero(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+
+
 def track(arguments: argparse.Namespace) -> int:
     """Carry out `neuroflow track` and return the exit code.
 
     Raises:
-        CommandError, SourceError: bad input.
+        CommandError: bad options.
+        SourceError: the source gives no frames.
     """
     for option, path, suffix in (("--out", arguments.out, ".json"), ("--overlay", arguments.overlay, ".mp4")):
-        if path is not None and (path.suffix != suffix or path.is_dir() or not path.parent.is_dir()):
-            raise CommandError(f"{option} {path}: cannot be written; give a {suffix} file in a directory that exists")
+        if path is not None:
+            require_writable(option, path, suffix)
     with contextlib.closing(Source(arguments.source, max_pixels=arguments.max_pixels)) as source:
         model, preprocess = load_model(arguments)
-        labels = None
-        if arguments.labels is not None:
-            labels = load_labels(arguments.labels)
-        elif arguments.model is None:
-            classes = load_classes()
-            labels = Labels(classes.names, classes.embeddings)
+        labels = _labels(arguments)
         neuroflow.enable_cache(model, background_gate(arguments.threshold, arguments.ema_decay))
         frames = itertools.islice(every(source, arguments.stride), arguments.max_frames)
         total = None if source.frame_count is None else -(-source.frame_count // arguments.stride)
@@ -100,9 +144,8 @@ def track(arguments: argparse.Namespace) -> int:
         settings = {"source": arguments.source, "model": arguments.model, "size": [width, height]}
         settings |= {"threshold": arguments.threshold, "ema_decay": arguments.ema_decay}
         content = settings | {"frames": lines, "tracks": list(found.values())}
-        partial = arguments.out.with_name(arguments.out.name + ".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(arguments.out)
+        with replacing(arguments.out) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
     print(_report(lines, list(found.values()), neuroflow.summary(model).streams[STREAM].skipped))
     return 0
 
@@ -140,39 +183,28 @@ def track_frames(inputs: Iterable[Prepared], model: PreTrainedModel, threshold: 
     """
     tracker = None
     for prepared in inputs:
-        pixels = prepared.pixels.to(model.device, model.dtype)
         with torch.inference_mode(), neuroflow.cache_context(model, STREAM):
-            tokens = model(pixel_values=pixels, **interpolation(model, pixels)).last_hidden_state[0]
-        stream = neuroflow.summary(model).streams[STREAM]
-        tracker = tracker or Tracker(stream.grid)
-        moving = components(motion(stream.surprise) > threshold)
-        tracks = tracker.update(moving, component_embeddings(model, tokens, stream.grid, moving))
-        size = prepared.frame.size
-        yield Tracked(prepared.frame, tracks, (size[0] / stream.grid[0], size[1] / stream.grid[1]))
+            tokens = encode_frames(model, prepared.pixels).last_hidden_state[0]
+        (report,) = neuroflow.last_pass(model)
+        rows, columns = report.active.shape
+        tracker = tracker or Tracker((rows, columns))
+        moving = components(motion(report.surprise) > threshold)
+        tracks = tracker.update(moving, component_embeddings(model, tokens, (rows, columns), moving))
+        height, width = prepared.frame.size
+        yield Tracked(prepared.frame, tracks, (height / rows, width / columns))
 
 
-def load_labels(path: Path) -> Labels:
-    """Labels from a safetensors file that holds `embeddings` [K, D], and as metadata `names`, a JSON list of K.
-
-    Raises:
-        CommandError: it cannot be read, or holds something else.
-    """
+def _labels(arguments: argparse.Namespace) -> ClassHead | None:
+    """What objects are named by: --labels, or the classes of the package's own tower."""
+    if arguments.labels is None:
+        return load_classes() if arguments.model is None else None
     try:
-        with safe_open(path, "pt") as file:
-            names = tuple(json.loads(file.metadata()["names"]))
-            embeddings = file.get_tensor("embeddings")
-    # No metadata at all is None, and what is no file of this kind has its own error.
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        accepted = "a .safetensors file with `embeddings` [K, D] and, in its metadata, `names`, a JSON list"
-        raise CommandError(f"--labels {path}: cannot be read ({reason}); give {accepted}") from None
-    if embeddings.ndim != 2 or len(embeddings) != len(names):
-        held = f"{len(names)} names for embeddings of shape {list(embeddings.shape)}"
-        raise CommandError(f"--labels {path}: holds {held}; give one row for each name")
-    return Labels(names, embeddings)
+        return read_classes(arguments.labels)
+    except ValueError as error:
+        raise CommandError(f"--labels {error}") from None
 
 
-def _line(tracked: Tracked, labels: Labels | None, found: dict[int, dict]) -> dict:
+def _line(tracked: Tracked, labels: ClassHead | None, found: dict[int, dict]) -> dict:
     """What the file says of a frame; `found` has what it says of each track, by id, and is brought up to date."""
     names: list[tuple[str | None, float | None]] = [(None, None)] * len(tracked.tracks)
     if labels is not None and tracked.tracks:

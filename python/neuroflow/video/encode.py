@@ -1,5 +1,6 @@
 """Writing MP4 through PyAV."""
 
+import contextlib
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Self
 
 import av
 import numpy as np
+
+from ..files import replacing
 
 
 class VideoWriter:
@@ -22,12 +25,12 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path, rate: Fraction) -> None:
-        self._path = path
-        self._partial = path.with_name(path.name + ".partial")
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         if codec == "mpeg4":
             warnings.warn("this PyAV has no libx264: video is written as MPEG-4 instead of H.264", stacklevel=2)
         self._frames = 0
+        self._file = contextlib.ExitStack()
+        self._partial = self._file.enter_context(replacing(path))
         self._container = av.open(str(self._partial), "w", format="mp4")
         self._stream = self._container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
         self._stream.pix_fmt = "yuv420p"
@@ -47,10 +50,9 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         complete = kind is None and self._frames > 0
-        if complete:
-            self._container.mux(self._stream.encode())
-        self._container.close()
-        if complete:
-            self._partial.replace(self._path)
-        else:
-            self._partial.unlink(missing_ok=True)
+        with self._file:
+            with self._container:
+                if complete:
+                    self._container.mux(self._stream.encode())
+            if not complete:
+                self._partial.unlink(missing_ok=True)

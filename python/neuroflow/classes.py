@@ -1,0 +1,66 @@
+"""Classes or texts that embeddings are compared with, and the files that hold them."""
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+
+ACCEPTED = "embeddings [C, D] and C names, in .npz or .safetensors"
+
+
+@dataclass(frozen=True)
+class ClassHead:
+    """Class embeddings that pooled embeddings are compared with, as SigLIP's are with those of texts.
+
+    Attributes:
+        names: of the C classes.
+        embeddings: [C, D] float32.
+        temperature: factor of the cosines.
+    """
+
+    names: tuple[str, ...]
+    embeddings: torch.Tensor
+    temperature: float = 1.0
+
+    def scores(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Pooled embeddings [S, D] of any float dtype -> scores [S, C] float32, temperature times cosine."""
+        classes = F.normalize(self.embeddings.to(pooled.device), dim=1)
+        return self.temperature * F.normalize(pooled.float(), dim=1) @ classes.T
+
+
+def read_classes(path: Path) -> ClassHead:
+    """Class embeddings from a file: `embeddings` [C, D] of any float dtype, C `names`, `temperature` if there is one.
+
+    Of an .npz all are arrays; in .safetensors the names are a JSON list in the metadata, as in the package's own.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with np.load(path) as file:
+                arrays = dict(file)
+            names = tuple(map(str, arrays.pop("names")))
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        else:
+            with safe_open(path, "pt") as file:
+                names = tuple(json.loads((file.metadata() or {})["names"]))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        embeddings = tensors["embeddings"].float()
+        temperature = tensors["temperature"].item() if "temperature" in tensors else 1.0
+    except KeyError as error:
+        raise ValueError(f"{path}: holds no {error.args[0]}; accepted are {ACCEPTED}") from None
+    # Another kind of file under such a name: each library has errors of its own for that.
+    except (OSError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: cannot be read ({reason}); accepted are {ACCEPTED}") from None
+    fits = embeddings.ndim == 2 and len(embeddings) == len(names) > 0
+    if not fits or not embeddings.isfinite().all():
+        found = f"embeddings {list(embeddings.shape)} and {len(names)} names"
+        raise ValueError(f"{path}: holds {found}; accepted are {ACCEPTED}, all finite")
+    return ClassHead(names, embeddings, temperature)

@@ -1,0 +1,199 @@
+"""What several commands do alike: the model, its input and its gate from the options, and a source's frames."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import neuroflow
+
+from ..journal import Findings
+from ..street import STREET
+from ..video.preprocess import Preprocessor
+from ..video.source import Frame, Source
+from ..weights import distilled_config
+from . import CommandError
+from .model import TOWERS, load_tower
+
+DIRECTORY_RATE = Fraction(25)  # frames per second of a video that is made of a directory of images
+INTERRUPTED = 130  # exit code after Ctrl-C
+KEPT = "what is done is kept: the same command with --resume continues it"
+EMBEDDED = (
+    "no --model given: using the small SigLIP that comes with the package, which needs no download and knows the "
+    "drawn scenes of `neuroflow demo` only; give --model for your own"
+)
+GATE_OPTIONS = (  # named as the fields of NeuroFlowConfig that they set
+    "arch",
+    "threshold",
+    "budget",
+    "floor",
+    "max_age",
+    "refresh",
+    "score",
+    "signal",
+    "reference",
+    "ema_decay",
+    "dilation",
+    "normalise_motion",
+    "precision",
+)
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Preprocessor]:
+    """The model that the options ask for, and what gives its input.
+
+    Raises:
+        CommandError: it cannot be loaded, the device cannot be used, or the size does not fit.
+    """
+    name = str(STREET) if arguments.model is None else arguments.model
+    model = load_tower(name, torch_device(arguments.device), getattr(torch, arguments.dtype))
+    mean, std = TOWERS[model.config.model_type].normalisation
+    usual = Preprocessor(*pair(model.config.image_size), mean=mean, std=std)
+    preprocess = Preprocessor.from_pretrained(name, usual)
+    height, width = input_size(model, preprocess, arguments.size)
+    if arguments.model is None:
+        print(EMBEDDED, file=sys.stderr)
+    return model, dataclasses.replace(preprocess, height=height, width=width)
+
+
+def torch_device(name: str) -> torch.device:
+    """The device that --device names.
+
+    Raises:
+        CommandError: it cannot be used.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    # torch answers a device that is misspelt, not built in or not there with several classes.
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"--device {name}: cannot be used ({reason}); cpu always can") from None
+    return device
+
+
+def input_size(model: PreTrainedModel, preprocess: Preprocessor, asked: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the model's input.
+
+    Args:
+        model: a tower that TOWERS has.
+        preprocess: as its checkpoint has it.
+        asked: width and height, None for what the checkpoint says.
+
+    Raises:
+        CommandError: a size that the model does not take.
+    """
+    if TOWERS[model.config.model_type].fixed(model.config):
+        height, width = pair(model.config.image_size)
+        if asked not in (None, (width, height)):
+            raise CommandError(
+                f"--size {asked[0]}x{asked[1]}: the model takes {width}x{height} only; give that or none"
+            )
+        return height, width
+    if asked is None:
+        return preprocess.height, preprocess.width
+    patch_height, patch_width = pair(model.config.patch_size)
+    width, height = asked
+    if width % patch_width or height % patch_height:
+        raise CommandError(f"--size {width}x{height}: give multiples of the patch size, {patch_width}x{patch_height}")
+    return height, width
+
+
+def pair(size: int | Iterable[int]) -> tuple[int, int]:
+    """Height and width, of a configuration that may have one number for both."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def gate_config(arguments: argparse.Namespace) -> neuroflow.NeuroFlowConfig:
+    """The settings of --preset, --config or --weights, or the defaults, under those that were given as options.
+
+    Raises:
+        CommandError: a file or a value that NeuroFlowConfig does not accept, or a file beside a preset.
+    """
+    options = vars(arguments)
+    given = {name: value for name in GATE_OPTIONS if (value := options.get(name)) is not None}
+    # One of the two given takes the place of the other in the file.
+    if "threshold" in given:
+        given.setdefault("budget", None)
+    elif "budget" in given or "score" in given:
+        given["threshold"] = None
+    try:
+        config = _base_config(arguments.preset, arguments.config, options.get("weights"))
+        if "ema_decay" in given and config.reference != "dual":
+            given.setdefault("reference", "ema")
+        return dataclasses.replace(config, **given)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+def _base_config(preset: str | None, config: Path | None, weights: Path | None) -> neuroflow.NeuroFlowConfig:
+    if preset is not None:
+        for option, path in (("--config", config), ("--weights", weights)):
+            if path is not None:
+                raise CommandError(f"{option} {path}: has settings of its own; give it without --preset {preset}")
+        return neuroflow.NeuroFlowConfig.published()
+    if config is not None:
+        return neuroflow.NeuroFlowConfig.load(config)
+    return neuroflow.NeuroFlowConfig() if weights is None else distilled_config(weights)
+
+
+def format_gate(config: neuroflow.NeuroFlowConfig) -> str:
+    """The settings that are in force, one line: the main ones, and of the others those that are not the defaults."""
+    rule = f"threshold {config.threshold}" if config.budget is None else f"budget {config.budget:g}"
+    reference = f"ema {config.ema_decay}" if config.reference == "ema" else config.reference
+    age = f", at most {config.max_age} frames old" if config.max_age else ""
+    main = f"{config.arch}, {rule}, floor {config.floor}, signal {config.signal}, reference {reference}{age}"
+    shown = ("arch", "threshold", "budget", "floor", "signal", "reference", "ema_decay", "max_age")
+    return ", ".join([main, *changed_settings(config, shown)])
+
+
+def changed_settings(config: neuroflow.NeuroFlowConfig, without: Iterable[str]) -> list[str]:
+    """Each field that is not the default with its value, but those named `without`."""
+    default = dataclasses.asdict(neuroflow.NeuroFlowConfig())
+    values = dataclasses.asdict(config).items()
+    return [f"{name} {value}" for name, value in values if name not in without and value != default[name]]
+
+
+def every(source: Source, stride: int, start: int = 0) -> Iterator[Frame]:
+    """The source's frames from `start`, at least `stride` apart: a live source has gaps of its own."""
+    for frame in source:
+        if frame.index >= start:
+            start = frame.index + stride
+            yield frame
+
+
+def pinned_model(arguments: argparse.Namespace) -> str:
+    """The model, as a continued run must have it in common with the one that it continues."""
+    model = STREET if arguments.model is None else Path(arguments.model)
+    return str(model.resolve()) if model.exists() else arguments.model
+
+
+def open_findings(arguments: argparse.Namespace, settings: dict[str, Any]) -> Findings:
+    """What goes into --out, or nowhere without it; `settings` are what a continued run must have in common with this.
+
+    Raises:
+        CommandError: --out cannot be written, or --resume is given without.
+        JournalError: the run that is continued was made with other settings, or cannot be read.
+    """
+    out = arguments.out
+    if out is None and arguments.resume:
+        raise CommandError("--resume: there is nothing to continue without --out; give the unfinished run's")
+    if out is not None:
+        require_writable("--out", out, ".json")
+    return Findings(out, settings, resume=arguments.resume)
+
+
+def require_writable(option: str, path: Path, suffix: str) -> None:
+    """Refuse a path that is no file of such a suffix in a directory that exists.
+
+    Raises:
+        CommandError: it is none.
+    """
+    if path.suffix != suffix or path.is_dir() or not path.parent.is_dir():
+        raise CommandError(f"{option} {path}: cannot be written; give a {suffix} file in a directory that exists")

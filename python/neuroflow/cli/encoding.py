@@ -1,0 +1,145 @@
+"""A source's frames through a model, from the first to the table at the end."""
+
+import contextlib
+import itertools
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import neuroflow
+
+from ..classes import ClassHead
+from ..video.ahead import ReadAhead, prepare
+from ..video.overlay import OverlayWriter
+from ..video.preprocess import Preprocessor
+from ..video.results import Record, Results
+from ..video.source import Source, SourceError
+from ..video.stream import encode_stream
+from ..weights import copy_sharing_weights
+from . import CommandError
+from .common import DIRECTORY_RATE, INTERRUPTED, every, format_gate, pair
+from .report import Stages, format_report
+
+
+def encode_video(
+    source: Source,
+    model: PreTrainedModel,
+    preprocess: Preprocessor,
+    config: neuroflow.NeuroFlowConfig,
+    *,
+    classes: ClassHead | None = None,
+    weights: Path | None = None,
+    compare: bool = False,
+    stride: int = 1,
+    max_frames: int | None = None,
+    results: Results | None = None,
+    overlay: Path | None = None,
+) -> int:
+    """Encode a source's frames, with progress on stderr and the table on stdout, and return the exit code.
+
+    Args:
+        source: where the frames come from.
+        model: a vision tower; it is patched when this returns.
+        preprocess: gives its input.
+        config: how it is patched.
+        classes: what its embeddings are told apart as, if anything.
+        weights: what `neuroflow distill` wrote for the model.
+        compare: run every frame through the unpatched model as well.
+        stride: encode every so many frames.
+        max_frames: of the results, those of a run that is continued among them.
+        results: where every frame's embedding and record go.
+        overlay: an MP4 to write, of the frames beside their active patches.
+
+    Raises:
+        CommandError: a configuration that does not fit the model.
+        SourceError: no frame.
+    """
+    dense = copy_sharing_weights(model) if compare else None
+    try:
+        neuroflow.enable_cache(model, config, weights=weights)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    records, stages = list(results.resumed) if results is not None else [], []
+    start = 0
+    if records:
+        start = records[-1].frame + stride
+        note = ", and the overlay begins there" if overlay is not None else ""
+        print(f"resuming at frame {start}: it is a key frame{note}", file=sys.stderr)
+    frames = every(source, stride, start)
+    total = None if source.frame_count is None else -(-source.frame_count // stride)
+    if max_frames is not None:
+        frames = itertools.islice(frames, max(max_frames - len(records), 0))
+        total = max_frames if total is None else min(total, max_frames)
+    try:
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(tqdm(total=total, initial=len(records), unit="frame", dynamic_ncols=True))
+            writer = None
+            if overlay is not None:
+                writer = stack.enter_context(OverlayWriter(overlay, (source.rate or DIRECTORY_RATE) / stride))
+            # Ctrl-C is how a live source ends, but it cuts a file short.
+            stack.enter_context(contextlib.suppress(KeyboardInterrupt) if source.live else contextlib.nullcontext())
+            inputs = prepare(frames, preprocess)
+            # A live source decodes in a thread of its own, and what waits here would no longer be the newest.
+            if not source.live:
+                inputs = stack.enter_context(ReadAhead(inputs))
+            skipped = 0.0
+            start = time.perf_counter()
+            for encoded in encode_stream(inputs, model, dense, classes):
+                record = encoded.record
+                encoded_at = time.perf_counter()
+                records.append(record)
+                if results is not None:
+                    results.append(record, encoded.embedding)
+                if writer is not None:
+                    writer.draw(encoded.prepared.frame, encoded.active, caption(record))
+                skipped += record.skipped
+                bar.update()
+                bar.set_postfix_str(f"{skipped / (bar.n - bar.initial):.1%} skipped", refresh=False)
+                end = time.perf_counter()
+                stages.append(
+                    Stages(
+                        decode=encoded.prepared.decode_ms,
+                        preprocess=encoded.prepared.preprocess_ms,
+                        wait=encoded.wait_ms,
+                        encode=record.neuroflow_ms,
+                        dense=record.dense_ms,
+                        write=(end - encoded_at) * 1e3,
+                        total=(end - start) * 1e3,
+                    )
+                )
+                start = end
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(records)} frames", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        if results is not None:
+            results.close()
+    if not records:
+        raise SourceError(f"{source.address}: {source.stopped or 'it ended before a frame was encoded'}; try again")
+    if source.stopped:
+        print(f"warning: {source.address}: {source.stopped}; the frames before are kept", file=sys.stderr)
+    if results is not None:
+        results.finish()
+    height, width = preprocess.height, preprocess.width
+    rows, columns = (size // patch for size, patch in zip((height, width), pair(model.config.patch_size), strict=True))
+    dtype = str(model.dtype).removeprefix("torch.")
+    name = f"{type(model).__name__}, {width}x{height}, {rows * columns} patches, {dtype}"
+    state_bytes = neuroflow.summary(model).state_bytes
+    print(format_report(records, stages, state_bytes, name, format_gate(config), model.device))
+    return 0
+
+
+def caption(record: Record) -> str:
+    """What the overlay says of a frame."""
+    text = f"frame {record.frame}"
+    if record.predicted is not None:
+        text += f"    {record.predicted}"
+    if record.dense_predicted not in (None, record.predicted):
+        text += f" (dense: {record.dense_predicted})"
+    text += f"    {record.skipped:.1%} skipped    NeuroFlow {record.neuroflow_ms:.1f} ms"
+    if record.dense_ms is not None:
+        text += f"    dense {record.dense_ms:.1f} ms"
+    return text + "    key frame" * record.key_frame

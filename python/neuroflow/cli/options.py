@@ -1,0 +1,104 @@
+"""Options that several commands have, and the types of their values."""
+
+import argparse
+import contextlib
+from pathlib import Path
+
+
+def add_model(
+    parser: argparse.ArgumentParser, source: str = "SOURCE", source_help: str = "file, directory, webcam or address"
+) -> None:
+    """The source, and the options of `load_model`.
+
+    Args:
+        parser: of the command.
+        source: what the help calls the source.
+        source_help: what it may be.
+    """
+    parser.add_argument("source", metavar=source, help=source_help)
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="default: float32")
+    add_loading(parser)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """The options of `load_model` but for the dtype."""
+    parser.add_argument(
+        "--model", metavar="MODEL", help="Hugging Face id or local directory (default: the package's own)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument(
+        "--size", type=size, metavar="WxH", help="input size in pixels, 448 or 640x384 (default: the model's own)"
+    )
+
+
+def add_gate(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options of `gate_config`, but for threshold and budget."""
+    gate = parser.add_argument_group("which patches are encoded", "defaults are NeuroFlowConfig's")
+    gate.add_argument(
+        "--preset", choices=("published",), help="the published gate, as C, where no option says otherwise"
+    )
+    gate.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings that `calibrate` or NeuroFlowConfig.save wrote"
+    )
+    gate.add_argument("--arch", help="context (E), dual (C), active (B), mlp (A) or midlayer (D) (default: context)")
+    gate.add_argument("--floor", type=int, metavar="N", help="encode at least N patches (default: 4)")
+    gate.add_argument("--max-age", type=int, metavar="N", help="encode every patch once in N frames (default: 128)")
+    gate.add_argument("--refresh", help="by a key frame, or rolling, a few patches a frame (default: key)")
+    gate.add_argument("--score", help="staleness, or surprise alone (default: staleness)")
+    gate.add_argument("--signal", help="patch, before the positional embedding, embedding or pixel (default: patch)")
+    gate.add_argument("--reference", help="compare with refreshed, previous, ema or dual (default: refreshed)")
+    gate.add_argument(
+        "--ema-decay", type=float, metavar="A", help="weight of a new frame in the ema; implies --reference ema"
+    )
+    gate.add_argument(
+        "--dilation", type=int, metavar="N", help="encode patches up to N from an active one (default: 0)"
+    )
+    gate.add_argument(
+        "--normalise-motion",
+        action="store_const",
+        const=True,
+        help="take the frame's mean surprise off: moving cameras",
+    )
+    gate.add_argument(
+        "--precision", help="of what is encoded in part of a float32 model: model or bfloat16 (default: model)"
+    )
+    return gate
+
+
+def add_frames(parser: argparse.ArgumentParser, most: int | None, most_help: str) -> None:
+    """Which of the source's frames are taken: `most` at most by default."""
+    frames = parser.add_argument_group("which frames")
+    frames.add_argument("--stride", type=count, default=1, metavar="N", help="every Nth frame (default: 1)")
+    frames.add_argument("--max-frames", type=count, default=most, metavar="N", help=most_help)
+    frames.add_argument(
+        "--max-pixels",
+        type=count,
+        default=178_956_970,
+        metavar="N",
+        help="refuse frames of more pixels (default: 178956970)",
+    )
+
+
+def share(text: str) -> float:
+    """A number between 0 and 1."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+
+
+def count(text: str) -> int:
+    """An integer, 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def size(text: str) -> tuple[int, int]:
+    """Width and height."""
+    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
+    if len(sides) > 2 or 0 in sides:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give 448 or 640x384")
+    return sides[0], sides[-1]

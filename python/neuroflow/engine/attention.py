@@ -1,0 +1,81 @@
+"""Attention from the active queries to what an architecture lets them see."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from neuroflow_kernels import attend_rows
+
+from .passes import Pass, StaticPass, Unrecordable
+
+ATTENTION = "neuroflow"  # what transformers knows it by
+
+
+def attend(
+    current: Pass,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    product: Callable | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention as the model had it, from the active queries to what this architecture lets them see.
+
+    Args:
+        query, key, value: [S, heads, T, head_dim], or [1, heads, rows of all streams, head_dim] when packed or end
+            to end.
+        product: (query [1, heads, M, head_dim] of one stream, key and value [1, heads, K, head_dim], rows of the
+            queries and rows of the keys among its tokens, int32 or None for all, its grid) -> [1, M, heads,
+            head_dim], for attention that is not simply from every query to every key.
+        kwargs: handed to transformers' attention function; `scaling` is of the products.
+
+    Returns:
+        [S, T, heads, head_dim], or [1, rows of all streams, heads, head_dim] when packed or by `product`; and
+        attention weights or None.
+    """
+    name = getattr(current.plan.configs.get(module), "_attn_implementation", ATTENTION)
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if name != ATTENTION:
+        attention = ALL_ATTENTION_FUNCTIONS.get(name, attention)
+    context, layer = current.plan.config.arch == "context", current.plan.layer_of[module]
+    if current.packed and current.rounded and query.dtype == torch.float32:
+        rounded = (heads.bfloat16() for heads in (query, key, value))
+        attended, weights = attend(current, module, *rounded, mask, product, **kwargs)
+        return attended.to(query.dtype), weights
+    if context:
+        current.store_heads(layer, key, value)
+    watched = layer in current.plan.watched
+    if not current.packed and product is None and query.shape[0] == len(current.states):
+        if watched:
+            current.add_cls_attention(query[:, :, 0], key, kwargs["scaling"])
+        return attention(module, query, key, value, mask, **kwargs)
+    if isinstance(current, StaticPass):
+        if product is not None:
+            raise Unrecordable("its attention is not simply from every query to every key")
+        if context:
+            return current.attend_cached(query, layer, watched, kwargs.get("scaling")), None
+        return attention(module, query, key, value, current.same_stream(), **kwargs)
+    outputs = []
+    parts = [current.heads(heads) for heads in (query, key, value)]
+    for stream, (state, queries, keys, values) in enumerate(zip(current.states, *parts, strict=True)):
+        rows = key_rows = current.rows[stream] if current.packed else None
+        if context and current.packed:
+            keys = state.tensors["key", layer].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
+            values = state.tensors["value", layer].unflatten(2, (value.shape[1], -1)).transpose(1, 2)
+            key_rows = None
+        if watched and (context or not current.packed or current.whole[stream]):
+            current.add_cls_attention(queries[:, :, 0], keys, kwargs["scaling"], stream)
+        # Packed tokens of one stream only see tokens of that stream, none of which is padding.
+        if product is not None:
+            outputs.append(product(queries, keys, values, rows, key_rows, current.grids[stream]))
+        elif current.packed and current.row_kernels:
+            of_rows = (heads[0].transpose(0, 1) for heads in (queries, keys, values))  # [*, heads, head_dim]
+            outputs.append(attend_rows(*of_rows, kwargs.get("scaling"))[None])
+        else:
+            outputs.append(attention(module, queries, keys, values, None, **kwargs)[0])
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None

@@ -1,0 +1,141 @@
+"""The crossover: above which share of active patches a pass is faster dense, measured on the machine at hand."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..adapters.anatomy import Grid
+from .passes import Pass, current_pass
+from .state import StreamState
+
+SHARES = (1 / 8, 1 / 2, 7 / 8)
+RUNS = 3  # of the block at each share, at least
+
+
+class Size(NamedTuple):
+    """What one crossover is measured for: a pass of so many streams, of the rows and columns of its largest frame."""
+
+    streams: int
+    grid: Grid
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        rows, columns = self.grid
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.streams} stream(s) of {rows}x{columns} patches, {dtype} on {self.device}"
+
+
+def size_of(grids: Sequence[Grid], tokens: torch.Tensor) -> Size:
+    """What the crossover of a pass is known by."""
+    return Size(len(grids), max(grids, key=math.prod), tokens.dtype, tokens.device)
+
+
+def is_above(
+    current: Pass, tokens: torch.Tensor, chosen: list[torch.Tensor | None], known: Mapping[Size, float]
+) -> bool:
+    """Whether the pass is faster dense than on the patches `chosen` of each stream, None for all.
+
+    Where that is not known, and may matter, `current.unmeasured` becomes the size to measure it for.
+
+    Args:
+        current: the pass.
+        tokens: in front of the first block.
+        chosen: int32 rows of each stream's patches.
+        known: the crossovers that were measured.
+    """
+    counts = zip(chosen, current.patches, strict=True)
+    share = sum(patches if index is None else index.numel() for index, patches in counts) / sum(current.patches)
+    if current.plan.config.dense_above is not None:
+        return share > current.plan.config.dense_above
+    size = size_of(current.grids, tokens)
+    if size not in known and share > SHARES[0]:
+        current.unmeasured = size
+    return share > known.get(size, 1)
+
+
+@torch.no_grad()
+def measure(current: Pass, tokens: torch.Tensor, block: Callable[[torch.Tensor], Any]) -> float:
+    """The crossover of passes like `current`, by timing the tower's first block, dense and on each of SHARES.
+
+    A block is what repeats in a pass, so that this takes less than two thirds of the time of a dense pass of 12 blocks,
+    or half of it of more; where blocks differ, as by windows, the first stands for all. It runs on scratch streams and
+    brings their caches up to date as in a pass. What a pass does once, packing and restoring, counts by the number of
+    blocks. What it does for dense and partial frames alike, projecting, gating and pooling, does not count.
+
+    Args:
+        current: stays as it is, and so do its streams.
+        tokens: in front of the first block.
+        block: the first block, tokens that are all or packed -> its result.
+
+    Returns:
+        0, where dense is faster even at the least share, to 1, where it is at none.
+    """
+    plan, arch = current.plan, current.plan.config.arch
+    depth = len(plan.anatomy.layers)
+    blocks = depth - plan.first_packed if arch == "midlayer" else depth  # between packing and restoring
+    generator = torch.Generator().manual_seed(0)
+    leading = torch.arange(plan.anatomy.prefix)
+
+    def spread(share: float) -> list[torch.Tensor]:
+        """The share of each stream's patches, at random."""
+        rows = []
+        for patches in current.patches:
+            chosen = torch.randperm(patches, generator=generator)[: max(round(share * patches), 1)].sort().values
+            rows.append(torch.cat((leading, chosen + len(leading))).int().to(tokens.device))
+        return rows
+
+    def now() -> float:
+        if tokens.is_cuda:
+            torch.cuda.synchronize(tokens.device)
+        return time.perf_counter()
+
+    def seconds(scratch: Pass, active: list[torch.Tensor | None]) -> float:
+        """Of one block and its share of what is done once."""
+        start = now()
+        scratch.select(active, tokens)
+        scratch.packed = scratch.partial and arch != "mlp"
+        packed = scratch.pack(tokens) if scratch.packed else tokens
+        begin = now()
+        result = block(packed)
+        end = now()
+        if arch not in ("mlp", "active"):
+            scratch.store("output", result[0] if isinstance(result, tuple) else result)
+            if scratch.packed:
+                scratch.restored("output")
+        return end - begin + (begin - start + now() - end) / blocks
+
+    states = [StreamState(state.name) for state in current.states]
+    # Dense comes first: partial frames update the caches that it fills.
+    choices = [[None] * len(states), *map(spread, SHARES)]
+    passes = [(Pass(plan, states, current.grids, current.order), active) for active in choices]
+    times = []
+    for _ in range(max(depth // 5, RUNS)):
+        for scratch, active in passes:
+            token = current_pass.set(scratch)
+            try:
+                times.append(seconds(scratch, active))
+            finally:
+                current_pass.reset(token)
+    # What disturbs a run only makes it slower.
+    dense, *sparse = (min(times[number :: len(passes)]) for number in range(len(passes)))
+    return crossing([each / dense for each in sparse])
+
+
+def crossing(ratios: Sequence[float]) -> float:
+    """Where the time of a sparse pass over a dense one's, given at each of SHARES, reaches 1; between them by a line.
+
+    Fewer tokens are not slower than more, so that a ratio above that of a larger share was disturbed, and is its.
+    """
+    least = list(itertools.accumulate(reversed(ratios), min))[::-1]
+    if least[-1] < 1:
+        return 1.0
+    above = next(number for number, ratio in enumerate(least) if ratio >= 1)
+    if above == 0:
+        return 0.0
+    (low, high), (below, beyond) = SHARES[above - 1 : above + 1], least[above - 1 : above + 1]
+    return low + (high - low) * (1 - below) / (beyond - below)

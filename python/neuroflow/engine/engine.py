@@ -1,0 +1,341 @@
+"""The engine: what a patched tower does with a frame, point by point.
+
+A patched tower runs its own forward. The engine stands at a few points of it: it reads the patch projection, packs the
+active tokens in front of a block [S, T, D] -> [1, M, D], serves attention and MLP from caches, and scatters the encoded
+tokens back after the last module that takes each by itself, and after blocks whose output is wanted of all patches (as
+hidden states or feature maps). An architecture is a choice of points:
+
+    mlp       packs in front of each MLP and restores after it
+    active    packs in front of the first block; the rest is gone
+    dual      packs in front of the first block, restores the output
+    midlayer  packs in front of a middle block, restores the output
+    context   as dual; each block's keys and values of all tokens are kept and attended to
+
+With every patch active nothing is packed and the tower runs as it would unpatched, while the caches are filled. On a
+CPU packed tokens go through `linear_rows` and `attend_rows` where those have fast kernels.
+
+A frame's way through the files of this folder: `gate` chooses its patches, `projection`, `attention`, `linear` and
+`pooling` are what its active tokens meet, `passes` brings what comes of them into the caches in `state`.
+"""
+
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters.anatomy import Anatomy, by_name, is_foldable
+from ..config import NeuroFlowConfig
+from . import crossover, linear, pooling, projection
+from .attention import attend
+from .derived import Derived
+from .gate import Gate
+from .graphs import Graphs
+from .linear import is_linear
+from .passes import FrameReport, Pass, Plan, StaticPass, blocks_of_hidden_states, current_pass
+from .state import StreamState
+from .streams import StreamCache
+
+DEFAULT_STREAM = "default"
+
+
+class Engine:
+    """The streams of one patched tower, and the functions that stand at its points.
+
+    Every `on_*` method takes the original forward of its point first. Outside of a pass through the tower
+    (`current_pass` is None) it only calls that, so that parts of a patched model used by themselves behave as before.
+
+    Args:
+        anatomy: of a tower that is not patched.
+        config: what it is to run under.
+        streams: keeps the streams within its limits.
+        distilled: modules of the tower -> what partial frames go through in their place.
+
+    Raises:
+        ValueError: a configuration that the tower cannot have.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        config: NeuroFlowConfig,
+        streams: StreamCache,
+        distilled: Mapping[nn.Module, nn.Module] | None = None,
+    ) -> None:
+        self.anatomy = anatomy
+        self.config = config
+        self.plan = Plan.of(anatomy, config)
+        self.gate = Gate(self.plan, self.warn_once)
+        self.graphs = Graphs(self.gate, self.runs_unpatched, self.warn_once) if config.launch == "graph" else None
+        self.derived = Derived()
+        self.streams = streams
+        self.distilled = distilled or {}
+        self.weights: Path | None = None  # where those of `distilled` are from
+        self.adopted = False  # patched by itself, as its attention implementation asked for
+        self.signatures = {entry: inspect.signature(getattr(anatomy.tower, entry)) for entry in anatomy.entries}
+        self.named: ContextVar[tuple[Hashable, ...]] = ContextVar("neuroflow_streams", default=(DEFAULT_STREAM,))
+        self.numbered: ContextVar[tuple[int, ...] | None] = ContextVar("neuroflow_frame_ids", default=None)
+        self.unpatched: ContextVar[bool] = ContextVar("neuroflow_unpatched", default=False)
+        self.reported: ContextVar[tuple[FrameReport, ...]] = ContextVar("neuroflow_reports", default=())
+        self._warned: set[str] = set()
+
+    def points(self) -> list[tuple[nn.Module, str, Callable]]:
+        """(module, method, replacement that takes the original first) for everything this architecture needs."""
+        anatomy, arch = self.anatomy, self.config.arch
+        points: list[tuple[nn.Module, str, Callable]] = []
+        for entry in anatomy.entries:
+            points.append((anatomy.tower, entry, lambda *args, entry=entry, **kw: self.on_tower(entry, *args, **kw)))
+        for module, method, override in anatomy.overrides:  # of blocks too: inside of all that follows
+            points.append((module, method, lambda *args, to=override, **kwargs: self.on_override(to, *args, **kwargs)))
+        if anatomy.rotary is not None:  # inside of what packs
+            points += [(layer, "forward", self.on_rotary) for layer in anatomy.layers]
+        for layer, block in enumerate(anatomy.layers):
+            points.append((block, "forward", lambda *args, layer=layer, **kw: self.on_layer(layer, *args, **kw)))
+        if anatomy.projection is not None:
+            points.append((anatomy.projection, "forward", self.on_projection))
+        for table in anatomy.tables:
+            points.append((*table, lambda *args, table=table, **kw: self.on_table(table, *args, **kw)))
+        with_linears = [*anatomy.layers]
+        if anatomy.pool is not None:
+            points.append((*anatomy.pool, self.on_pool))
+            heads = [anatomy.pool[0], self.distilled.get(anatomy.pool[0])]
+            with_linears += [head for head in heads if head is not None and is_foldable(head)]
+        for part in with_linears:
+            for module in part.modules():
+                if is_linear(module):
+                    points.append((module, "forward", lambda *args, module=module: self.on_linear(module, *args)))
+        for module, other in self.distilled.items():
+            if anatomy.pool is None or module is not anatomy.pool[0]:
+                call = functools.partial(self.on_linear, other, other.forward) if is_linear(other) else other.forward
+                points.append((module, "forward", lambda *args, call=call: self.on_distilled(call, *args)))
+        if anatomy.attention is not None:
+            for module in anatomy.attentions:
+                points.append(
+                    (module, "forward", lambda *args, module=module, **kw: self.on_attention(module, *args, **kw))
+                )
+        if arch == "mlp":
+            for layer, (first, last) in enumerate(anatomy.mlps):
+                points.append((first, "forward", self.on_mlp_input))
+                points.append((last, "forward", lambda *args, layer=layer: self.on_mlp_output(layer, *args)))
+        elif self.plan.final is None:
+            points.append((anatomy.last, "forward", self.on_last))
+        return points
+
+    def warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"neuroflow: {message}", RuntimeWarning, stacklevel=2)
+
+    @contextlib.contextmanager
+    def runs_unpatched(self) -> Iterator[None]:
+        """A block in which the tower is meant to run as it would unpatched."""
+        token = self.unpatched.set(True)
+        try:
+            yield
+        finally:
+            self.unpatched.reset(token)
+
+    @torch.compiler.disable(reason="which patches are encoded, and so every shape, is decided frame by frame")
+    def on_tower(self, entry: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        if current_pass.get() is not None and current_pass.get().plan is self.plan:
+            return forward(*args, **kwargs)  # one entry calls another
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "a patched model cannot be exported, as which patches are encoded is decided frame by frame; call "
+                "neuroflow.disable_cache first"
+            )
+        self.reported.set(())
+        signature, names = self.signatures[entry], self.named.get()
+        bound = signature.bind(*args, **kwargs)
+        arguments = by_name(bound)
+        name = next(iter(signature.parameters))
+        if not isinstance(arguments.get(name), torch.Tensor):
+            raise ValueError(f"{name} is {arguments.get(name)!r}; accepted is a tensor, one frame of each stream")
+        grids, read = self.anatomy.grids(arguments), frozenset(self.anatomy.reads(arguments))
+        if self.config.arch == "active" and read:
+            self.warn_once("arch 'active' has no feature maps of all patches; calls that ask for them run unpatched")
+            with self.runs_unpatched():
+                return forward(*args, **kwargs)
+        if len(grids) != len(names):
+            if self.adopted and names == (DEFAULT_STREAM,):
+                self.warn_once(f"{name} holds {len(grids)} frames of streams without names; such batches run unpatched")
+                with self.runs_unpatched():
+                    return forward(*args, **kwargs)
+            raise ValueError(
+                f"{name} holds {len(grids)} frames, and the context names {len(names)} stream(s); accepted is one "
+                "frame of each stream: neuroflow.encode(model, pixels, stream_ids=[...]) names them"
+            )
+        order = None if self.anatomy.order is None else self.anatomy.order(arguments)
+        hidden = arguments.get("output_hidden_states")
+        if hidden is None:
+            hidden = getattr(getattr(self.anatomy.tower, "config", None), "output_hidden_states", None)
+        asked = read | blocks_of_hidden_states(hidden, len(self.anatomy.layers))
+        with self.streams.used(names, [rows * columns for rows, columns in grids]) as states, torch.no_grad():
+            self._note_gaps(states)
+            self._note_asked(states, asked)
+            surprises = None
+            if self.graphs is not None:
+                output, surprises = self.graphs.run(entry, forward, bound, arguments, states, grids, asked)
+                if output is not None:
+                    self.reported.set(tuple(FrameReport.of(state, None) for state in states))
+                    return output
+            current = Pass(self.plan, states, grids, order, asked, surprises)
+            token = current_pass.set(current)
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                current_pass.reset(token)
+            self._finish(current)
+        if current.unmeasured is not None:
+            self.gate.crossovers[current.unmeasured] = crossover.measure(current, *current.first_block)
+        return output
+
+    def _finish(self, current: Pass) -> None:
+        """Say of every stream whether the next frame can rely on this one, and report."""
+        if current.blocks == len(self.anatomy.layers):
+            current.complete()
+        else:
+            self.warn_once(
+                f"a frame went through {current.blocks} of {len(self.anatomy.layers)} blocks, so that later blocks "
+                "know nothing of it; the one after it is a key frame"
+            )
+        for state, attention in zip(current.states, current.attention, strict=True):
+            if attention is not None:
+                state.note_attention(attention)
+        of_streams = zip(current.states, current.key_frames, strict=True)
+        self.reported.set(tuple(FrameReport.of(state, why) for state, why in of_streams))
+
+    def _note_gaps(self, states: list[StreamState]) -> None:
+        """A frame that does not follow the last one of its stream is a key frame."""
+        frame_ids = self.numbered.get()
+        if frame_ids is None:
+            return
+        for state, frame_id in zip(states, frame_ids, strict=True):
+            missing = state.frame_id is not None and frame_id != state.frame_id + 1
+            if state.key_frame_due is None and missing:
+                state.key_frame_due = "gap"
+                self.warn_once(
+                    f"stream {state.name!r}: frames are missing or out of order; what follows is a key frame"
+                )
+            state.frame_id = frame_id
+
+    def _note_asked(self, states: list[StreamState], asked: frozenset[int]) -> None:
+        """A frame of which other blocks' output is wanted than of the last one of its stream is a key frame."""
+        kept = self.plan.kept(asked)
+        for state in states:
+            if state.signature is not None and state.hidden != kept:
+                state.key_frame_due = "outputs"
+                self.warn_once(
+                    f"stream {state.name!r}: other hidden states or feature maps are asked for than of its last frame; "
+                    "it starts over with a key frame"
+                )
+
+    def on_projection(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
+        current = current_pass.get()
+        return forward(pixels) if current is None else projection.project(current, self.derived, forward, pixels)
+
+    def on_table(self, table: tuple[nn.Module, str], compute: Callable, *args: Any, **kwargs: Any) -> Any:
+        if current_pass.get() is None:
+            return compute(*args, **kwargs)
+        given = [*args, *kwargs.items()]
+        shapes = [(arg.shape, arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in given]
+        return self.derived(table[0], (*table, *shapes), lambda: compute(*args, **kwargs))
+
+    def on_override(self, override: Callable, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs) if current_pass.get() is None else override(original, *args, **kwargs)
+
+    def on_layer(self, layer: int, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        current, plan = current_pass.get(), self.plan
+        if current is None:
+            if layer == 0 and not self.unpatched.get():
+                self.warn_once(
+                    f"{type(self.anatomy.tower).__name__} is patched, and frames went past what is: accepted are calls "
+                    f"of its {', '.join(self.anatomy.entries)}; others run as without a patch"
+                )
+            return forward(tokens, *args, **kwargs)
+        if layer == 0:
+            if isinstance(current, StaticPass):
+                tokens = current.gate(current, tokens)
+            else:
+                current.select(self.choose(current, tokens), tokens)
+                if current.unmeasured is not None:
+                    current.first_block = tokens, lambda tokens: forward(tokens, *args, **kwargs)
+        if layer == plan.first_packed and current.partial:
+            current.packed, tokens = True, current.pack(tokens)
+        elif current.packed:
+            tokens = current.repacked(tokens)
+        current.blocks = layer + 1
+        result = forward(tokens, *args, **kwargs)
+        if layer >= plan.first_packed and layer in (*current.asked, plan.final):
+            return self._of_all(current, "output" if layer == plan.final else ("hidden", layer), result)
+        return result
+
+    def choose(self, current: Pass, tokens: torch.Tensor) -> list[torch.Tensor | None]:
+        """Each stream's active tokens, int32 rows of its own, or None for all; tokens: in front of the first block."""
+        return self.gate(current, tokens)
+
+    def on_rotary(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        current, name = current_pass.get(), self.anatomy.rotary[0]
+        if current is not None and current.packed and kwargs.get(name) is not None:
+            kwargs[name] = current.pack_positions(kwargs[name])
+        return forward(*args, **kwargs)
+
+    def on_attention(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        current = current_pass.get()
+        if current is None:
+            return forward(*args, **kwargs)
+        return self.anatomy.attention(
+            module, functools.partial(attend, current, module, is_causal=False), *args, **kwargs
+        )
+
+    def on_linear(self, module: nn.Linear, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
+        current = current_pass.get()
+        if current is None:
+            return forward(tokens)
+        return linear.multiply(current, self.derived, module, forward, tokens)
+
+    def on_distilled(self, distilled: Callable, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
+        current = current_pass.get()
+        return forward(tokens) if current is None else linear.map_each(current, forward, distilled, tokens)
+
+    def on_mlp_input(self, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
+        current = current_pass.get()
+        return forward(current.pack(tokens) if current is not None and current.partial else tokens)
+
+    def on_mlp_output(self, layer: int, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
+        current, increments = current_pass.get(), forward(tokens)
+        if current is None:
+            return increments
+        current.store(("increment", layer), increments)
+        return current.restored(("increment", layer)) if current.partial else increments
+
+    def on_last(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        current = current_pass.get()
+        if current is None or current.blocks < len(self.anatomy.layers):  # of a feature map
+            return forward(tokens, *args, **kwargs)
+        if current.packed:
+            tokens = current.repacked(tokens)
+        return self._of_all(current, "output", forward(tokens, *args, **kwargs))
+
+    def _of_all(self, current: Pass, name: Hashable, result: Any) -> Any:
+        """What a block or the last norm gave, of all tokens: those it did not encode as the cache `name` has them."""
+        outputs = result[0] if isinstance(result, tuple) else result
+        if self.config.arch != "active":
+            current.store(name, outputs, self.config.blend)
+        if not current.packed:
+            return result
+        outputs = current.shown(name, outputs)
+        return (outputs, *result[1:]) if isinstance(result, tuple) else outputs
+
+    def on_pool(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        current = current_pass.get()
+        if current is None:
+            return forward(*args, **kwargs)
+        distilled = self.distilled.get(self.anatomy.pool[0])
+        return pooling.pool(current, self.derived, distilled, forward, *args, **kwargs)

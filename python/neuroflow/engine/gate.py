@@ -1,0 +1,215 @@
+"""The gate: which patches of a frame are encoded, and what the next frame is compared with."""
+
+import warnings
+from collections.abc import Callable, Hashable
+
+import torch
+
+from neuroflow_kernels import compact, ema_surprise_, gather_rows, scatter_rows_
+
+from ..adapters.anatomy import Grid
+from . import crossover, scores
+from .passes import Pass, Plan, split
+from .state import KeyFrame, StreamState, copy_into
+
+# Numbers of patches that a recorded pass may have where the configuration names none: no more than half of it is fill.
+LADDER = tuple(rung for power in range(6, 20) for rung in (2**power, 3 * 2 ** (power - 1)))
+
+
+def is_recordable(device: torch.device) -> bool:
+    """Whether work on `device` can be recorded, and launched again as one."""
+    return device.type == "cuda"
+
+
+def warn(message: str) -> None:
+    warnings.warn(f"neuroflow: {message}", RuntimeWarning, stacklevel=3)
+
+
+class Gate:
+    """Which patches are encoded: signals, their surprise, scores, the rule; and the references they are compared with.
+
+    Called in front of the first block, it chooses the active tokens of every stream in a pass, moves their references
+    on, and accounts for it in their states. It can be held without an engine, one pass after another:
+
+        plan = Plan.of(describe(model), NeuroFlowConfig(signal="embedding"))
+        gate, state = Gate(plan), StreamState("cam-7")
+        current = Pass(plan, [state], [(14, 14)])
+        (rows,) = gate(current, tokens)
+        current.complete()
+
+    Args:
+        plan: whose configuration says what is measured, and by which rule.
+        warn: told what a user should know of a stream.
+
+    Attributes:
+        crossovers: by size of pass, above which share of active patches it is faster dense, as far as that is known.
+    """
+
+    def __init__(self, plan: Plan, warn: Callable[[str], None] = warn) -> None:
+        self.plan = plan
+        self.config = plan.config
+        self.warn = warn
+        # A frame without any token has no output; where it is a CLS token's it needs no patch.
+        self.floor = max(plan.config.floor, 0 if plan.anatomy.prefix and plan.anatomy.pool is None else 1)
+        self.crossovers: dict[crossover.Size, float] = {}
+        self._ladders: dict[torch.device, torch.Tensor] = {}
+
+    def __call__(self, current: Pass, tokens: torch.Tensor) -> list[torch.Tensor | None]:
+        """Gate the frames of a pass by all tokens in front of the first block.
+
+        Returns:
+            each stream's active tokens, int32 rows of its own, or None for all of them.
+        """
+        signals = self.signals(current, tokens)
+        surprises = current.surprises  # [N] each, None for a key frame
+        current.key_frames = [None] * len(current.states)
+        if surprises is None:
+            of_streams, kept = zip(current.states, signals, current.grids, strict=True), self.plan.kept(current.asked)
+            due, surprises = zip(*(self._compare(state, h, grid, kept) for state, h, grid in of_streams), strict=True)
+            current.key_frames = list(due)
+        chosen = self._choose(current, surprises)
+        if crossover.is_above(current, tokens, chosen, self.crossovers):
+            current.key_frames = [due or "dense" for due in current.key_frames]
+            chosen = [None] * len(chosen)
+        prefix = self.plan.anatomy.prefix
+        leading = torch.arange(prefix, dtype=torch.int32, device=tokens.device)
+        rows: list[torch.Tensor | None] = []
+        for stream, (state, h, surprise, index) in enumerate(
+            zip(current.states, signals, surprises, chosen, strict=True)
+        ):
+            finite = bool((h.sum(dtype=torch.float32) if surprise is None else surprise.amax()).isfinite())
+            if not finite:
+                self.warn(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
+            self._refresh(state, h, index)
+            state.account(index, surprise, finite)
+            current.finite.append(finite)
+            if index is not None and current.order is not None:
+                index = current.order[stream].argsort()[index].sort().values.int()
+            rows.append(None if index is None or index.numel() == h.shape[1] else torch.cat((leading, index + prefix)))
+        return rows
+
+    @property
+    def decay(self) -> float:
+        """Weight of the new frame in the reference, for patches that it does not encode."""
+        return {"refreshed": 0.0, "previous": 1.0}.get(self.config.reference, self.config.ema_decay)
+
+    def signals(self, current: Pass, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """What the gate compares of each stream, [1, N, D] in row-major order."""
+        if self.config.signal == "pixel":
+            signals = split(current.pixels, current.patches)
+        elif self.config.signal == "embedding" or current.projected is None:
+            signals = [own[:, self.plan.anatomy.prefix :] for own in split(tokens, current.counts)]
+        elif current.projected.ndim > 3:
+            signals = split(current.projected.flatten(2).transpose(1, 2), current.patches)
+        else:
+            signals = split(current.projected, current.patches)
+        if current.order is None:
+            return signals
+        return [h[:, order.argsort()] for h, order in zip(signals, current.order, strict=True)]
+
+    def _compare(
+        self, state: StreamState, h: torch.Tensor, grid: Grid, kept: frozenset[int]
+    ) -> tuple[KeyFrame | None, torch.Tensor | None]:
+        """Why one stream's frame, its patches h [1, N, D], is a key frame, or None; and else their surprise [N].
+
+        Moves averages on.
+        """
+        signature = (grid, h.shape[2], h.dtype, h.device)
+        due = self.due(state)
+        if state.signature not in (None, signature):
+            before, now = (f"{s[0][0]}x{s[0][1]} patches, {s[2]} on {s[3]}" for s in (state.signature, signature))
+            self.warn(f"stream {state.name!r} changed from {before} to {now}; it starts over with a key frame")
+            due = due or "size"
+        state.key_frame_due = "failed"
+        if state.signature != signature or state.hidden != kept:
+            state.start_over(signature, grid, h.device)
+            state.hidden = kept
+        return due, None if due else self.surprise(h, state.tensors)[0]
+
+    def due(self, state: StreamState) -> KeyFrame | None:
+        """Why the next frame of a stream must be a key frame, as far as its past goes."""
+        expired = self.config.refresh == "key" and state.since_key_frame + 1 == self.config.max_age
+        return state.key_frame_due or ("age" if expired else None)
+
+    def surprise(self, h: torch.Tensor, caches: dict[Hashable, torch.Tensor]) -> torch.Tensor:
+        """Surprise [S, N] at patches h [S, N, D] against the references in `caches`; moves averages on."""
+        surprise = ema_surprise_(h, caches["reference"], self.decay)
+        if self.config.reference == "dual":
+            surprise = torch.maximum(surprise, ema_surprise_(h, caches["fast"], self.config.fast_decay))
+        # A cosine can round to just above 1.
+        return surprise.clamp_min(0)
+
+    def _choose(self, current: Pass, surprises: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Each stream's active patches, ascending int32, or None for a key frame."""
+        config = self.config
+        chosen: list[torch.Tensor | None] = [None] * len(surprises)
+        gated = [stream for stream, surprise in enumerate(surprises) if surprise is not None]
+        for grid in dict.fromkeys(current.grids[stream] for stream in gated):
+            alike = [stream for stream in gated if current.grids[stream] == grid]
+            states = [current.states[stream] for stream in alike]
+            surprise = torch.stack([surprises[stream] for stream in alike])
+            age = torch.stack([state.age for state in states])
+            unknown = torch.ones_like(surprise[0])
+            attention = [unknown if state.attention is None else state.attention for state in states]
+            index, cu_seqlens = self.active(self.score(surprise, age, torch.stack(attention), grid))
+            ends, patches = cu_seqlens.tolist(), surprise.shape[1]
+            active = [index[ends[row] : ends[row + 1]] - row * patches for row in range(len(alike))]
+            if config.dilation:
+                active = [scores.dilated(each, grid, config.dilation) for each in active]
+            counts = torch.tensor([each.numel() for each in active], device=surprise.device)
+            cuts = scores.is_cut(surprise, counts, config.cut_share, config.cut_surprise).tolist()
+            for stream, each, cut in zip(alike, active, cuts, strict=True):
+                chosen[stream] = None if cut else each
+                current.key_frames[stream] = "cut" if cut else None
+        return chosen
+
+    def active(self, score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The active patches of streams of one grid that have the score [S, N], before dilation.
+
+        Returns:
+            index and cu_seqlens as `compact` does; nothing waits for a GPU.
+        """
+        config, (streams, patches) = self.config, score.shape
+        budget = config.tokens_per_frame(patches)
+        ladder = self.ladder(score.device)
+        if not config.share_budget:
+            return compact(score, config.threshold, budget, self.floor, ladder)
+        best = score.topk(min(self.floor, patches)).indices
+        shared = score.scatter(1, best, torch.inf).view(1, -1)
+        index, _ = compact(shared, config.threshold, budget * streams, self.floor, ladder)
+        starts = torch.arange(streams + 1, dtype=torch.int32, device=index.device) * patches
+        ordered = index.masked_fill(index < 0, streams * patches)
+        return index, torch.searchsorted(ordered, starts, out_int32=True)
+
+    def ladder(self, device: torch.device) -> torch.Tensor | None:
+        """The numbers of active patches that a pass may have, on its device."""
+        rungs = self.config.ladder
+        if rungs is None and self.config.launch == "graph" and is_recordable(device) and not self.config.dilation:
+            rungs = LADDER
+        if rungs is not None and device not in self._ladders:
+            self._ladders[device] = copy_into(None, torch.tensor(rungs, dtype=torch.int32).to(device))
+        return self._ladders.get(device)
+
+    def score(
+        self, surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor | None, grid: Grid
+    ) -> torch.Tensor:
+        """What the rule reads, [S, N] as all arguments: infinite where a patch's age or a NaN forces it."""
+        config = self.config
+        score = scores.without_common_motion(surprise) if config.normalise_motion else surprise
+        if config.score == "staleness":
+            score = scores.staleness(score, age, attention, grid)
+        if config.refresh == "rolling" and config.max_age is not None:
+            score = score.masked_fill(scores.due(age, config.max_age), torch.inf)
+        return score
+
+    def _refresh(self, state: StreamState, h: torch.Tensor, index: torch.Tensor | None) -> None:
+        """Set the references of the patches that a frame encodes: all in a key frame, `index` if they follow it."""
+        if index is None:
+            # 16 bits would lose the small steps of a moving average.
+            wide = torch.promote_types(h.dtype, torch.float32) if 0 < self.decay < 1 else h.dtype
+            state.put("reference", h.to(wide))
+            if self.config.reference == "dual":
+                state.put("fast", h.to(wide))
+        elif self.config.reference == "refreshed":
+            ends = torch.tensor([0, index.numel()], dtype=torch.int32, device=index.device)
+            scatter_rows_(state.tensors["reference"], gather_rows(h, index, ends, index.numel()), index, ends)

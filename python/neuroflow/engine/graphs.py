@@ -1,0 +1,437 @@
+"""Sparse frames on a GPU as CUDA graphs: what a frame launches is recorded once, and launched again as one.
+
+A sparse frame has little arithmetic and as many launches as a dense one, each of which costs the host microseconds. So
+the frames of a fixed set of streams become two launches: a gate, from the pixels to the active patches, and what
+encodes them, recorded for each number of patches that turns up among those of the ladder. In between, the host reads
+one number: how many patches are active, or that the frame is none for a graph, because it holds NaN or Inf, shows
+another scene, or changes so much that a dense pass is faster. Such a frame goes on as it would without graphs, from the
+surprises that the gate found.
+"""
+
+import functools
+import statistics
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from inspect import BoundArguments
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from neuroflow_kernels import gather_rows, scatter_rows_
+
+from ..adapters.anatomy import Grid
+from . import crossover, scores
+from .derived import Weights
+from .gate import Gate, is_recordable
+from .passes import StaticPass, Unrecordable, current_pass
+from .state import Slab, StreamState, copy_into
+
+GROUPS = 8  # sets of streams that have graphs at once; more would hold more memory than they save time
+REPEATS = 5  # of what is timed
+
+
+@functools.cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """The default stream cannot be recorded; libraries keep a workspace for every other, so there is only one."""
+    return torch.cuda.Stream(device)
+
+
+class CudaGraph:
+    """Work that is recorded instead of done, and done with every `replay`.
+
+    Args:
+        pool: of memory, shared by graphs of which no two run at once.
+    """
+
+    new_pool = staticmethod(torch.cuda.graph_pool_handle)
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
+        self.graph = torch.cuda.CUDAGraph()
+
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], None]]:
+        """A block that is recorded from where it calls what it is given."""
+        begun = False
+
+        def begin() -> None:
+            nonlocal begun
+            begun = True
+            # Other threads go on launching and allocating.
+            self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+
+        torch.cuda.synchronize()
+        with torch.cuda.stream(_recording_stream(torch.cuda.current_device())):
+            try:
+                yield begin
+            finally:
+                if begun:
+                    self.graph.capture_end()
+        torch.cuda.synchronize()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+    @staticmethod
+    def held_bytes(pool: Any) -> int:
+        """What the graphs of a pool hold on the device."""
+        segments = torch.cuda.memory_snapshot()
+        return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """How long `work` takes, the median of a few times; waits for the device."""
+
+    def once() -> float:
+        if device.type != "cuda":
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    once()
+    return statistics.median(once() for _ in range(REPEATS))
+
+
+class Kept(TorchDispatchMode):
+    """Keeps what is computed, for as long as it lives itself; recorded work finds tensors by where they lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.tensors += [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        return result
+
+
+class Recorded:
+    """Work that is done as it is the first time, recorded the second time, and replayed from then on.
+
+    The first time, kernels are compiled and libraries set up, which cannot be recorded.
+
+    Args:
+        work: called with a function that it calls where recording is to begin.
+    """
+
+    def __init__(self, work: Callable[[Callable[[], None]], Any], pool: Any) -> None:
+        self.work = work
+        self.graph = CudaGraph(pool)
+        self.calls = 0
+        self.result: Any = None
+        self.seconds = 0.0
+
+    def __call__(self, slab: Slab) -> Any:
+        """What `work` returns, from the second call on in the same memory."""
+        self.calls += 1
+        if self.calls == 1:
+            return self.work(lambda: None)
+        if self.calls == 2:
+            with self.graph.recording() as begin:
+                self.result = self.work(begin)
+            with slab.preserved():
+                self.seconds = seconds(self.graph.replay, slab.age.device)
+        self.graph.replay()
+        return self.result
+
+
+class Gated(NamedTuple):
+    """What the gate leaves for the graphs that encode: tokens in front of the first block, patches [S, N, D], their
+    surprise [S, N], and the active ones as `compact` returns them.
+    """
+
+    tokens: torch.Tensor
+    patches: torch.Tensor
+    surprise: torch.Tensor
+    index: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+class Retained(NamedTuple):
+    """The tower's output, and what recorded work goes on reading that was computed before."""
+
+    output: Any
+    kept: list[torch.Tensor]
+
+
+class Decided(Exception):
+    """Ends a pass behind the gate."""
+
+    def __init__(self, gated: Gated) -> None:
+        self.gated = gated
+
+
+class Group:
+    """The graphs of one set of streams, for frames of one size.
+
+    Args:
+        bound: the arguments of the tower's `forward`, of which the first is the frames.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        unpatched: Callable[[], AbstractContextManager],
+        forward: Callable,
+        bound: BoundArguments,
+        states: list[StreamState],
+        grid: Grid,
+    ) -> None:
+        self.gate = gate
+        self.forward = forward
+        self.bound = bound
+        self.grid = grid
+        self.names = [state.name for state in states]
+        self.states = [weakref.ref(state) for state in states]
+        self.slab = Slab(states)
+        self.frames = copy_into(None, bound.args[0])
+        bound.arguments[next(iter(bound.arguments))] = self.frames
+        device = self.frames.device
+        with torch.inference_mode(False):
+            self.decision = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.weights = Weights(gate.plan.anatomy.tower)
+        self.pool = CudaGraph.new_pool()
+        self.decider = Recorded(self._decide, self.pool)
+        self.gated: Gated | None = None
+        self.encoders: dict[int, Recorded] = {}
+        self.held_bytes = 0  # by its graphs
+        with unpatched():
+            self.dense_seconds = seconds(lambda: forward(*bound.args, **bound.kwargs), device)
+        self.patches = self.slab.age.numel()
+        self.timed = gate.config.dense_above is None
+        self.dense_above = 1.0 if self.timed else gate.config.dense_above
+
+    @property
+    def valid(self) -> bool:
+        """Whether its streams are still open and their tensors where they were."""
+        return all((state := ref()) is not None and state.slab is self.slab for ref in self.states)
+
+    def run(self, frames: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+        """The tower's output for frames [S, ...]; or None where they need another pass.
+
+        With None comes their surprise [S, N], or None as well, if it is to be dense.
+        """
+        self.frames.copy_(frames)
+        self.gated = self._run(self.decider)
+        if self.frames.is_cuda:
+            torch.cuda.current_stream(self.frames.device).synchronize()
+        rung = self.decision.item()
+        if rung in (-1, self.patches):
+            return None, self.gated.surprise.clone()
+        if rung / self.patches > self.dense_above:
+            return None, None
+        if rung not in self.encoders:
+            self.encoders[rung] = Recorded(lambda begin: self._encode(rung, begin), self.pool)
+        encoder = self.encoders[rung]
+        output = tree_map_only(torch.Tensor, torch.clone, self._run(encoder).output)
+        if encoder.calls == 2 and self.timed:
+            if self.decider.seconds + encoder.seconds >= self.dense_seconds:
+                self.dense_above = min(self.dense_above, (rung - 1) / self.patches)
+            size = crossover.size_of([self.grid] * len(self.names), self.gated.tokens)
+            self.gate.crossovers[size] = self.dense_above
+        return output, None
+
+    def _run(self, recorded: Recorded) -> Any:
+        result = recorded(self.slab)
+        if recorded.calls == 2:
+            self.held_bytes = CudaGraph.held_bytes(self.pool)
+        return result
+
+    def _pass(self, choose: Callable[[StaticPass, torch.Tensor], torch.Tensor]) -> tuple[Any, StaticPass]:
+        states = [ref() for ref in self.states]
+        current = StaticPass(self.gate.plan, states, [self.grid] * len(states), self.slab, choose)
+        token = current_pass.set(current)
+        try:
+            return self.forward(*self.bound.args, **self.bound.kwargs), current
+        finally:
+            current_pass.reset(token)
+
+    def _decide(self, begin: Callable[[], None]) -> Gated:
+        """From the frames to what is active among their patches."""
+
+        def choose(current: StaticPass, tokens: torch.Tensor) -> torch.Tensor:
+            gate, config, slab = self.gate, self.gate.config, self.slab
+            signals = gate.signals(current, tokens)
+            patches = signals[0] if len(signals) == 1 else torch.cat(signals)
+            surprise = gate.surprise(patches, slab.caches)
+            index, cu_seqlens = gate.active(gate.score(surprise, slab.age, slab.attention, self.grid))
+            other = scores.is_cut(surprise, cu_seqlens.diff(), config.cut_share, config.cut_surprise)
+            other |= ~surprise.amax(1).isfinite()
+            self.decision.copy_(cu_seqlens[-1:].masked_fill(other.any(), -1), non_blocking=True)
+            raise Decided(Gated(tokens, patches, surprise, index, cu_seqlens))
+
+        begin()
+        try:
+            self._pass(choose)
+        except Decided as decided:
+            decided.__traceback__ = None  # which holds on to the pass
+            return decided.gated
+        raise Unrecordable("its blocks were not reached")
+
+    def _encode(self, rung: int, begin: Callable[[], None]) -> Retained:
+        """From `rung` active patches to the tower's output."""
+        kept, before = Kept(), ExitStack()
+
+        def take(current: StaticPass, tokens: torch.Tensor) -> torch.Tensor:
+            before.close()
+            begin()
+            index, gated = self.gated.index[:rung], self.gated
+            self._account(index, gated)
+            current.take(index, gated.cu_seqlens, gated.tokens)
+            return gated.tokens
+
+        with before:
+            before.enter_context(kept)
+            output, current = self._pass(take)
+        if current.seen is not None:
+            self.slab.attention.copy_(current.seen / current.seen.mean(1, keepdim=True))
+        return Retained(output, kept.tensors)
+
+    def _account(self, index: torch.Tensor, gated: Gated) -> None:
+        """What `Gate._refresh` and `StreamState.account` do, for all streams and without their numbers of patches."""
+        slab = self.slab
+        slab.active.zero_().view(-1).index_fill_(0, index.long(), True)
+        slab.age.add_(1).masked_fill_(slab.active, 0)
+        slab.surprise.copy_(gated.surprise)
+        slab.skipped += 1 - gated.cu_seqlens.diff()[:, None].double() / slab.age.shape[1]
+        if self.gate.config.reference == "refreshed":
+            packed = gather_rows(gated.patches, index, gated.cu_seqlens, index.numel())
+            scatter_rows_(slab.caches["reference"], packed, index, gated.cu_seqlens)
+
+
+class Graphs:
+    """The graphs of a patched tower, for as many sets of streams as keep coming together.
+
+    Args:
+        gate: of the tower.
+        unpatched: makes a context in which the tower runs as it would unpatched.
+        warn: told what a user should know.
+    """
+
+    def __init__(
+        self, gate: Gate, unpatched: Callable[[], AbstractContextManager], warn: Callable[[str], None]
+    ) -> None:
+        self.gate = gate
+        self.unpatched = unpatched
+        self.warn = warn
+        self.groups: dict[Hashable, Group] = {}  # the least recently used first
+        self.refused: set[Hashable] = set()
+        self.lock = threading.RLock()
+
+    def run(
+        self,
+        entry: str,
+        forward: Callable,
+        bound: BoundArguments,
+        arguments: dict[str, Any],
+        states: list[StreamState],
+        grids: list[Grid],
+        asked: frozenset[int],
+    ) -> tuple[Any, list[torch.Tensor] | None]:
+        """The tower's output; or None, where the pass is to be run as it is, and each stream's surprise if known."""
+        frames = bound.args[0]
+        if not is_recordable(frames.device):
+            return None, None
+        key = None
+        try:
+            key = self._key(entry, bound, arguments, states, grids, asked)
+            if key in self.refused:
+                return None, None
+            with self.lock, torch.cuda.device_of(frames):
+                group = self._group(key, forward, bound, states, grids[0])
+                if group is None:
+                    return None, None
+                for state in states:
+                    state.key_frame_due = "failed"
+                output, surprise = group.run(frames)
+        except (Unrecordable, RuntimeError) as error:
+            self.groups.pop(key, None)
+            self.refused.add(key)
+            self.warn(f"frames run without CUDA graphs: {error}")
+            return None, None
+        if output is None and surprise is None:
+            for state in states:
+                state.key_frame_due = "dense"
+        if output is None:
+            return None, None if surprise is None else list(surprise)
+        for state in states:
+            state.key_frame_due = None
+            state.frames += 1
+            state.since_key_frame += 1
+        return output, None
+
+    def prune(self) -> None:
+        """Give back the memory of graphs whose streams were closed, or started over."""
+        with self.lock:
+            self.groups = {key: group for key, group in self.groups.items() if group.valid}
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(group.held_bytes for group in list(self.groups.values()))
+
+    def _group(
+        self, key: Hashable, forward: Callable, bound: BoundArguments, states: list[StreamState], grid: Grid
+    ) -> Group | None:
+        """The graphs for a pass, once it is the second of its kind in a row for each of its streams."""
+        steady = all(self.gate.due(state) is None and state.last_pass == key for state in states)
+        for state in states:
+            state.last_pass = key
+        if not steady:
+            return None
+        group = self.groups.pop(key, None)
+        if group is not None and group.valid:
+            if group.weights.changed():
+                return None
+        else:
+            self.prune()
+            while len(self.groups) >= GROUPS:
+                del self.groups[next(iter(self.groups))]
+            group = Group(self.gate, self.unpatched, forward, bound, states, grid)
+        self.groups[key] = group
+        return group
+
+    def _key(
+        self,
+        entry: str,
+        bound: BoundArguments,
+        arguments: dict[str, Any],
+        states: list[StreamState],
+        grids: list[Grid],
+        asked: frozenset[int],
+    ) -> Hashable:
+        """What must be the same for a pass to be recorded with another.
+
+        Raises:
+            Unrecordable: it cannot be recorded at all.
+        """
+        config, anatomy = self.gate.config, self.gate.plan.anatomy
+        frames, *rest = [*bound.args, *bound.kwargs.items()]
+        if config.dilation:
+            raise Unrecordable("dilation adds patches to those of the ladder")
+        if anatomy.order is not None or len(set(grids)) > 1 or len(frames) != len(states):
+            raise Unrecordable("its streams are not a batch of frames of one size, with tokens in the order of patches")
+        if config.arch == "active" and len(states) > 1:
+            raise Unrecordable("arch 'active' pads its output to the longest stream")
+        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(rest)):
+            raise Unrecordable("the tower takes tensors beside the frames")
+        # Releases of transformers before 5 leave a tower that ends behind the gate collecting these for good.
+        if asked:
+            raise Unrecordable("hidden states or feature maps are asked for")
+        model_config = getattr(anatomy.tower, "config", None)
+        if arguments.get("output_attentions") or getattr(model_config, "output_attentions", None):
+            raise Unrecordable("output_attentions is asked for")
+        kind = frames.device.type
+        cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        names = tuple(state.name for state in states)
+        return entry, names, frames.shape, frames.dtype, frames.device, tuple(map(repr, rest)), cast

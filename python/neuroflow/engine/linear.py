@@ -1,0 +1,58 @@
+"""Linear layers of the rows that a partial frame has: few of them, in bfloat16 where that was asked for."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neuroflow_kernels import linear_rows
+
+from .derived import Derived
+from .passes import Pass
+
+# Up to here reading the weights takes a good part of the time; from here on torch's own products are as fast.
+FEW_ROWS = 512
+
+
+def are_few(tokens: torch.Tensor) -> bool:
+    """Whether tokens [..., D] are so few rows that `linear_rows` is the faster way."""
+    return tokens.numel() <= FEW_ROWS * tokens.shape[-1]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` computes what `linear_rows` does."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def in_bfloat16(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Its weight, and its bias where it has one."""
+    return linear.weight.bfloat16(), None if linear.bias is None else linear.bias.bfloat16()
+
+
+def multiply(
+    current: Pass, derived: Derived, module: nn.Linear, forward: Callable, tokens: torch.Tensor
+) -> torch.Tensor:
+    """A linear layer of a tower, or its `forward` where that is faster."""
+    rounded, few = current.packed and current.rounded, current.row_kernels and are_few(tokens)
+    if not rounded and not few:
+        return forward(tokens)
+    rows, weight, bias = tokens.flatten(0, -2), module.weight, module.bias
+    if rounded:
+        rows = rows.bfloat16()
+        weight, bias = derived(module, (module, "rounded"), lambda: in_bfloat16(module))
+    product = linear_rows(rows, weight, bias) if few else F.linear(rows, weight, bias)
+    return product.to(tokens.dtype).unflatten(0, tokens.shape[:-1])
+
+
+def map_each(current: Pass, forward: Callable, distilled: Callable, tokens: torch.Tensor) -> torch.Tensor:
+    """A module that maps each token by itself: `forward` for those of whole frames, `distilled` for the others."""
+    if all(current.whole):
+        return forward(tokens)
+    if not any(current.whole):
+        return distilled(tokens)
+    rows = tokens.flatten(0, -2)
+    runs = current.runs(len(rows))
+    parts = zip(runs, rows.split([count for _, count in runs]), strict=True)
+    mapped = [(forward if whole else distilled)(part) for (whole, _), part in parts]
+    return torch.cat(mapped).unflatten(0, tokens.shape[:-1])

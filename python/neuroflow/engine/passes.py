@@ -1,0 +1,404 @@
+"""One pass through a patched tower: which tokens of which streams are in it, and how they reach the caches."""
+
+import dataclasses
+import itertools
+import operator
+from collections.abc import Callable, Hashable, Iterable
+from contextvars import ContextVar
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from neuroflow_kernels import attend_rows, gather_rows, row_kernels_serve, scatter_kv_, scatter_rows_
+
+from ..adapters.anatomy import Anatomy, Grid
+from ..config import NeuroFlowConfig
+from .scores import cls_attention
+from .state import KeyFrame, Slab, StreamState
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Where in a tower tokens are packed and restored under one configuration.
+
+    Args:
+        anatomy: of the tower.
+        config: what it runs under.
+        first_packed: the number of the first block that runs on the active tokens alone.
+        final: the number of the block whose output is all that the rest of the tower sees; None where a norm follows.
+        watched: the numbers of the blocks whose attention from CLS tells the gate what the pooled output reads.
+        layer_of: the number of each attention's block.
+        configs: of attentions that call transformers' interface, the model's own.
+    """
+
+    anatomy: Anatomy
+    config: NeuroFlowConfig
+    first_packed: int
+    final: int | None
+    watched: range
+    layer_of: dict[nn.Module, int]
+    configs: dict[nn.Module, Any]
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, config: NeuroFlowConfig) -> Self:
+        """The plan of a tower that is not patched.
+
+        Raises:
+            ValueError: a configuration that the tower cannot have.
+        """
+        depth, tower = len(anatomy.layers), type(anatomy.tower).__name__
+        if config.signal == "pixel" and anatomy.projection is None:
+            raise ValueError(
+                f"signal is 'pixel', which {tower} does not show in the order of its tokens; accepted is 'patch' or "
+                "'embedding'"
+            )
+        mid_layer = depth // 2 - 1 if config.mid_layer is None else config.mid_layer
+        if config.arch == "midlayer" and mid_layer >= depth - 1:
+            raise ValueError(f"mid_layer is {mid_layer}; accepted is less than {depth - 1}, the last block")
+        if config.arch == "active" and anatomy.needs_every_token:
+            raise ValueError(
+                f"arch is 'active'; {tower} makes a map of all patches, so accepted is one that serves the others too: "
+                "'context', 'dual', 'midlayer' or 'mlp'"
+            )
+        # What the pooled output reads in the last blocks tells best what it reads of a patch altogether.
+        watched = depth - max(depth // 3, 1) if anatomy.prefix and config.score == "staleness" else depth
+        return cls(
+            anatomy,
+            config,
+            first_packed={"mlp": depth, "midlayer": mid_layer + 1}.get(config.arch, 0),
+            final=depth - 1 if anatomy.last is anatomy.layers[-1] else None,
+            watched=range(watched, depth),
+            layer_of={module: layer for layer, module in enumerate(anatomy.attentions)},
+            configs={} if anatomy.attention is not None else {module: module.config for module in anatomy.attentions},
+        )
+
+    def kept(self, asked: frozenset[int]) -> frozenset[int]:
+        """Of the blocks whose output is wanted of all patches, those that a cache is kept for beside the output's."""
+        if self.config.arch == "active":
+            return frozenset()
+        return frozenset(layer for layer in asked if layer >= self.first_packed and layer != self.final)
+
+
+def blocks_of_hidden_states(asked: bool | int | Iterable[int] | None, depth: int) -> set[int]:
+    """The blocks that give the hidden states which `output_hidden_states` asks for.
+
+    That may be numbers: of hidden states, of which 0 is what the first block takes, also counted from the last; up to
+    transformers 5.20 at least, of blocks.
+    """
+    if not asked or asked is True:
+        return set(range(depth)) if asked else set()
+    numbers = [asked] if isinstance(asked, int) else asked
+    blocks = {block for number in numbers for block in ((number - 1, number) if number >= 0 else (number + depth,))}
+    return blocks & set(range(depth))
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameReport:
+    """What a pass did with one frame.
+
+    Args:
+        stream: the name of its stream.
+        key_frame: why every patch was encoded, and the caches filled anew; None of a frame that relied on them.
+            "first": its stream's first. "gap": it did not follow the last one. "size": another size, dtype or device
+            than before. "outputs": other hidden states or feature maps were asked for than before. "failed": the one
+            before did not come through the tower. "nonfinite": the one before held NaN or Inf. "age": `max_age` was
+            reached. "cut": it shows another scene. "dense": so much changed that this was faster.
+        active: bool [rows, columns], the patches that were encoded.
+        surprise: float32 [rows, columns], 1 - cosine of each patch to its reference, inf at patches with NaN; NaN
+            throughout in a key frame, which starts with new references.
+    """
+
+    stream: Hashable
+    key_frame: KeyFrame | None
+    active: torch.Tensor
+    surprise: torch.Tensor
+
+    @classmethod
+    def of(cls, state: StreamState, key_frame: KeyFrame | None) -> Self:
+        """The report on the last frame of a stream."""
+        maps = (values.view(state.grid).clone() for values in (state.active, state.surprise))
+        return cls(state.name, key_frame, *maps)
+
+    @property
+    def skipped(self) -> float:
+        """The share of patches that were not encoded."""
+        return 1 - self.active.sum().item() / self.active.numel()
+
+
+def split(values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    """Values of several streams, as a batch or end to end, as [1, count, D] of each; padding is left out."""
+    rows = values.flatten(0, -2)
+    if rows.shape[0] == sum(counts):
+        return [part[None] for part in rows.split(counts)]
+    return [part[None, :count] for part, count in zip(values.flatten(1, -2), counts, strict=True)]
+
+
+class Pass:
+    """One pass through a tower: a batch of frames, one of each stream in `states`.
+
+    Tokens come from the tower as [S, T, D], [S, rows, columns, D] or end to end as [sum of T, D]. Packed they are
+    [1, M, D], the active tokens of one stream after those of another.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        states: list[StreamState],
+        grids: list[Grid],
+        order: list[torch.Tensor] | None = None,
+        asked: frozenset[int] = frozenset(),
+        surprises: list[torch.Tensor] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.states = states
+        self.grids = grids
+        self.order = order
+        self.asked = asked  # numbers of the blocks whose output is wanted of all tokens
+        self.surprises = surprises  # [N] of each stream, where they are known beforehand
+        self.patches = [rows * columns for rows, columns in grids]  # of each stream
+        self.counts = [plan.anatomy.prefix + count for count in self.patches]  # of tokens
+        self.projected: torch.Tensor | None = None
+        self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
+        self.positions: tuple[Any, Any] | None = None  # of the last block's: for all tokens, for the packed ones
+        self.blocks = 0  # that it went through so far
+        self.last_shown: tuple[torch.Tensor, torch.Tensor] | None = None  # by `shown`, and packed
+        self.attention: list[torch.Tensor | None] = [None] * len(states)  # [N] of each stream, that its patches got
+        self.finite: list[bool] = []
+        self.key_frames: list[KeyFrame | None] = []  # why each stream's frame is one
+        self.whole: list[bool] = []  # of each stream, whether all its tokens are encoded
+        self.padded = False  # some rows of the batch are no tokens
+        self.partial = False  # some of its rows are not encoded
+        self.packed = False  # the residual stream holds active tokens only
+        self.row_kernels = False  # what is partial is multiplied by the kernels for few rows
+        self.rounded = False  # what is packed is multiplied in bfloat16
+        self.unmeasured: Hashable = None  # its size, if the crossover is to be measured after it
+        self.first_block: tuple[torch.Tensor, Callable] | None = None  # of what is unmeasured: its tokens, and itself
+
+    def select(self, active: list[torch.Tensor | None], tokens: torch.Tensor) -> None:
+        """Take each stream's active tokens among all of `tokens`: int32 rows of its T, or None for all of them."""
+        self.shape = tokens.shape
+        self.rounded = self._rounds(tokens)
+        self.whole = [rows is None for rows in active]
+        width = tokens.shape[1:-1].numel()  # rows of `tokens` from one stream to the next, if they are a batch
+        self.starts = [
+            stream * width if tokens.ndim > 2 else sum(self.counts[:stream]) for stream in range(len(self.counts))
+        ]
+        self.padded = tokens.ndim > 2 and any(count != width for count in self.counts)
+        self.partial = self.padded or any(rows is not None for rows in active)
+        if not self.partial:
+            return
+        self.active = active
+        self.row_kernels = row_kernels_serve(tokens)
+        device = tokens.device
+        self.rows = [
+            torch.arange(count, dtype=torch.int32, device=device) if chosen is None else chosen
+            for count, chosen in zip(self.counts, active, strict=True)
+        ]
+        self.lengths = [chosen.numel() for chosen in self.rows]
+        self.offsets = [0, *itertools.accumulate(self.lengths)]
+        self.index = torch.cat([chosen + start for start, chosen in zip(self.starts, self.rows, strict=True)])
+        self.cu_seqlens = torch.tensor(self.offsets, dtype=torch.int32, device=device)
+        self.ends = torch.tensor([[0, length] for length in self.lengths], dtype=torch.int32, device=device)
+
+    def complete(self) -> None:
+        """Let the next frame of every stream rely on this one, unless it held NaN or Inf."""
+        for state, finite in zip(self.states, self.finite, strict=True):
+            state.key_frame_due = None if finite else "nonfinite"
+
+    def _rounds(self, tokens: torch.Tensor) -> bool:
+        return self.plan.config.precision == "bfloat16" and tokens.dtype == torch.float32
+
+    def runs(self, rows: int) -> list[tuple[bool, int]]:
+        """Of so many rows, those of all tokens or of the active ones: how many in turn are of whole frames and not."""
+        if rows == self.index.numel():
+            lengths = self.lengths
+        else:
+            lengths = self.counts if len(self.shape) == 2 else [rows // len(self.states)] * len(self.states)
+        streams = itertools.groupby(zip(self.whole, lengths, strict=True), operator.itemgetter(0))
+        return [(whole, sum(length for _, length in of)) for whole, of in streams]
+
+    def pack(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All tokens -> [1, M, D]"""
+        return gather_rows(tokens.flatten(0, -2)[None], self.index, self.cu_seqlens, self.index.numel())[None]
+
+    def shown(self, name: Hashable, tokens: torch.Tensor) -> torch.Tensor:
+        """Packed tokens among all others in the cache `name`, or padded where nothing is kept; see `repacked`."""
+        everything = self.pad(tokens) if self.plan.config.arch == "active" else self.restored(name)
+        self.last_shown = everything, tokens
+        return everything
+
+    def repacked(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The packed tokens behind `tokens`, if they are those that were shown."""
+        everything, packed = self.last_shown or (None, None)
+        return packed if tokens is everything else tokens
+
+    def pack_positions(self, value: Any) -> Any:
+        """The value of the blocks' argument for rotary positions, for the packed tokens."""
+        if self.positions is None or self.positions[0] is not value:
+            self.positions = value, self.plan.anatomy.rotary[1](value, self._take)
+        return self.positions[1]
+
+    def _take(self, table: torch.Tensor, fill: float) -> torch.Tensor:
+        prefix = self.plan.anatomy.prefix
+        if self.shape[:-1] == table.shape[:-1]:
+            return table[self.index]  # streams end to end
+        table = nn.functional.pad(table, (0, 0, prefix, 0), value=fill)
+        return table[torch.cat(self.rows)]
+
+    def heads(self, heads: torch.Tensor) -> list[torch.Tensor]:
+        """Queries, keys or values of all streams as [1, heads, rows, head_dim] of each."""
+        lengths = self.lengths if self.packed else self.counts
+        if lengths == [heads.shape[2]]:
+            return [heads]
+        if not self.packed and heads.shape[0] == len(lengths):
+            return [part[:, :, :length] for part, length in zip(heads.split(1), lengths, strict=True)]
+        return list(heads.split(lengths, 2))
+
+    def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
+        """Bring the cache `name` of every stream up to date with all tokens, or [1, M, D] in a partial frame."""
+        if not self.partial:
+            for state, fresh in zip(self.states, split(tokens, self.counts), strict=True):
+                state.put(name, fresh)
+            return
+        for stream, state in enumerate(self.states):
+            fresh = tokens[:, self.offsets[stream] : self.offsets[stream + 1]]
+            if self.active[stream] is None:
+                state.put(name, fresh)
+            else:
+                cache, prefix = state.tensors[name], self.plan.anatomy.prefix
+                scatter_rows_(cache, fresh[0], self.active[stream], self.ends[stream], blend)
+                if blend < 1:
+                    cache[:, :prefix] = fresh[:, :prefix]  # CLS and registers follow every frame
+
+    def store_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Bring the keys and values [1 or S, heads, rows, head_dim] of one block's cache up to date."""
+        if self.rounded:
+            key, value = key.bfloat16(), value.bfloat16()
+        for stream, (state, *fresh) in enumerate(zip(self.states, self.heads(key), self.heads(value), strict=True)):
+            active = self.active[stream] if self.partial else None
+            if active is None:
+                for name, heads in zip(("key", "value"), fresh, strict=True):
+                    state.put((name, layer), heads.transpose(1, 2).flatten(2))
+            else:
+                caches = state.tensors["key", layer], state.tensors["value", layer]
+                rows = (heads[0].transpose(0, 1) for heads in fresh)  # [M, heads, head_dim]
+                scatter_kv_(*caches, *rows, active, self.ends[stream])
+
+    def add_attention(self, attention: list[torch.Tensor], first: int = 0) -> None:
+        """Add what the patches of streams from `first` on got of the pooled output's attention, [N] each."""
+        for stream, paid in enumerate(attention, first):
+            before = self.attention[stream]
+            self.attention[stream] = paid if before is None else before + paid
+
+    def add_cls_attention(self, query: torch.Tensor, keys: torch.Tensor, scaling: float, first: int = 0) -> None:
+        """Add the attention of CLS, query [S, heads, head_dim], to keys [S, heads, T, head_dim] of streams from `first`
+        on.
+        """
+        self.add_attention(list(cls_attention(query, keys, scaling, self.plan.anatomy.prefix)), first)
+
+    def restored(self, name: Hashable) -> torch.Tensor:
+        """The cache `name` of all streams in the shape that the tower's tokens came in, zeros where they are padding.
+
+        A copy: the caller may keep what it gets, and the caches go on changing.
+        """
+        caches = [state.tensors[name] for state in self.states]
+        if not self.padded:
+            return torch.cat(caches, 1).unflatten(1, self.shape[:-1])[0]
+        tokens = caches[0].new_zeros(self.shape)
+        for row, cache in zip(tokens.flatten(1, -2), caches, strict=True):
+            row[: cache.shape[1]] = cache[0]
+        return tokens
+
+    def pad(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[1, M, D] -> [S, longest, D], zeros past each stream's own."""
+        return nn.utils.rnn.pad_sequence(tokens[0].split(self.lengths), batch_first=True)
+
+
+current_pass: ContextVar[Pass | None] = ContextVar("neuroflow_pass", default=None)
+
+
+class Unrecordable(Exception):
+    """Why a pass cannot be made of work that is recorded once."""
+
+
+class StaticPass(Pass):
+    """A partial pass whose shapes are known before it; how many of its tokens are whose, only the device knows.
+
+    Args:
+        slab: of `states`, whose frames come as a batch of one size.
+        gate: (this pass, all tokens in front of the first block) -> the tokens to go on with, after `take`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        states: list[StreamState],
+        grids: list[Grid],
+        slab: Slab,
+        gate: Callable[["StaticPass", torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__(plan, states, grids)
+        self.slab = slab
+        self.gate = gate
+        self.seen: torch.Tensor | None = None  # [S, N], the attention that the patches got
+        self.mask: torch.Tensor | None = None  # by `same_stream`
+
+    def take(self, index: torch.Tensor, cu_seqlens: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Take the patches `index` of all streams, rows of [S * N], and every stream's prefix among all of `tokens`."""
+        prefix, streams, patches = self.plan.anatomy.prefix, len(self.states), self.patches[0]
+        self.shape = tokens.shape
+        self.rounded = self._rounds(tokens)
+        self.partial = True
+        self.whole = [False] * streams
+        self.row_kernels = row_kernels_serve(tokens)
+        self.cu_seqlens, self.index = cu_seqlens, index
+        if prefix:
+            numbers = torch.arange(streams + 1, dtype=torch.int32, device=index.device)
+            own = torch.arange(prefix, dtype=torch.int32, device=index.device)
+            self.cu_seqlens = cu_seqlens + prefix * numbers
+            leading = (numbers[:-1, None] * self.counts[0] + own).flatten()
+            self.index = torch.cat((leading, index + prefix * (index // patches + 1)))
+            if streams > 1:
+                self.index = self.index.sort().values
+        self.rows = [self.index % self.counts[0]]
+        self.lengths = [self.index.numel()]  # of all streams together
+
+    def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
+        cache = self.slab.caches[name]
+        scatter_rows_(cache, tokens[0], self.index, self.cu_seqlens, blend)
+        if blend < 1 and self.plan.anatomy.prefix:
+            own = torch.arange(self.plan.anatomy.prefix, device=cache.device)
+            cache[:, : len(own)] = tokens[0][self.cu_seqlens[:-1, None] + own]
+
+    def store_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        caches = self.slab.caches["key", layer], self.slab.caches["value", layer]
+        scatter_kv_(*caches, key[0].transpose(0, 1), value[0].transpose(0, 1), self.index, self.cu_seqlens)
+
+    def restored(self, name: Hashable) -> torch.Tensor:
+        return self.slab.caches[name].view(self.shape)  # what becomes the output is copied as a whole
+
+    def add_attention(self, attention: list[torch.Tensor], first: int = 0) -> None:
+        paid = torch.stack(attention)
+        self.seen = paid if self.seen is None else self.seen + paid
+
+    def attend_cached(self, query: torch.Tensor, layer: int, watched: bool, scaling: float | None) -> torch.Tensor:
+        """Attention of the active queries [1, heads, M, head_dim] to all cached tokens of their stream."""
+        key, value = (self.slab.caches[name, layer].unflatten(2, (query.shape[1], -1)) for name in ("key", "value"))
+        rows = query[0].transpose(0, 1)  # [M, heads, head_dim]
+        if watched:
+            self.add_cls_attention(rows[self.cu_seqlens[:-1]], key.transpose(1, 2), scaling)
+        return attend_rows(rows, key, value, scaling, self.cu_seqlens)[None]
+
+    def same_stream(self) -> torch.Tensor | None:
+        """Which packed tokens see each other, [1, 1, M, M]; None: all."""
+        if len(self.states) == 1:
+            return None
+        if self.mask is None:
+            slots = torch.arange(self.index.numel(), dtype=torch.int32, device=self.index.device)
+            stream = torch.searchsorted(self.cu_seqlens, slots, right=True)
+            self.mask = (stream[:, None] == stream)[None, None]
+        return self.mask
+
+    def pad(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens  # of one stream

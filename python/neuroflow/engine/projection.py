@@ -1,0 +1,104 @@
+"""From pixels to patches: only those with new pixels are projected, where finding them is cheap."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neuroflow_kernels import gather_rows, linear_rows, row_kernels_serve, scatter_rows_
+
+from ..adapters.anatomy import is_patch_projection
+from .derived import Derived
+from .linear import are_few
+from .passes import Pass
+from .state import LastFrame, StreamState, copy_into
+
+DENSE_PROJECTION = 0.75  # of the patches; above it, picking out the changed ones gains nothing
+
+
+def patch_windows(convolution: nn.Conv2d | nn.Conv3d, pixels: torch.Tensor) -> torch.Tensor:
+    """The windows that the convolution sees, one row a patch: [S, C, H, W] -> [S, N, C * height * width].
+
+    Those of a clip [S, C, T, H, W] are tubelets, [S, N, C * frames * height * width].
+    """
+    axes = len(convolution.kernel_size)
+    if pixels.ndim != 2 + axes or pixels.shape[1] != convolution.in_channels:
+        lengths = ", ".join("THW"[-axes:])
+        accepted = f"{convolution.in_channels} channels, [S, {convolution.in_channels}, {lengths}]"
+        raise ValueError(f"pixel_values has shape {list(pixels.shape)}; accepted is {accepted}")
+    windows, within = pixels, range(3, 3 + 2 * axes, 2)
+    for axis, size in zip(within, convolution.kernel_size, strict=True):
+        count = windows.shape[axis - 1] // size
+        windows = windows.narrow(axis - 1, 0, count * size).unflatten(axis - 1, (count, size))
+    windows = windows.permute(0, *(axis - 1 for axis in within), 1, *within)  # [S, rows, columns, C, height, width]
+    return windows.flatten(1 + axes).flatten(1, axes)
+
+
+def project_windows(convolution: nn.Conv2d | nn.Conv3d, windows: torch.Tensor) -> torch.Tensor:
+    """The convolution as a matrix product: `patch_windows` [*, values of a window] -> [*, D].
+
+    The rows are contiguous, which is the order that the gate and the blocks read; a convolution leaves the channels
+    outermost.
+    """
+    weight = convolution.weight.flatten(1)
+    if are_few(windows) and row_kernels_serve(windows):
+        return linear_rows(windows.flatten(0, -2), weight, convolution.bias).unflatten(0, windows.shape[:-1])
+    return F.linear(windows, weight, convolution.bias)
+
+
+def changed(before: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """The patches, int32 rows, any bit of whose pixels [1, N, values] differs between two frames."""
+    words = torch.int64 if windows.shape[2] * windows.element_size() % 8 == 0 else torch.uint8
+    return (before.view(words) != windows.view(words)).any(2)[0].nonzero()[:, 0].int()
+
+
+def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
+    """What the tower's projection gives of the frames' pixels; kept for the gate, and the pixels too if it reads them.
+
+    Args:
+        forward: the projection's own.
+        pixels: as the projection takes them.
+    """
+    projection = current.plan.anatomy.projection
+    if not is_patch_projection(projection):
+        current.projected, current.pixels = forward(pixels), pixels
+        return current.projected
+    windows = [patch_windows(projection, image) for image in pixels.split(1)]  # [1, N, values] each
+    if current.plan.config.signal == "pixel":
+        current.pixels = torch.cat(windows)
+    weights = derived(projection, "projection", object)  # another object for other weights
+    streams = zip(current.states, windows, strict=True)
+    rows = [_project_changed(projection, weights, state, own) for state, own in streams]  # [1, N, D] each
+    projected = rows[0] if len(rows) == 1 else torch.cat(rows)
+    counts = [length // size for length, size in zip(pixels.shape[2:], projection.kernel_size, strict=True)]
+    current.projected = projected.transpose(1, 2).unflatten(2, counts)
+    return current.projected
+
+
+def _project_changed(
+    projection: nn.Conv2d | nn.Conv3d, weights: object, state: StreamState, windows: torch.Tensor
+) -> torch.Tensor:
+    """One stream's patches [1, N, values] projected to [1, N, D]; those with the last frame's pixels were already.
+
+    Only on the CPU: a GPU would be waited for, and loses little by projecting all.
+
+    Args:
+        weights: stands for those of the projection.
+    """
+    if windows.device.type != "cpu":
+        return project_windows(projection, windows)
+    last, state.last_frame = state.last_frame, None
+    if last is None or last.windows.shape != windows.shape or last.windows.dtype != windows.dtype:
+        last = LastFrame(None, None, None)
+    differing = changed(last.windows, windows) if last.weights is weights else None
+    kept, projected = last.windows, last.projected
+    if differing is None or differing.numel() > DENSE_PROJECTION * windows.shape[1]:
+        kept, projected = copy_into(kept, windows), copy_into(projected, project_windows(projection, windows))
+    elif differing.numel():
+        ends = torch.tensor([0, differing.numel()], dtype=torch.int32)
+        fresh = gather_rows(windows, differing, ends, differing.numel())
+        scatter_rows_(kept, fresh, differing, ends)
+        scatter_rows_(projected, project_windows(projection, fresh), differing, ends)
+    state.last_frame = LastFrame(kept, projected, weights)
+    return projected

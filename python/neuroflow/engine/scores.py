@@ -1,0 +1,104 @@
+"""What a stream's surprise becomes before the rule reads it, and which patches are encoded, or left, regardless.
+
+Every function takes patches in row-major order of their grid (rows, columns), one stream's or [S, N] of several.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from ..adapters.anatomy import Grid
+
+MOST_SURPRISE = 2.0  # of a patch without NaN or Inf
+AROUND_WEIGHT = 0.8
+FRAME_WEIGHT = 0.5
+
+
+def staleness(surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+    """How far what the caches hold of a patch has probably drifted, weighted by how much the pooled output reads it.
+
+    A patch's keys, values and output drift with its own content, with that of the patches around it and with the rest
+    of the frame: (sqrt(surprise) + 0.8 sqrt(mean surprise of the 3 x 3 patches around) + 0.5 sqrt(mean surprise of the
+    frame))^2. The square root of the frames since it was encoded weighs this, as what goes on changing is stale again
+    at once; and so does the square root of the attention that the pooled output pays the patch, so that tokens go where
+    they change the result. In a frame where nothing changed nothing is stale. Form and weights were found on real
+    footage, at equal tokens (bench/results/scores.md).
+
+    Args:
+        surprise: [S, N] float32, infinite at patches with NaN.
+        age: [S, N], whole frames between this one and the one that last encoded a patch.
+        attention: [S, N] of mean 1, or None where nothing is known of it.
+
+    Returns:
+        [S, N] float32.
+    """
+    bounded = surprise.clamp_max(MOST_SURPRISE)
+    around = F.avg_pool2d(bounded.unflatten(1, grid), 3, stride=1, padding=1, count_include_pad=False).flatten(1)
+    drift = surprise.sqrt() + AROUND_WEIGHT * around.sqrt() + FRAME_WEIGHT * bounded.mean(1, keepdim=True).sqrt()
+    score = drift.square() * (1 + age).sqrt()
+    return score if attention is None else score * attention.sqrt()
+
+
+def without_common_motion(surprise: torch.Tensor) -> torch.Tensor:
+    """Surprise [S, N] above its frame's mean, so that a moving camera, which surprises everywhere, is not all change.
+
+    Source: Schmitt 2026, motion normalisation. What a camera's motion changes is then served stale.
+    """
+    return (surprise - surprise.clamp_max(MOST_SURPRISE).mean(1, keepdim=True)).clamp_min(0)
+
+
+def dilated(index: torch.Tensor, grid: Grid, rings: int) -> torch.Tensor:
+    """The patches `index` (ascending int32) and those up to `rings` patches from one of them, diagonally too."""
+    active = torch.zeros(grid, device=index.device)
+    active.view(-1)[index] = 1
+    grown = F.max_pool2d(active[None, None], 2 * rings + 1, stride=1, padding=rings)
+    return grown.flatten().nonzero()[:, 0].int()
+
+
+def due(age: torch.Tensor, max_age: int) -> torch.Tensor:
+    """The patches that are encoded so that none waits `max_age` frames, bool [S, N]: the oldest half-way there.
+
+    Never more than 2 N / max_age of them, where waiting for the limit itself would end in a burst of all that a key
+    frame encoded; and none for as long as the score reaches them earlier.
+    """
+    oldest = age.argsort(descending=True, stable=True)[:, : math.ceil(2 * age.shape[1] / max_age)]
+    return torch.zeros_like(age, dtype=torch.bool).scatter(1, oldest, True) & (age >= max_age // 2)
+
+
+def is_cut(
+    surprise: torch.Tensor, active: torch.Tensor, share: float | None, mean_surprise: float | None
+) -> torch.Tensor:
+    """Whether a frame shows another scene, or so much change that caches hardly help.
+
+    Args:
+        surprise: [S, N].
+        active: [S], how many of the N patches the rule chose.
+        share: a cut has more than this share of its patches active; None: whatever the share.
+        mean_surprise: a cut has a mean surprise above this; None: whatever the mean. It also works under a budget.
+
+    Returns:
+        [S] bool.
+    """
+    cut = torch.zeros_like(active, dtype=torch.bool)
+    if share is not None:
+        cut |= active > share * surprise.shape[1]
+    if mean_surprise is not None:
+        cut |= surprise.clamp_max(MOST_SURPRISE).mean(1) > mean_surprise
+    return cut
+
+
+def cls_attention(query: torch.Tensor, keys: torch.Tensor, scaling: float, prefix: int) -> torch.Tensor:
+    """The attention that CLS pays each patch, the mean of all heads.
+
+    Args:
+        query: [S, heads, head_dim], of CLS.
+        keys: [S, heads, T, head_dim].
+        scaling: of the products.
+        prefix: how many of the T are no patches.
+
+    Returns:
+        [S, N] float32.
+    """
+    scores = (keys @ query[..., None])[..., 0].float() * scaling
+    return scores.softmax(2)[..., prefix:].mean(1)

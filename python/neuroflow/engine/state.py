@@ -1,0 +1,149 @@
+"""What one stream carries from frame to frame, alone or beside others in memory."""
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+
+from ..adapters.anatomy import Grid
+
+# Why a frame encodes all of its patches; `neuroflow.FrameReport` says what each means.
+KeyFrame = Literal["first", "gap", "size", "outputs", "failed", "nonfinite", "age", "cut", "dense"]
+PATCHES = ("age", "active", "surprise", "attention")  # attributes of a state, one value for each patch
+
+
+class LastFrame(NamedTuple):
+    """The last frame as it came in: pixels of its patches [1, N, values], their projection [1, N, D], and what stands
+    for the weights that projected them.
+    """
+
+    windows: torch.Tensor | None
+    projected: torch.Tensor | None
+    weights: object
+
+
+def copy_into(held: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    """`value` in the memory of `held`, or in new memory that later frames can update, in inference mode or not."""
+    if held is None:
+        with torch.inference_mode(False):
+            held = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return held.copy_(value)
+
+
+class StreamState:
+    """What one stream carries from frame to frame.
+
+    `tensors` holds the reference and the caches, each [1, rows, D]. All tensors stay where they are until the stream
+    starts over, so that recorded work finds them.
+    """
+
+    def __init__(self, name: Hashable) -> None:
+        self.name = name
+        # Why its next frame must be a key frame; "failed" while one is being encoded, in case that it fails half-way.
+        self.key_frame_due: KeyFrame | None = "first"
+        self.signature: tuple | None = None
+        self.grid: Grid = (0, 0)
+        self.tensors: dict[Hashable, torch.Tensor] = {}
+        self.hidden: frozenset[int] = frozenset()  # numbers of the blocks whose output it keeps
+        self.age: torch.Tensor | None = None  # [N], frames since a patch was last encoded
+        self.last_frame: LastFrame | None = None
+        self.attention: torch.Tensor | None = None  # [N] of mean 1, what the pooled output paid each patch
+        self.active: torch.Tensor | None = None  # [N] bool, of the last frame
+        self.surprise: torch.Tensor | None = None  # [N] float32, of the last frame
+        self.skipped: torch.Tensor | None = None  # [1] float64, the shares of all frames added up
+        self.frames = 0
+        self.key_frames = 0
+        self.since_key_frame = 0
+        self.nonfinite = 0
+        self.frame_id: int | None = None  # of the last frame, where the caller numbers them
+        self.used = 0.0  # when, in seconds of a clock that only goes on
+        self.state_bytes = 0  # what `held` holds, as of the last frame
+        self.slab: Slab | None = None  # where its tensors lie, if beside those of other streams
+        self.last_pass: Hashable = None  # what kind of pass the last was
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def start_over(self, signature: tuple, grid: Grid, device: torch.device) -> None:
+        """Make room for a key frame of another size, dtype or device."""
+        self.signature, self.grid = signature, grid
+        self.tensors.clear()
+        self.slab = self.attention = None
+        patches = torch.zeros(self.patches, device=device)
+        self.age = copy_into(None, patches.int())
+        self.active = copy_into(None, patches.bool())
+        self.surprise = copy_into(None, patches)
+        skipped = torch.zeros(1, dtype=torch.float64) if self.skipped is None else self.skipped
+        self.skipped = copy_into(None, skipped.to(device))
+
+    def put(self, name: Hashable, value: torch.Tensor) -> None:
+        """Replace a cache in full; value [1, rows, D]."""
+        self.tensors[name] = copy_into(self.tensors.get(name), value)
+
+    def note_attention(self, attention: torch.Tensor) -> None:
+        """Keep what the patches got of the pooled output's attention, [N] of any scale, for the next frame's gate."""
+        self.attention = copy_into(self.attention, (attention / attention.mean()).float())
+
+    def account(self, active: torch.Tensor | None, surprise: torch.Tensor | None, finite: bool) -> None:
+        """Note that a frame encodes the patches `active`, int32 rows, None for all, as a key frame; surprise: [N]."""
+        key_frame = active is None
+        self.active.fill_(key_frame)
+        if key_frame:
+            self.surprise.fill_(torch.nan)
+        else:
+            self.active[active] = True
+            self.surprise.copy_(surprise)
+            self.skipped += 1 - active.numel() / self.patches
+        self.age.add_(1).masked_fill_(self.active, 0)
+        self.frames += 1
+        self.key_frames += key_frame
+        self.since_key_frame = 0 if key_frame else self.since_key_frame + 1
+        self.nonfinite += not finite
+
+    def held(self) -> list[torch.Tensor]:
+        last = [] if self.last_frame is None else [self.last_frame.windows, self.last_frame.projected]
+        patches = [getattr(self, name) for name in PATCHES]
+        return [*self.tensors.values(), *last, *(tensor for tensor in patches if tensor is not None)]
+
+
+class Slab:
+    """The tensors of several streams of one size side by side, so that one launch serves them all.
+
+    Each stream goes on with its part of them. `caches` has every stream's `tensors`, [S, rows, D]; the rest is [S, N].
+    """
+
+    def __init__(self, states: list[StreamState]) -> None:
+        self.caches: dict[Hashable, torch.Tensor] = {}
+        for name in states[0].tensors:
+            self.caches[name] = _joined([state.tensors[name] for state in states])
+            for number, state in enumerate(states):
+                state.tensors[name] = self.caches[name][number : number + 1]
+        self.age, self.active, self.surprise, self.attention, self.skipped = (
+            self._part(states, name) for name in (*PATCHES, "skipped")
+        )
+        for state in states:
+            state.slab = self
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """A block that changes nothing here for good."""
+        named = [self.age, self.active, self.surprise, self.attention, self.skipped]
+        tensors = [tensor for tensor in (*self.caches.values(), *named) if tensor is not None]
+        before = [tensor.clone() for tensor in tensors]
+        yield
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+
+    def _part(self, states: list[StreamState], name: str) -> torch.Tensor | None:
+        if getattr(states[0], name) is None:
+            return None
+        part = _joined([getattr(state, name)[None] for state in states])
+        for state, row in zip(states, part, strict=True):
+            setattr(state, name, row)
+        return part
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else copy_into(None, torch.cat(parts))

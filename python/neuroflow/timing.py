@@ -1,0 +1,23 @@
+"""Milliseconds of what a model does."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def timed(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """What `call` returns, and the milliseconds that it took, a GPU's work included."""
+    _wait_for(device)
+    start = time.perf_counter()
+    result = call()
+    _wait_for(device)
+    return result, (time.perf_counter() - start) * 1e3
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
