@@ -1,5 +1,6 @@
 """Attributes of modules that are replaced in place, and put back."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -7,17 +8,12 @@ from typing import Any
 from torch import nn
 
 
-class _InFront:
-    """A function in front of a method: called with the original first, until `released`; from then on, the original."""
+class _InFront(functools.partial):
+    """A function in front of a method, which is the last argument that it holds."""
 
-    def __init__(self, original: Callable, function: Callable) -> None:
-        self.original = original
-        self.function = function
-        self.released = False
-        self.__signature__ = inspect.signature(original)  # by which callers choose what they pass
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.original(*args, **kwargs) if self.released else self.function(self.original, *args, **kwargs)
+    def release(self) -> None:
+        """Be the method alone from now on, for whoever holds on to this."""
+        self.__setstate__((self.args[-1], (), {}, {}))
 
 
 class Replaced:
@@ -31,8 +27,11 @@ class Replaced:
         setattr(module, name, value)
 
     def put_in_front(self, module: nn.Module, method: str, function: Callable) -> None:
-        """Have calls of a method go to `function`, which takes the method as it was first."""
-        self.set(module, method, _InFront(getattr(module, method), function))
+        """Have calls of a method go to `function`, which takes the method as it was in front of their arguments."""
+        original = getattr(module, method)
+        in_front = _InFront(function, original)
+        in_front.__signature__ = inspect.signature(original)  # by which callers choose what they pass
+        self.set(module, method, in_front)
 
     def undo(self) -> None:
         """Put everything back, the last first; a class's own method comes back by removing the instance's.
@@ -41,7 +40,7 @@ class Replaced:
         """
         for module, name, value, was in reversed(self._undo):
             if isinstance(value, _InFront):
-                value.released = True
+                value.release()
             if vars(module).get(name) is not value:
                 continue
             delattr(module, name)

@@ -90,17 +90,17 @@ class Engine:
         anatomy, arch = self.anatomy, self.config.arch
         points: list[tuple[nn.Module, str, Callable]] = []
         for entry in anatomy.entries:
-            points.append((anatomy.tower, entry, lambda *args, entry=entry, **kw: self.on_tower(entry, *args, **kw)))
+            points.append((anatomy.tower, entry, functools.partial(self.on_tower, entry)))
         for module, method, override in anatomy.overrides:  # of blocks too: inside of all that follows
-            points.append((module, method, lambda *args, to=override, **kwargs: self.on_override(to, *args, **kwargs)))
+            points.append((module, method, functools.partial(self.on_override, override)))
         if anatomy.rotary is not None:  # inside of what packs
             points += [(layer, "forward", self.on_rotary) for layer in anatomy.layers]
         for layer, block in enumerate(anatomy.layers):
-            points.append((block, "forward", lambda *args, layer=layer, **kw: self.on_layer(layer, *args, **kw)))
+            points.append((block, "forward", functools.partial(self.on_layer, layer)))
         if anatomy.projection is not None:
             points.append((anatomy.projection, "forward", self.on_projection))
         for table in anatomy.tables:
-            points.append((*table, lambda *args, table=table, **kw: self.on_table(table, *args, **kw)))
+            points.append((*table, functools.partial(self.on_table, table)))
         with_linears = [*anatomy.layers]
         if anatomy.pool is not None:
             points.append((*anatomy.pool, self.on_pool))
@@ -109,20 +109,18 @@ class Engine:
         for part in with_linears:
             for module in part.modules():
                 if is_linear(module):
-                    points.append((module, "forward", lambda *args, module=module: self.on_linear(module, *args)))
+                    points.append((module, "forward", functools.partial(self.on_linear, module)))
         for module, other in self.distilled.items():
             if anatomy.pool is None or module is not anatomy.pool[0]:
                 call = functools.partial(self.on_linear, other, other.forward) if is_linear(other) else other.forward
-                points.append((module, "forward", lambda *args, call=call: self.on_distilled(call, *args)))
+                points.append((module, "forward", functools.partial(self.on_distilled, call)))
         if anatomy.attention is not None:
             for module in anatomy.attentions:
-                points.append(
-                    (module, "forward", lambda *args, module=module, **kw: self.on_attention(module, *args, **kw))
-                )
+                points.append((module, "forward", functools.partial(self.on_attention, module)))
         if arch == "mlp":
             for layer, (first, last) in enumerate(anatomy.mlps):
                 points.append((first, "forward", self.on_mlp_input))
-                points.append((last, "forward", lambda *args, layer=layer: self.on_mlp_output(layer, *args)))
+                points.append((last, "forward", functools.partial(self.on_mlp_output, layer)))
         elif self.plan.final is None:
             points.append((anatomy.last, "forward", self.on_last))
         return points
