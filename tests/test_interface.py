@@ -43,16 +43,15 @@ def test_without_a_file_the_settings_are_the_default_ones(saved):
     assert describe(model).tower._neuroflow_engine.config == neuroflow.NeuroFlowConfig()
 
 
-def test_batches_without_names_run_unpatched(saved):
-    dense = SiglipVisionModel.from_pretrained(saved).eval()
+def test_batches_without_names_are_clips(saved):
     model = SiglipVisionModel.from_pretrained(saved, attn_implementation="neuroflow").eval()
     frames = clip(frames=3)
-    with torch.inference_mode(), pytest.warns(RuntimeWarning) as warned:
-        for _ in range(3):
-            assert torch.equal(model(pixel_values=frames).pooler_output, dense(pixel_values=frames).pooler_output)
-        neuroflow.encode(model, frames, ["a", "b", "c"])
-    assert sum("such batches run unpatched" in str(warning.message) for warning in warned) == 1
-    assert set(neuroflow.summary(model).streams) == {"a", "b", "c"}
+    with torch.inference_mode(), pytest.warns(RuntimeWarning, match="it is patched from its next frame on"):
+        model(pixel_values=frames)
+    with torch.inference_mode():
+        first, second = (model(pixel_values=frames).pooler_output for _ in range(2))
+    assert torch.equal(first, second) and not neuroflow.summary(model).streams
+    assert [report.key_frame for report in neuroflow.last_pass(model)] == ["first", None, None]
 
 
 def test_enabling_and_disabling_by_hand(saved):

@@ -15,6 +15,7 @@ Signal = Literal["patch", "embedding", "pixel"]
 Reference = Literal["refreshed", "ema", "previous", "dual"]
 Score = Literal["staleness", "surprise"]
 Refresh = Literal["key", "rolling"]
+Batch = Literal["clip", "streams", "dense"]
 Launch = Literal["graph", "eager"]
 Precision = Literal["model", "bfloat16"]
 
@@ -72,6 +73,12 @@ class NeuroFlowConfig:
             model's linear layers and attention multiply in bfloat16, and the caches hold keys and values in it. Sums,
             the residual stream and passes of whole frames stay float32. Takes half the weights' memory more and half
             the keys' and values' less. Models of other dtypes stay as they are.
+        batch: what several frames in one call are, where no context names their streams. "clip": one clip, in order of
+            time, which begins with a key frame and leaves nothing behind, so that the same call gives the same twice;
+            frames that have nothing in common are key frames, and cost what they cost dense. "streams": a frame of each
+            of as many streams, 0 to S - 1. "dense": they run unpatched.
+        pass_patches: how many patches a pass holds at most; a call of more frames than that is encoded in several, one
+            after the other, which bounds the memory that it takes beside its output.
         launch: "graph": on a GPU, sparse frames of streams that keep coming together are recorded as CUDA graphs, whose
             numbers of patches are those of the ladder (64, 96, 128, 192, ... where none is given). Hooks on the tower's
             modules run when a graph is recorded, and not with every frame. "eager": every frame is launched op by op,
@@ -105,6 +112,8 @@ class NeuroFlowConfig:
     blend: float = 1.0
     mid_layer: int | None = None
     precision: Precision = "model"
+    batch: Batch = "clip"
+    pass_patches: int = 2**16
     launch: Launch = "graph"
 
     def __post_init__(self) -> None:
@@ -117,6 +126,7 @@ class NeuroFlowConfig:
             "score": Score,
             "refresh": Refresh,
             "precision": Precision,
+            "batch": Batch,
             "launch": Launch,
         }
         for name, kind in kinds.items():
@@ -136,6 +146,8 @@ class NeuroFlowConfig:
         for name in ("floor", "dilation"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 0, name, value, "an integer, 0 or more")
+        held = isinstance(self.pass_patches, int) and self.pass_patches >= 1
+        _require(held, "pass_patches", self.pass_patches, "a number of patches, 1 or more")
         if self.ladder is not None:
             object.__setattr__(self, "ladder", tuple(self.ladder))
             whole = all(isinstance(rung, int) and rung > 0 for rung in self.ladder)

@@ -186,20 +186,30 @@ class Steps(Pass):
 
     videos: Sequence[OpenVideo] = ()
 
+    @property
+    def owners(self) -> list[OpenVideo]:
+        """Of each frame, the video that it is of."""
+        return [video for video in self.videos for _ in range(video.count)]
+
     def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
         fresh = split(tokens, self.lengths if self.partial else self.counts)
         active = self.active if self.partial else [None] * len(fresh)
-        frames = zip(self.states, fresh, active, strict=True)
-        for video in self.videos:
-            cache = video.caches.get(name)
-            for state, encoded, rows in itertools.islice(frames, video.count):
-                cache = encoded if rows is None else cache.index_copy(1, rows.long(), encoded)
-                state.tensors[name] = cache
-            video.caches[name] = cache.detach()
+        self.versions[name] = [
+            self._put(name, video, *of) for video, *of in zip(self.owners, fresh, active, strict=True)
+        ]
 
-    def store_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def store_heads(self, layer: int, entry: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        active, state = self.active[entry] if self.partial else None, self.states[entry]
         for name, heads in (("key", key), ("value", value)):
-            self.store((name, layer), heads.transpose(1, 2).flatten(2))
+            fresh = heads.transpose(1, 2).flatten(2)
+            state.tensors[name, layer] = self._put((name, layer), self.owners[entry], fresh, active)
+
+    def _put(self, name: Hashable, video: OpenVideo, fresh: torch.Tensor, active: torch.Tensor | None) -> torch.Tensor:
+        """Bring one video's cache up to date with a frame's tokens; what it was before stays for the gradients."""
+        if active is not None:
+            fresh = video.caches[name].index_copy(1, active.long(), fresh)
+        video.caches[name] = fresh
+        return fresh
 
 
 class Student(Engine):
@@ -229,10 +239,11 @@ class Student(Engine):
         finally:
             current_pass.reset(token)
         self.whole = current.whole
-        owners = [video for video in self.videos for _ in range(video.count)]
-        for video, attention in zip(owners, current.attention, strict=True):
+        for video, attention in zip(current.owners, current.attention, strict=True):
             if attention is not None:
                 video.state.note_attention(attention.detach())
+        for video in self.videos:
+            video.caches = {name: cache.detach() for name, cache in video.caches.items()}
         return output
 
     def on_projection(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .adapters import describe
 from .engine.attention import ATTENTION, attend
 from .engine.passes import current_pass
-from .patch import adopt, is_patched
+from .patch import enable_cache, is_patched
 
 _asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # each once, so that `disable_cache` is for good
 
@@ -55,7 +55,7 @@ def _adopt(module: nn.Module) -> None:
             continue
         if module in anatomy.attentions and not is_patched(owner):
             config = os.environ.get("NEUROFLOW_CONFIG")
-            adopt(owner, config)
+            enable_cache(owner, config)
             warnings.warn(
                 f"neuroflow: {type(owner).__name__} has the attention implementation {ATTENTION!r}, so it is patched "
                 f"from its next frame on, with {'the default settings' if config is None else config}",

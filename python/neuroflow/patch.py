@@ -15,7 +15,7 @@ from .attributes import Replaced
 from .config import NeuroFlowConfig
 from .engine.attention import ATTENTION
 from .engine.crossover import Size
-from .engine.engine import Engine
+from .engine.engine import Deal, Engine
 from .engine.passes import FrameReport
 from .engine.streams import StreamCache
 from .releases import warn_of_newer
@@ -59,8 +59,9 @@ class Summary:
         streams: by name, the least recently used first.
         limit_bytes: what all of them together can come to hold, by the limits of the model's `StreamCache`; None where
             it has none.
-        crossovers: by size of pass, above which share of active patches it runs dense, as far as that was measured; a
-            size is (streams, (rows, columns) of the largest frame, dtype, device).
+        crossovers: by size of pass, above which share of active patches a frame of it is encoded whole, as far as that
+            was measured; a size is (frames, (rows, columns) of the largest, dtype, device).
+        pass_patches: how many patches a pass holds at most; longer clips are encoded in several.
         graph_bytes: what recorded CUDA graphs hold beside the streams.
     """
 
@@ -68,6 +69,7 @@ class Summary:
     streams: dict[Hashable, StreamSummary]
     limit_bytes: int | None
     crossovers: dict[Size, float]
+    pass_patches: int
     graph_bytes: int = 0
 
     @property
@@ -204,15 +206,6 @@ def enable_cache(
     return model
 
 
-def adopt(tower: nn.Module, config: str | Path | None) -> None:
-    """Patch a tower whose model asked for it by its attention implementation alone.
-
-    Such a model knows nothing of streams, so that batches of frames without names run unpatched.
-    """
-    enable_cache(tower, config)
-    engine_of(tower).adopted = True
-
-
 def install(engine: Engine) -> None:
     """Put an engine in front of the methods that it stands at; `disable_cache` takes it out."""
     anatomy, replaced = engine.anatomy, Replaced()
@@ -247,23 +240,36 @@ def disable_cache(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def cache_context(model: nn.Module, *streams: Hashable) -> Iterator[None]:
-    """Name the stream that the frames inside the block belong to; several names for a batch, one a frame, in order.
+    """Name the streams that the frames inside the block belong to.
 
-    They hold for every patched tower of the model, each of which has streams of its own.
+    The names are dealt to the frames in order, from the first again behind the last, across the calls of a tower: with
+    one name they are frames of one stream, in one call or in many; with three, those of three cameras, in one batch or
+    in three calls. A name that comes again stands for the stream's next frame. Each patched tower of the model has
+    streams of its own, and is dealt the names by itself.
 
-    Without a context a batch of one frame belongs to the stream "default". Contexts are local to a thread or task.
+    Without a context one frame belongs to the stream "default"; `NeuroFlowConfig.batch` says what several are. Contexts
+    are local to a thread or task.
 
     Raises:
         RuntimeError: the model is not patched.
-        ValueError: no name, or one name twice.
+        ValueError: no name; or the block ends in the middle of its names.
+
+    Example:
+        with neuroflow.cache_context(model, "cam-7"):
+            model(pixel_values=clip)  # [T, 3, H, W], the stream's next T frames
     """
     engines = engines_of(model)
-    if not streams or len(set(streams)) < len(streams):
-        raise ValueError(f"streams is {streams!r}; accepted is at least one name, each only once")
+    if not streams:
+        raise ValueError("streams is (); accepted is at least one name")
+    deals = [Deal(streams) for _ in engines]
     with contextlib.ExitStack() as stack:
-        for engine in engines:
-            stack.callback(engine.named.reset, engine.named.set(streams))
+        for engine, deal in zip(engines, deals, strict=True):
+            stack.callback(engine.named.reset, engine.named.set(deal))
         yield
+    for deal in deals:
+        if deal.dealt % len(streams):
+            accepted = f"a multiple of {len(streams)}, so that each name has as many"
+            raise ValueError(f"streams is {streams!r}, and {deal.dealt} frames were encoded; accepted is {accepted}")
 
 
 def encode(
@@ -273,12 +279,12 @@ def encode(
     frame_ids: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Encode one frame of each of several streams in one packed pass.
+    """Encode frames of one or several streams in one packed pass.
 
     Args:
         model: a patched model.
         pixels: [S, 3, H, W], as the model takes `pixel_values`, or a tower its first argument.
-        stream_ids: S names, each only once.
+        stream_ids: S names; one that comes again is that stream's next frame.
         frame_ids: S numbers, where the frames of each stream are counted. One that does not follow the last is a key
             frame, as frames were lost, or come out of order.
         kwargs: handed to the model.
@@ -288,16 +294,16 @@ def encode(
 
     Raises:
         RuntimeError: the model is not patched.
-        ValueError: S differs from the number of names or of frame_ids, or a name comes twice.
+        ValueError: S differs from the number of names or of frame_ids.
     """
     if frame_ids is not None and len(frame_ids) != len(stream_ids):
         raise ValueError(
             f"frame_ids holds {len(frame_ids)} numbers for {len(stream_ids)} streams; accepted is one each"
         )
     with contextlib.ExitStack() as stack:
+        stack.enter_context(cache_context(model, *stream_ids))
         for engine in engines_of(model):
             stack.callback(engine.numbered.reset, engine.numbered.set(None if frame_ids is None else tuple(frame_ids)))
-        stack.enter_context(cache_context(model, *stream_ids))
         is_tower = _ENGINE in vars(model)
         return model(pixels, **kwargs) if is_tower else model(pixel_values=pixels, **kwargs)
 
@@ -367,5 +373,6 @@ def summary(model: nn.Module) -> Summary:
         streams=streams,
         limit_bytes=engine.streams.limit_bytes,
         crossovers=dict(engine.gate.crossovers),
+        pass_patches=engine.config.pass_patches,
         graph_bytes=0 if engine.graphs is None else engine.graphs.held_bytes,
     )

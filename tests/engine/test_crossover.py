@@ -204,13 +204,13 @@ def test_it_is_measured_once_for_each_size(measured):
         0.75,
     )
     text = str(neuroflow.summary(model))
-    assert "\n  2 stream(s) of 6x6 patches, float32 on cpu: dense above 75.0% active\n" in text
+    assert "\n  2 frame(s) of 6x6 patches, float32 on cpu: dense above 75.0% active\n" in text
     neuroflow.disable_cache(model)
     neuroflow.enable_cache(model)
     assert neuroflow.summary(model).crossovers == {}
     measured(1.0)
     encode(model, frames[:1].double(), "a")
-    assert str(neuroflow.summary(model)).endswith("\n  1 stream(s) of 6x6 patches, float64 on cpu: never dense")
+    assert str(neuroflow.summary(model)).endswith("\n  1 frame(s) of 6x6 patches, float64 on cpu: never dense")
 
 
 def test_it_is_measured_where_it_matters(tmp_path, measured):

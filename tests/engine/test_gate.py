@@ -54,7 +54,7 @@ def test_a_gate_alone_chooses_what_the_engines_does(family, settings):
         active = torch.zeros(2, 36 + anatomy.prefix, dtype=torch.bool)
         for stream, own in enumerate(rows):
             active[stream, slice(None) if own is None else own.long()] = True
-        chosen.append((active[:, anatomy.prefix :], current.key_frames))
+        chosen.append((active[:, anatomy.prefix :], [report.key_frame for report in current.reports]))
     neuroflow.enable_cache(model, config)
     with torch.inference_mode(), pytest.warns(RuntimeWarning, match="holds NaN or Inf"):
         for batch, (active, key_frames) in zip(frames, chosen, strict=True):

@@ -29,8 +29,12 @@ def clock(monkeypatch, one_thread):
     monkeypatch.setattr(graphs, "CudaGraph", HostGraph)
     for module in (gate, graphs):
         monkeypatch.setattr(module, "is_recordable", lambda device: True)
+
     # As on a GPU. What is projected with fewer patches differs in the last bit, by which unchanged ones fill a rung up.
-    monkeypatch.setattr(projection, "_project_changed", lambda convolution, *of: project_windows(convolution, of[-1]))
+    def project_all(convolution, weights, state, frames):
+        return [project_windows(convolution, frame) for frame in frames]
+
+    monkeypatch.setattr(projection, "_project_changed", project_all)
 
     def seconds(work, device):
         work()

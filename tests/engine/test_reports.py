@@ -6,7 +6,6 @@ import neuroflow
 import pytest
 import torch
 from models import clip, exact, tiny
-from neuroflow.patch import engine_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,9 +121,8 @@ def test_a_thread_has_reports_of_its_own():
 
 
 def test_a_call_that_runs_unpatched_reports_nothing():
-    model = neuroflow.enable_cache(tiny("siglip"))
+    model = neuroflow.enable_cache(tiny("siglip"), exact(batch="dense"))
     encode(model, clip(frames=1)[0])
-    engine_of(model).adopted = True
     with pytest.warns(RuntimeWarning, match="run unpatched"):
         model(pixel_values=clip(frames=2))
     assert neuroflow.last_pass(model) == ()

@@ -45,6 +45,8 @@ class Anatomy:
             its first two arguments.
         order: the tower's arguments by name -> of each frame, the row-major patch at each of its tokens, int64 [N];
             None where tokens are in row-major order.
+        times: the tower's arguments by name -> of each of its inputs, how many frames that holds, where a video is one
+            input; None: one each.
         overrides: (module, method, function that takes the original first), in force while the tower runs.
         reads: the tower's arguments by name -> numbers of the blocks whose output the tower needs of all patches, for
             feature maps and the like; hidden states that are asked for by `output_hidden_states` come by themselves.
@@ -66,6 +68,7 @@ class Anatomy:
     rotary: tuple[str, Callable[[Any, Callable], Any]] | None = None
     attention: Callable | None = None
     order: Callable[[dict[str, Any]], list[torch.Tensor]] | None = None
+    times: Callable[[dict[str, Any]], list[int]] | None = None
     overrides: tuple[tuple[nn.Module, str, Callable], ...] = ()
     reads: Callable[[dict[str, Any]], Iterable[int]] = _none
 

@@ -11,7 +11,7 @@ from .anatomy import Anatomy, Grid, cos_and_sin
 
 
 def qwen3_vl(tower: nn.Module) -> Anatomy:
-    """Qwen3-VL, dense or with experts, vision side. An image is a frame of one stream.
+    """Qwen3-VL, dense or with experts, vision side. An image is a frame, and so is each step in time of a video.
 
     The images of a pass lie end to end in the output, which does not say where one ends: its embedding is the mean of
     all merged tokens, [1, D], a frame's where there is one image in a pass.
@@ -84,6 +84,7 @@ def _parts(tower: nn.Module) -> dict[str, Any]:
         "last": layers[-1],
         "prefix": 0,
         "grids": functools.partial(_grids, tower.spatial_merge_size),
+        "times": _times,
         "embedding": _embedding,
         "needs_every_token": True,
         "rotary": ("position_embeddings", cos_and_sin),
@@ -92,13 +93,16 @@ def _parts(tower: nn.Module) -> dict[str, Any]:
 
 def _grids(merge: int, arguments: dict[str, Any]) -> list[Grid]:
     grids = arguments["grid_thw"].tolist()
-    for frames, rows, columns in grids:
-        if frames != 1 or rows % merge or columns % merge:
+    for times, rows, columns in grids:
+        if rows % merge or columns % merge:
             raise ValueError(
-                f"grid_thw holds {[frames, rows, columns]}; accepted is [1, rows, columns] for each image, multiples "
-                f"of {merge}, as a video's frames are images of one stream, each in a pass of its own"
+                f"grid_thw holds {[times, rows, columns]}; accepted are rows and columns that are multiples of {merge}"
             )
-    return [(rows, columns) for _, rows, columns in grids]
+    return [(rows, columns) for times, rows, columns in grids for _ in range(times)]
+
+
+def _times(arguments: dict[str, Any]) -> list[int]:
+    return arguments["grid_thw"][:, 0].tolist()
 
 
 def _embedding(output: Any) -> torch.Tensor:

@@ -43,39 +43,49 @@ def attend(
     if name != ATTENTION:
         attention = ALL_ATTENTION_FUNCTIONS.get(name, attention)
     context, layer = current.plan.config.arch == "context", current.plan.layer_of[module]
-    if current.packed and current.rounded and query.dtype == torch.float32:
-        rounded = (heads.bfloat16() for heads in (query, key, value))
-        attended, weights = attend(current, module, *rounded, mask, product, **kwargs)
-        return attended.to(query.dtype), weights
-    if context:
-        current.store_heads(layer, key, value)
+    rounds = current.packed and current.rounded
     watched = layer in current.plan.watched
+    if isinstance(current, StaticPass) and (current.packed or product is not None):
+        if product is not None:
+            raise Unrecordable("its attention is not simply from every query to every key")
+        heads = (query, key, value) if not rounds else (query.bfloat16(), key.bfloat16(), value.bfloat16())
+        if context:
+            current.store_all_heads(layer, *heads[1:])
+            attended = current.attend_cached(heads[0], layer, watched, kwargs.get("scaling"))
+        else:
+            attended, _ = attention(module, *heads, current.same_stream(), **kwargs)
+        return attended.to(query.dtype), None
+    parts = [current.heads(heads) for heads in (query, key, value)]
+    if context and not current.packed:
+        for entry, (keys, values) in enumerate(zip(*parts[1:], strict=True)):
+            if not current.followed[entry]:
+                current.store_heads(layer, entry, keys, values)
     if not current.packed and product is None and query.shape[0] == len(current.states):
         if watched:
             current.add_cls_attention(query[:, :, 0], key, kwargs["scaling"])
         return attention(module, query, key, value, mask, **kwargs)
-    if isinstance(current, StaticPass):
-        if product is not None:
-            raise Unrecordable("its attention is not simply from every query to every key")
-        if context:
-            return current.attend_cached(query, layer, watched, kwargs.get("scaling")), None
-        return attention(module, query, key, value, current.same_stream(), **kwargs)
     outputs = []
-    parts = [current.heads(heads) for heads in (query, key, value)]
-    for stream, (state, queries, keys, values) in enumerate(zip(current.states, *parts, strict=True)):
-        rows = key_rows = current.rows[stream] if current.packed else None
+    for entry, (state, *heads) in enumerate(zip(current.states, *parts, strict=True)):
+        partial = current.packed and not current.whole[entry]
+        if partial and rounds:
+            heads = [each.bfloat16() for each in heads]
+        queries, keys, values = heads
+        rows = key_rows = current.rows[entry] if partial else None
         if context and current.packed:
+            current.store_heads(layer, entry, keys, values)  # in turn, so that each entry finds those before it
+        if context and partial:
             keys = state.tensors["key", layer].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
             values = state.tensors["value", layer].unflatten(2, (value.shape[1], -1)).transpose(1, 2)
             key_rows = None
-        if watched and (context or not current.packed or current.whole[stream]):
-            current.add_cls_attention(queries[:, :, 0], keys, kwargs["scaling"], stream)
-        # Packed tokens of one stream only see tokens of that stream, none of which is padding.
+        if watched and not current.followed[entry] and (context or not partial):
+            current.add_cls_attention(queries[:, :, 0], keys, kwargs["scaling"], entry)
+        # Packed tokens of one entry only see tokens of its stream, none of which is padding.
         if product is not None:
-            outputs.append(product(queries, keys, values, rows, key_rows, current.grids[stream]))
-        elif current.packed and current.row_kernels:
-            of_rows = (heads[0].transpose(0, 1) for heads in (queries, keys, values))  # [*, heads, head_dim]
-            outputs.append(attend_rows(*of_rows, kwargs.get("scaling"))[None])
+            attended = product(queries, keys, values, rows, key_rows, current.grids[entry])
+        elif partial and current.row_kernels:
+            of_rows = (each[0].transpose(0, 1) for each in (queries, keys, values))  # [*, heads, head_dim]
+            attended = attend_rows(*of_rows, kwargs.get("scaling"))[None]
         else:
-            outputs.append(attention(module, queries, keys, values, None, **kwargs)[0])
+            attended = attention(module, queries, keys, values, None, **kwargs)[0]
+        outputs.append(attended.to(query.dtype))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None

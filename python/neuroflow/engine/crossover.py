@@ -17,9 +17,9 @@ RUNS = 3  # of the block at each share, at least
 
 
 class Size(NamedTuple):
-    """What one crossover is measured for: a pass of so many streams, of the rows and columns of its largest frame."""
+    """What one crossover is measured for: a pass of so many frames, of the rows and columns of the largest."""
 
-    streams: int
+    frames: int
     grid: Grid
     dtype: torch.dtype
     device: torch.device
@@ -27,7 +27,7 @@ class Size(NamedTuple):
     def __str__(self) -> str:
         rows, columns = self.grid
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.streams} stream(s) of {rows}x{columns} patches, {dtype} on {self.device}"
+        return f"{self.frames} frame(s) of {rows}x{columns} patches, {dtype} on {self.device}"
 
 
 def size_of(grids: Sequence[Grid], tokens: torch.Tensor) -> Size:
@@ -36,20 +36,21 @@ def size_of(grids: Sequence[Grid], tokens: torch.Tensor) -> Size:
 
 
 def is_above(
-    current: Pass, tokens: torch.Tensor, chosen: list[torch.Tensor | None], known: Mapping[Size, float]
+    current: Pass, tokens: torch.Tensor, chosen: Mapping[int, torch.Tensor | None], known: Mapping[Size, float]
 ) -> bool:
-    """Whether the pass is faster dense than on the patches `chosen` of each stream, None for all.
+    """Whether some entries of a pass are faster dense than on the patches `chosen` of each, None for all.
 
     Where that is not known, and may matter, `current.unmeasured` becomes the size to measure it for.
 
     Args:
         current: the pass.
         tokens: in front of the first block.
-        chosen: int32 rows of each stream's patches.
+        chosen: by number of entry, int32 rows of its patches.
         known: the crossovers that were measured.
     """
-    counts = zip(chosen, current.patches, strict=True)
-    share = sum(patches if index is None else index.numel() for index, patches in counts) / sum(current.patches)
+    patches = {entry: current.patches[entry] for entry in chosen}
+    active = sum(patches[entry] if index is None else index.numel() for entry, index in chosen.items())
+    share = active / sum(patches.values())
     if current.plan.config.dense_above is not None:
         return share > current.plan.config.dense_above
     size = size_of(current.grids, tokens)
@@ -82,7 +83,7 @@ def measure(current: Pass, tokens: torch.Tensor, block: Callable[[torch.Tensor],
     leading = torch.arange(plan.anatomy.prefix)
 
     def spread(share: float) -> list[torch.Tensor]:
-        """The share of each stream's patches, at random."""
+        """The share of each frame's patches, at random."""
         rows = []
         for patches in current.patches:
             chosen = torch.randperm(patches, generator=generator)[: max(round(share * patches), 1)].sort().values

@@ -19,8 +19,11 @@ A frame's way through the files of this folder: `gate` chooses its patches, `pro
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
+import itertools
+import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import ContextVar
@@ -29,8 +32,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from ..adapters.anatomy import Anatomy, by_name, is_foldable
+from ..adapters.anatomy import Anatomy, Grid, by_name, is_foldable
 from ..config import NeuroFlowConfig
 from . import crossover, linear, pooling, projection
 from .attention import attend
@@ -43,6 +47,21 @@ from .state import StreamState
 from .streams import StreamCache
 
 DEFAULT_STREAM = "default"
+
+
+class Deal:
+    """Names of streams, which are dealt to frames in order, from the first again behind the last.
+
+    Attributes:
+        dealt: how many names went to frames that were encoded.
+    """
+
+    def __init__(self, names: tuple[Hashable, ...]) -> None:
+        self.names = names
+        self.dealt = 0
+
+    def next(self, count: int) -> tuple[Hashable, ...]:
+        return tuple(self.names[(self.dealt + number) % len(self.names)] for number in range(count))
 
 
 class Engine:
@@ -72,18 +91,26 @@ class Engine:
         self.config = config
         self.plan = Plan.of(anatomy, config)
         self.gate = Gate(self.plan, self.warn_once)
+        self.gate_of_clips = self._gate_of_clips()
         self.graphs = Graphs(self.gate, self.runs_unpatched, self.warn_once) if config.launch == "graph" else None
         self.derived = Derived()
         self.streams = streams
         self.distilled = distilled or {}
         self.weights: Path | None = None  # where those of `distilled` are from
-        self.adopted = False  # patched by itself, as its attention implementation asked for
         self.signatures = {entry: inspect.signature(getattr(anatomy.tower, entry)) for entry in anatomy.entries}
-        self.named: ContextVar[tuple[Hashable, ...]] = ContextVar("neuroflow_streams", default=(DEFAULT_STREAM,))
+        self.named: ContextVar[Deal | None] = ContextVar("neuroflow_streams", default=None)
         self.numbered: ContextVar[tuple[int, ...] | None] = ContextVar("neuroflow_frame_ids", default=None)
         self.unpatched: ContextVar[bool] = ContextVar("neuroflow_unpatched", default=False)
         self.reported: ContextVar[tuple[FrameReport, ...]] = ContextVar("neuroflow_reports", default=())
         self._warned: set[str] = set()
+
+    def _gate_of_clips(self) -> Gate:
+        """The gate of clips without names, in which frames that have nothing in common always cut."""
+        if self.config.cut_share is not None or self.config.cut_surprise is not None:
+            return self.gate
+        usual = NeuroFlowConfig()
+        config = dataclasses.replace(self.config, cut_share=usual.cut_share, cut_surprise=usual.cut_surprise)
+        return Gate(dataclasses.replace(self.plan, config=config), self.warn_once)
 
     def points(self) -> list[tuple[nn.Module, str, Callable]]:
         """(module, method, replacement that takes the original first) for everything this architecture needs."""
@@ -149,53 +176,77 @@ class Engine:
                 "neuroflow.disable_cache first"
             )
         self.reported.set(())
-        signature, names = self.signatures[entry], self.named.get()
-        bound = signature.bind(*args, **kwargs)
-        arguments = by_name(bound)
+        signature = self.signatures[entry]
+        arguments = by_name(signature.bind(*args, **kwargs))
         name = next(iter(signature.parameters))
         if not isinstance(arguments.get(name), torch.Tensor):
-            raise ValueError(f"{name} is {arguments.get(name)!r}; accepted is a tensor, one frame of each stream")
+            raise ValueError(f"{name} is {arguments.get(name)!r}; accepted is a tensor of frames")
         grids, read = self.anatomy.grids(arguments), frozenset(self.anatomy.reads(arguments))
         if self.config.arch == "active" and read:
             self.warn_once("arch 'active' has no feature maps of all patches; calls that ask for them run unpatched")
             with self.runs_unpatched():
                 return forward(*args, **kwargs)
-        if len(grids) != len(names):
-            if self.adopted and names == (DEFAULT_STREAM,):
-                self.warn_once(f"{name} holds {len(grids)} frames of streams without names; such batches run unpatched")
-                with self.runs_unpatched():
-                    return forward(*args, **kwargs)
-            raise ValueError(
-                f"{name} holds {len(grids)} frames, and the context names {len(names)} stream(s); accepted is one "
-                "frame of each stream: neuroflow.encode(model, pixels, stream_ids=[...]) names them"
-            )
+        times = [1] * len(grids) if self.anatomy.times is None else self.anatomy.times(arguments)
+        deal = self.named.get()
+        if deal is None and len(grids) > 1 and self.config.batch == "dense":
+            self.warn_once(f"{name} holds {len(grids)} frames without names, and batch is 'dense'; they run unpatched")
+            with self.runs_unpatched():
+                return forward(*args, **kwargs)
         order = None if self.anatomy.order is None else self.anatomy.order(arguments)
         hidden = arguments.get("output_hidden_states")
         if hidden is None:
             hidden = getattr(getattr(self.anatomy.tower, "config", None), "output_hidden_states", None)
         asked = read | blocks_of_hidden_states(hidden, len(self.anatomy.layers))
-        with self.streams.used(names, [rows * columns for rows, columns in grids]) as states, torch.no_grad():
-            self._note_gaps(states)
+        nameless = deal is None and len(grids) > 1 and self.config.batch == "clip"
+        outputs, reports = [], []
+        with self._states(deal, times, grids) as states, torch.no_grad():
+            gaps = self._gaps(states, times)
             self._note_asked(states, asked)
-            surprises = None
-            if self.graphs is not None:
-                output, surprises = self.graphs.run(entry, forward, bound, arguments, states, grids, asked)
-                if output is not None:
-                    self.reported.set(tuple(FrameReport.of(state, None) for state in states))
-                    return output
-            current = Pass(self.plan, states, grids, order, asked, surprises)
-            token = current_pass.set(current)
-            try:
-                output = forward(*args, **kwargs)
-            finally:
-                current_pass.reset(token)
-            self._finish(current)
-        if current.unmeasured is not None:
-            self.gate.crossovers[current.unmeasured] = crossover.measure(current, *current.first_block)
-        return output
+            for these in self._passes((args, kwargs), times, grids):
+                part = args, kwargs
+                if these != slice(0, len(grids)):
+                    part = tree_map_only(torch.Tensor, operator.itemgetter(these), part)
+                own = None if order is None else order[these]
+                current = Pass(self.plan, states[these], grids[these], own, asked, gaps[these], nameless)
+                outputs.append(self._encode(entry, forward, *part, current))
+                reports += current.reports
+                self.reported.set(tuple(reports))
+        if deal is not None:
+            deal.dealt += len(times)
+        return outputs[0] if len(outputs) == 1 else _joined(outputs)
 
-    def _finish(self, current: Pass) -> None:
-        """Say of every stream whether the next frame can rely on this one, and report."""
+    def _passes(self, inputs: Any, times: list[int], grids: list[Grid]) -> list[slice]:
+        """The entries of a call as those of one pass, or of several that hold no more patches than one may.
+
+        A call is one pass where its inputs do not have one row for each frame.
+        """
+        count = len(grids)
+        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+        if len(times) < count or any(each.ndim == 0 or len(each) != count for each in tensors):
+            return [slice(0, count)]
+        starts, held = [0], 0
+        for entry, (rows, columns) in enumerate(grids):
+            held += rows * columns
+            if held > self.config.pass_patches and entry > starts[-1]:
+                starts.append(entry)
+                held = rows * columns
+        return [slice(*ends) for ends in itertools.pairwise([*starts, count])]
+
+    def _encode(
+        self, entry: str, forward: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], current: Pass
+    ) -> Any:
+        """The tower's output of one pass."""
+        if self.graphs is not None and not any(current.followed):
+            bound = self.signatures[entry].bind(*args, **kwargs)
+            output, current.surprises = self.graphs.run(entry, forward, bound, by_name(bound), current)
+            if output is not None:
+                current.reports = [FrameReport.of(state, None) for state in current.states]
+                return output
+        token = current_pass.set(current)
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            current_pass.reset(token)
         if current.blocks == len(self.anatomy.layers):
             current.complete()
         else:
@@ -206,22 +257,50 @@ class Engine:
         for state, attention in zip(current.states, current.attention, strict=True):
             if attention is not None:
                 state.note_attention(attention)
-        of_streams = zip(current.states, current.key_frames, strict=True)
-        self.reported.set(tuple(FrameReport.of(state, why) for state, why in of_streams))
+        if current.unmeasured is not None:
+            self.gate.crossovers[current.unmeasured] = crossover.measure(current, *current.first_block)
+        return output
 
-    def _note_gaps(self, states: list[StreamState]) -> None:
-        """A frame that does not follow the last one of its stream is a key frame."""
+    @contextlib.contextmanager
+    def _states(self, deal: Deal | None, times: list[int], grids: list[Grid]) -> Iterator[list[StreamState]]:
+        """The state of each entry of a pass; `times`: how many entries in turn are of one name."""
+        if deal is not None:
+            names = deal.next(len(times))
+        elif len(grids) == 1:
+            names = (DEFAULT_STREAM,)
+        elif self.config.batch == "streams":
+            names = tuple(range(len(times)))
+        else:
+            yield _states_of_clips(times, grids)
+            return
+        owners = [name for name, count in zip(names, times, strict=True) for _ in range(count)]
+        patches: dict[Hashable, int] = {}
+        for name, (rows, columns) in zip(owners, grids, strict=True):
+            patches[name] = max(patches.get(name, 0), rows * columns)
+        with self.streams.used(tuple(patches), list(patches.values())) as states:
+            by_name = {state.name: state for state in states}
+            yield [by_name[name] for name in owners]
+
+    def _gaps(self, states: list[StreamState], times: list[int]) -> list[bool]:
+        """Of each entry, whether it does not follow the last one of its stream, which makes it a key frame."""
         frame_ids = self.numbered.get()
         if frame_ids is None:
-            return
-        for state, frame_id in zip(states, frame_ids, strict=True):
-            missing = state.frame_id is not None and frame_id != state.frame_id + 1
-            if state.key_frame_due is None and missing:
-                state.key_frame_due = "gap"
+            return [False] * len(states)
+        if len(frame_ids) != len(times):
+            raise ValueError(f"frame_ids holds {len(frame_ids)} numbers for {len(times)} frames; accepted is one each")
+        numbers = [first + after for first, count in zip(frame_ids, times, strict=True) for after in range(count)]
+        gaps, seen = [], set()
+        for state, number in zip(states, numbers, strict=True):
+            gaps.append(state.frame_id is not None and number != state.frame_id + 1)
+            if gaps[-1] and state.key_frame_due is None:
                 self.warn_once(
                     f"stream {state.name!r}: frames are missing or out of order; what follows is a key frame"
                 )
-            state.frame_id = frame_id
+            if gaps[-1] and id(state) not in seen:
+                state.key_frame_due = state.key_frame_due or "gap"
+            seen.add(id(state))
+            state.frame_id = number
+        return gaps
 
     def _note_asked(self, states: list[StreamState], asked: frozenset[int]) -> None:
         """A frame of which other blocks' output is wanted than of the last one of its stream is a key frame."""
@@ -275,8 +354,9 @@ class Engine:
         return result
 
     def choose(self, current: Pass, tokens: torch.Tensor) -> list[torch.Tensor | None]:
-        """Each stream's active tokens, int32 rows of its own, or None for all; tokens: in front of the first block."""
-        return self.gate(current, tokens)
+        """Each entry's active tokens, int32 rows of its own, or None for all; tokens: in front of the first block."""
+        gate = self.gate_of_clips if current.nameless else self.gate
+        return gate(current, tokens)
 
     def on_rotary(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         current, name = current_pass.get(), self.anatomy.rotary[0]
@@ -337,3 +417,27 @@ class Engine:
             return forward(*args, **kwargs)
         distilled = self.distilled.get(self.anatomy.pool[0])
         return pooling.pool(current, self.derived, distilled, forward, *args, **kwargs)
+
+
+def _states_of_clips(times: list[int], grids: list[Grid]) -> list[StreamState]:
+    """New states for entries without names: one for those that can follow each other, as frames of one size do."""
+    states: list[StreamState] = []
+    for row, count in enumerate(times):
+        first = len(states)
+        follows = first and count == 1 == times[row - 1] and grids[first] == grids[first - 1]
+        states += count * [states[-1] if follows else StreamState("clip")]
+    return states
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """Outputs of passes, one after the other, as that of all of their frames."""
+    leaves, spec = zip(*map(tree_flatten, outputs), strict=True)
+    parts = zip(*leaves, strict=True)
+    return tree_unflatten([_cat(part) if isinstance(part[0], torch.Tensor) else part[0] for part in parts], spec[0])
+
+
+def _cat(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    if parts[0].ndim != 3:
+        return torch.cat(parts)
+    longest = max(part.shape[1] for part in parts)  # of those that architecture B pads
+    return torch.cat([nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])

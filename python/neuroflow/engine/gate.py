@@ -9,7 +9,7 @@ from neuroflow_kernels import compact, ema_surprise_, gather_rows, scatter_rows_
 
 from ..adapters.anatomy import Grid
 from . import crossover, scores
-from .passes import Pass, Plan, split
+from .passes import FrameReport, Pass, Plan, split
 from .state import KeyFrame, StreamState, copy_into
 
 # Numbers of patches that a recorded pass may have where the configuration names none: no more than half of it is fill.
@@ -55,38 +55,56 @@ class Gate:
         self._ladders: dict[torch.device, torch.Tensor] = {}
 
     def __call__(self, current: Pass, tokens: torch.Tensor) -> list[torch.Tensor | None]:
-        """Gate the frames of a pass by all tokens in front of the first block.
+        """Gate the entries of a pass by all tokens in front of the first block, each stream's in order.
 
         Returns:
-            each stream's active tokens, int32 rows of its own, or None for all of them.
+            each entry's active tokens, int32 rows of its own, or None for all of them.
         """
         signals = self.signals(current, tokens)
-        surprises = current.surprises  # [N] each, None for a key frame
-        current.key_frames = [None] * len(current.states)
-        if surprises is None:
-            of_streams, kept = zip(current.states, signals, current.grids, strict=True), self.plan.kept(current.asked)
-            due, surprises = zip(*(self._compare(state, h, grid, kept) for state, h, grid in of_streams), strict=True)
-            current.key_frames = list(due)
+        rows: list[torch.Tensor | None] = [None] * len(signals)
+        for entries in current.rounds():
+            self._gate_round(current, entries, signals, tokens, rows)
+        for state in current.states:
+            state.key_frame_due = "failed"  # until the pass is complete
+        return rows
+
+    def _gate_round(
+        self,
+        current: Pass,
+        entries: list[int],
+        signals: list[torch.Tensor],
+        tokens: torch.Tensor,
+        rows: list[torch.Tensor | None],
+    ) -> None:
+        """Gate one entry of each of several streams; `rows` gets their active tokens."""
+        due: dict[int, KeyFrame | None] = dict.fromkeys(entries)
+        surprises: dict[int, torch.Tensor | None] = {}  # [N] each, None for a key frame
+        for entry in entries:
+            if current.surprises is None:
+                due[entry], surprises[entry] = self._compare(current, entry, signals[entry])
+            else:
+                surprises[entry] = current.surprises[entry]
         chosen = self._choose(current, surprises)
+        due |= {entry: "cut" for entry in entries if surprises[entry] is not None and chosen[entry] is None}
         if crossover.is_above(current, tokens, chosen, self.crossovers):
-            current.key_frames = [due or "dense" for due in current.key_frames]
-            chosen = [None] * len(chosen)
+            due = {entry: why or "dense" for entry, why in due.items()}
+            chosen = dict.fromkeys(chosen)
         prefix = self.plan.anatomy.prefix
         leading = torch.arange(prefix, dtype=torch.int32, device=tokens.device)
-        rows: list[torch.Tensor | None] = []
-        for stream, (state, h, surprise, index) in enumerate(
-            zip(current.states, signals, surprises, chosen, strict=True)
-        ):
+        for entry in entries:
+            state, h, surprise, index = current.states[entry], signals[entry], surprises[entry], chosen[entry]
             finite = bool((h.sum(dtype=torch.float32) if surprise is None else surprise.amax()).isfinite())
             if not finite:
                 self.warn(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
             self._refresh(state, h, index)
             state.account(index, surprise, finite)
-            current.finite.append(finite)
+            state.key_frame_due = None if finite else "nonfinite"
+            current.finite[entry] = finite
+            current.reports[entry] = FrameReport.of(state, due[entry])
             if index is not None and current.order is not None:
-                index = current.order[stream].argsort()[index].sort().values.int()
-            rows.append(None if index is None or index.numel() == h.shape[1] else torch.cat((leading, index + prefix)))
-        return rows
+                index = current.order[entry].argsort()[index].sort().values.int()
+            if index is not None and index.numel() < h.shape[1]:
+                rows[entry] = torch.cat((leading, index + prefix))
 
     @property
     def decay(self) -> float:
@@ -94,7 +112,7 @@ class Gate:
         return {"refreshed": 0.0, "previous": 1.0}.get(self.config.reference, self.config.ema_decay)
 
     def signals(self, current: Pass, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """What the gate compares of each stream, [1, N, D] in row-major order."""
+        """What the gate compares of each entry, [1, N, D] in row-major order."""
         if self.config.signal == "pixel":
             signals = split(current.pixels, current.patches)
         elif self.config.signal == "embedding" or current.projected is None:
@@ -107,15 +125,14 @@ class Gate:
             return signals
         return [h[:, order.argsort()] for h, order in zip(signals, current.order, strict=True)]
 
-    def _compare(
-        self, state: StreamState, h: torch.Tensor, grid: Grid, kept: frozenset[int]
-    ) -> tuple[KeyFrame | None, torch.Tensor | None]:
-        """Why one stream's frame, its patches h [1, N, D], is a key frame, or None; and else their surprise [N].
+    def _compare(self, current: Pass, entry: int, h: torch.Tensor) -> tuple[KeyFrame | None, torch.Tensor | None]:
+        """Why an entry, its patches h [1, N, D], is a key frame, or None; and else their surprise [N].
 
         Moves averages on.
         """
+        state, grid, kept = current.states[entry], current.grids[entry], self.plan.kept(current.asked)
         signature = (grid, h.shape[2], h.dtype, h.device)
-        due = self.due(state)
+        due = self.due(state) or ("gap" if current.gaps[entry] else None)
         if state.signature not in (None, signature):
             before, now = (f"{s[0][0]}x{s[0][1]} patches, {s[2]} on {s[3]}" for s in (state.signature, signature))
             self.warn(f"stream {state.name!r} changed from {before} to {now}; it starts over with a key frame")
@@ -139,15 +156,15 @@ class Gate:
         # A cosine can round to just above 1.
         return surprise.clamp_min(0)
 
-    def _choose(self, current: Pass, surprises: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Each stream's active patches, ascending int32, or None for a key frame."""
+    def _choose(self, current: Pass, surprises: dict[int, torch.Tensor | None]) -> dict[int, torch.Tensor | None]:
+        """Each entry's active patches, ascending int32, or None for a key frame."""
         config = self.config
-        chosen: list[torch.Tensor | None] = [None] * len(surprises)
-        gated = [stream for stream, surprise in enumerate(surprises) if surprise is not None]
-        for grid in dict.fromkeys(current.grids[stream] for stream in gated):
-            alike = [stream for stream in gated if current.grids[stream] == grid]
-            states = [current.states[stream] for stream in alike]
-            surprise = torch.stack([surprises[stream] for stream in alike])
+        chosen: dict[int, torch.Tensor | None] = dict.fromkeys(surprises)
+        gated = [entry for entry, surprise in surprises.items() if surprise is not None]
+        for grid in dict.fromkeys(current.grids[entry] for entry in gated):
+            alike = [entry for entry in gated if current.grids[entry] == grid]
+            states = [current.states[entry] for entry in alike]
+            surprise = torch.stack([surprises[entry] for entry in alike])
             age = torch.stack([state.age for state in states])
             unknown = torch.ones_like(surprise[0])
             attention = [unknown if state.attention is None else state.attention for state in states]
@@ -158,9 +175,8 @@ class Gate:
                 active = [scores.dilated(each, grid, config.dilation) for each in active]
             counts = torch.tensor([each.numel() for each in active], device=surprise.device)
             cuts = scores.is_cut(surprise, counts, config.cut_share, config.cut_surprise).tolist()
-            for stream, each, cut in zip(alike, active, cuts, strict=True):
-                chosen[stream] = None if cut else each
-                current.key_frames[stream] = "cut" if cut else None
+            for entry, each, cut in zip(alike, active, cuts, strict=True):
+                chosen[entry] = None if cut else each
         return chosen
 
     def active(self, score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

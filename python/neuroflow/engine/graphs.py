@@ -28,7 +28,7 @@ from ..adapters.anatomy import Grid
 from . import crossover, scores
 from .derived import Weights
 from .gate import Gate, is_recordable
-from .passes import StaticPass, Unrecordable, current_pass
+from .passes import Pass, StaticPass, Unrecordable, current_pass
 from .state import Slab, StreamState, copy_into
 
 GROUPS = 8  # sets of streams that have graphs at once; more would hold more memory than they save time
@@ -335,17 +335,15 @@ class Graphs:
         forward: Callable,
         bound: BoundArguments,
         arguments: dict[str, Any],
-        states: list[StreamState],
-        grids: list[Grid],
-        asked: frozenset[int],
+        current: Pass,
     ) -> tuple[Any, list[torch.Tensor] | None]:
-        """The tower's output; or None, where the pass is to be run as it is, and each stream's surprise if known."""
-        frames = bound.args[0]
+        """The tower's output; or None, where the pass is to be run as it is, and each entry's surprise if known."""
+        frames, states, grids = bound.args[0], current.states, current.grids
         if not is_recordable(frames.device):
             return None, None
         key = None
         try:
-            key = self._key(entry, bound, arguments, states, grids, asked)
+            key = self._key(entry, bound, arguments, states, grids, current.asked)
             if key in self.refused:
                 return None, None
             with self.lock, torch.cuda.device_of(frames):

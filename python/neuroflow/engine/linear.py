@@ -33,14 +33,18 @@ def in_bfloat16(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
 def multiply(
     current: Pass, derived: Derived, module: nn.Linear, forward: Callable, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """A linear layer of a tower, or its `forward` where that is faster."""
-    rounded, few = current.packed and current.rounded, current.row_kernels and are_few(tokens)
-    if not rounded and not few:
+    """A linear layer of a tower, or its `forward` where that is faster; rounded for the rows of partial frames."""
+    if current.packed and current.rounded:
+        return map_each(current, forward, lambda rows: _multiply_rounded(current, derived, module, rows), tokens)
+    if not current.row_kernels or not are_few(tokens):
         return forward(tokens)
-    rows, weight, bias = tokens.flatten(0, -2), module.weight, module.bias
-    if rounded:
-        rows = rows.bfloat16()
-        weight, bias = derived(module, (module, "rounded"), lambda: in_bfloat16(module))
+    return linear_rows(tokens.flatten(0, -2), module.weight, module.bias).unflatten(0, tokens.shape[:-1])
+
+
+def _multiply_rounded(current: Pass, derived: Derived, module: nn.Linear, tokens: torch.Tensor) -> torch.Tensor:
+    rows = tokens.flatten(0, -2).bfloat16()
+    weight, bias = derived(module, (module, "rounded"), lambda: in_bfloat16(module))
+    few = current.row_kernels and are_few(tokens)
     product = linear_rows(rows, weight, bias) if few else F.linear(rows, weight, bias)
     return product.to(tokens.dtype).unflatten(0, tokens.shape[:-1])
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, Self
 
@@ -135,10 +135,20 @@ def split(values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
 
 
 class Pass:
-    """One pass through a tower: a batch of frames, one of each stream in `states`.
+    """One pass through a tower: a ragged list of entries, each of which is one frame of one stream.
 
-    Tokens come from the tower as [S, T, D], [S, rows, columns, D] or end to end as [sum of T, D]. Packed they are
-    [1, M, D], the active tokens of one stream after those of another.
+    A live frame is one entry; a frame of each of S cameras, S entries; a clip of T frames, T entries of one stream, in
+    order of time. Tokens come from the tower as [E, T, D], [E, rows, columns, D] or end to end as [sum of T, D]. Packed
+    they are [1, M, D], the active tokens of one entry after those of another.
+
+    Args:
+        plan: of the tower.
+        states: of each entry's stream.
+        grids: rows and columns of patches of each entry.
+        order: of each entry, as `Anatomy.order` has it.
+        asked: numbers of the blocks whose output is wanted of all tokens.
+        gaps: of each entry, whether frames are missing before it.
+        nameless: its streams are clips that end with the call.
     """
 
     def __init__(
@@ -148,25 +158,32 @@ class Pass:
         grids: list[Grid],
         order: list[torch.Tensor] | None = None,
         asked: frozenset[int] = frozenset(),
-        surprises: list[torch.Tensor] | None = None,
+        gaps: list[bool] | None = None,
+        nameless: bool = False,
     ) -> None:
         self.plan = plan
         self.states = states
         self.grids = grids
         self.order = order
-        self.asked = asked  # numbers of the blocks whose output is wanted of all tokens
-        self.surprises = surprises  # [N] of each stream, where they are known beforehand
-        self.patches = [rows * columns for rows, columns in grids]  # of each stream
+        self.asked = asked
+        self.nameless = nameless
+        self.surprises: list[torch.Tensor] | None = None  # [N] of each entry, where they are known beforehand
+        self.gaps = gaps or [False] * len(states)
+        later = [set(map(id, states[number + 1 :])) for number in range(len(states))]
+        # Of each entry, whether another of its stream comes after it.
+        self.followed = [id(state) in after for state, after in zip(states, later, strict=True)]
+        self.patches = [rows * columns for rows, columns in grids]  # of each entry
         self.counts = [plan.anatomy.prefix + count for count in self.patches]  # of tokens
         self.projected: torch.Tensor | None = None
         self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
         self.positions: tuple[Any, Any] | None = None  # of the last block's: for all tokens, for the packed ones
         self.blocks = 0  # that it went through so far
         self.last_shown: tuple[torch.Tensor, torch.Tensor] | None = None  # by `shown`, and packed
-        self.attention: list[torch.Tensor | None] = [None] * len(states)  # [N] of each stream, that its patches got
-        self.finite: list[bool] = []
-        self.key_frames: list[KeyFrame | None] = []  # why each stream's frame is one
-        self.whole: list[bool] = []  # of each stream, whether all its tokens are encoded
+        self.versions: dict[Hashable, list[torch.Tensor]] = {}  # of caches, as each entry left them
+        self.attention: list[torch.Tensor | None] = [None] * len(states)  # [N] of each entry, that its patches got
+        self.finite = [True] * len(states)
+        self.reports: list[FrameReport | None] = [None] * len(states)
+        self.whole: list[bool] = []  # of each entry, whether all its tokens are encoded
         self.padded = False  # some rows of the batch are no tokens
         self.partial = False  # some of its rows are not encoded
         self.packed = False  # the residual stream holds active tokens only
@@ -201,8 +218,18 @@ class Pass:
         self.cu_seqlens = torch.tensor(self.offsets, dtype=torch.int32, device=device)
         self.ends = torch.tensor([[0, length] for length in self.lengths], dtype=torch.int32, device=device)
 
+    def rounds(self) -> Iterator[list[int]]:
+        """Numbers of entries that may be gated at once: the first of every stream, then the second, and so on."""
+        seen: dict[int, int] = {}
+        turns = [seen.setdefault(id(state), -1) for state in self.states]
+        for number, state in enumerate(self.states):
+            seen[id(state)] += 1
+            turns[number] = seen[id(state)]
+        for turn in range(max(turns, default=-1) + 1):
+            yield [number for number, own in enumerate(turns) if own == turn]
+
     def complete(self) -> None:
-        """Let the next frame of every stream rely on this one, unless it held NaN or Inf."""
+        """Let the next frame of every stream rely on its last one here, unless that held NaN or Inf."""
         for state, finite in zip(self.states, self.finite, strict=True):
             state.key_frame_due = None if finite else "nonfinite"
 
@@ -256,34 +283,36 @@ class Pass:
         return list(heads.split(lengths, 2))
 
     def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
-        """Bring the cache `name` of every stream up to date with all tokens, or [1, M, D] in a partial frame."""
+        """Bring the cache `name` up to date with every entry in turn, of all tokens, or [1, M, D] in a partial pass."""
         if not self.partial:
             for state, fresh in zip(self.states, split(tokens, self.counts), strict=True):
                 state.put(name, fresh)
             return
-        for stream, state in enumerate(self.states):
-            fresh = tokens[:, self.offsets[stream] : self.offsets[stream + 1]]
-            if self.active[stream] is None:
+        versions = []
+        for entry, state in enumerate(self.states):
+            fresh = tokens[:, self.offsets[entry] : self.offsets[entry + 1]]
+            if self.active[entry] is None:
                 state.put(name, fresh)
             else:
                 cache, prefix = state.tensors[name], self.plan.anatomy.prefix
-                scatter_rows_(cache, fresh[0], self.active[stream], self.ends[stream], blend)
+                scatter_rows_(cache, fresh[0], self.active[entry], self.ends[entry], blend)
                 if blend < 1:
                     cache[:, :prefix] = fresh[:, :prefix]  # CLS and registers follow every frame
+            versions.append(state.tensors[name].clone() if self.followed[entry] else state.tensors[name])
+        self.versions[name] = versions
 
-    def store_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Bring the keys and values [1 or S, heads, rows, head_dim] of one block's cache up to date."""
-        if self.rounded:
+    def store_heads(self, layer: int, entry: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Bring a block's cached keys and values up to date with those of one entry, [1, heads, rows, head_dim]."""
+        state, active = self.states[entry], self.active[entry] if self.partial else None
+        if self.rounded and key.dtype == torch.float32:
             key, value = key.bfloat16(), value.bfloat16()
-        for stream, (state, *fresh) in enumerate(zip(self.states, self.heads(key), self.heads(value), strict=True)):
-            active = self.active[stream] if self.partial else None
-            if active is None:
-                for name, heads in zip(("key", "value"), fresh, strict=True):
-                    state.put((name, layer), heads.transpose(1, 2).flatten(2))
-            else:
-                caches = state.tensors["key", layer], state.tensors["value", layer]
-                rows = (heads[0].transpose(0, 1) for heads in fresh)  # [M, heads, head_dim]
-                scatter_kv_(*caches, *rows, active, self.ends[stream])
+        if active is None:
+            for name, heads in (("key", key), ("value", value)):
+                state.put((name, layer), heads.transpose(1, 2).flatten(2))
+        else:
+            rows = (heads[0].transpose(0, 1) for heads in (key, value))  # [M, heads, head_dim]
+            caches = state.tensors["key", layer], state.tensors["value", layer]
+            scatter_kv_(*caches, *rows, active, self.ends[entry])
 
     def add_attention(self, attention: list[torch.Tensor], first: int = 0) -> None:
         """Add what the patches of streams from `first` on got of the pooled output's attention, [N] each."""
@@ -298,11 +327,11 @@ class Pass:
         self.add_attention(list(cls_attention(query, keys, scaling, self.plan.anatomy.prefix)), first)
 
     def restored(self, name: Hashable) -> torch.Tensor:
-        """The cache `name` of all streams in the shape that the tower's tokens came in, zeros where they are padding.
+        """The cache `name` as each entry left it, in the shape that the tower's tokens came in, zeros as padding.
 
         A copy: the caller may keep what it gets, and the caches go on changing.
         """
-        caches = [state.tensors[name] for state in self.states]
+        caches = self.versions.pop(name)
         if not self.padded:
             return torch.cat(caches, 1).unflatten(1, self.shape[:-1])[0]
         tokens = caches[0].new_zeros(self.shape)
@@ -371,7 +400,8 @@ class StaticPass(Pass):
             own = torch.arange(self.plan.anatomy.prefix, device=cache.device)
             cache[:, : len(own)] = tokens[0][self.cu_seqlens[:-1, None] + own]
 
-    def store_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def store_all_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Bring a block's cached keys and values up to date, [1, heads, M, head_dim]."""
         caches = self.slab.caches["key", layer], self.slab.caches["value", layer]
         scatter_kv_(*caches, key[0].transpose(0, 1), value[0].transpose(0, 1), self.index, self.cu_seqlens)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neuroflow_kernels import gather_rows, linear_rows, row_kernels_serve, scatter_rows_
+from neuroflow_kernels import linear_rows, row_kernels_serve
 
 from ..adapters.anatomy import is_patch_projection
 from .derived import Derived
@@ -67,9 +67,16 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
     windows = [patch_windows(projection, image) for image in pixels.split(1)]  # [1, N, values] each
     if current.plan.config.signal == "pixel":
         current.pixels = torch.cat(windows)
-    weights = derived(projection, "projection", object)  # another object for other weights
-    streams = zip(current.states, windows, strict=True)
-    rows = [_project_changed(projection, weights, state, own) for state, own in streams]  # [1, N, D] each
+    if pixels.device.type == "cpu":
+        weights = derived(projection, "projection", object)  # another object for other weights
+        rows: list[torch.Tensor] = [windows[0]] * len(windows)
+        for state in dict.fromkeys(current.states):
+            own = [entry for entry, of in enumerate(current.states) if of is state]
+            projected = _project_changed(projection, weights, state, [windows[entry] for entry in own])
+            for entry, values in zip(own, projected, strict=True):
+                rows[entry] = values
+    else:  # it would be waited for, and loses little by projecting all
+        rows = [project_windows(projection, own) for own in windows]
     projected = rows[0] if len(rows) == 1 else torch.cat(rows)
     counts = [length // size for length, size in zip(pixels.shape[2:], projection.kernel_size, strict=True)]
     current.projected = projected.transpose(1, 2).unflatten(2, counts)
@@ -77,28 +84,34 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
 
 
 def _project_changed(
-    projection: nn.Conv2d | nn.Conv3d, weights: object, state: StreamState, windows: torch.Tensor
-) -> torch.Tensor:
-    """One stream's patches [1, N, values] projected to [1, N, D]; those with the last frame's pixels were already.
-
-    Only on the CPU: a GPU would be waited for, and loses little by projecting all.
+    projection: nn.Conv2d | nn.Conv3d, weights: object, state: StreamState, frames: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """A stream's next frames, patches [1, N, values] each, projected to [1, N, D]; those with the pixels of the frame
+    before were already.
 
     Args:
         weights: stands for those of the projection.
     """
-    if windows.device.type != "cpu":
-        return project_windows(projection, windows)
     last, state.last_frame = state.last_frame, None
-    if last is None or last.windows.shape != windows.shape or last.windows.dtype != windows.dtype:
+    if last is None or last.windows.shape != frames[0].shape or last.windows.dtype != frames[0].dtype:
         last = LastFrame(None, None, None)
-    differing = changed(last.windows, windows) if last.weights is weights else None
-    kept, projected = last.windows, last.projected
-    if differing is None or differing.numel() > DENSE_PROJECTION * windows.shape[1]:
-        kept, projected = copy_into(kept, windows), copy_into(projected, project_windows(projection, windows))
-    elif differing.numel():
-        ends = torch.tensor([0, differing.numel()], dtype=torch.int32)
-        fresh = gather_rows(windows, differing, ends, differing.numel())
-        scatter_rows_(kept, fresh, differing, ends)
-        scatter_rows_(projected, project_windows(projection, fresh), differing, ends)
-    state.last_frame = LastFrame(kept, projected, weights)
-    return projected
+    befores = [last.windows if last.weights is weights else None, *frames[:-1]]
+    differing = [
+        None if before is None or before.shape != frame.shape else changed(before, frame)
+        for before, frame in zip(befores, frames, strict=True)
+    ]
+    patches = frames[0].shape[1]
+    differing = [None if rows is None or rows.numel() > DENSE_PROJECTION * patches else rows for rows in differing]
+    fresh = [frame[0] if rows is None else frame[0, rows] for frame, rows in zip(frames, differing, strict=True)]
+    lengths = [len(each) for each in fresh]
+    if any(lengths):
+        products = project_windows(projection, torch.cat(fresh)[None])[0].split(lengths)
+    kept, projected, results = last.windows, last.projected, []
+    for number, (rows, length) in enumerate(zip(differing, lengths, strict=True)):
+        if rows is None:
+            projected = copy_into(projected, products[number][None])
+        elif length:
+            projected[0, rows] = products[number]
+        results.append(projected.clone() if number < len(frames) - 1 else projected)
+    state.last_frame = LastFrame(copy_into(kept, frames[-1]), projected, weights)
+    return results
