@@ -67,7 +67,7 @@ def pooled(model, frames):
 
 
 def test_clips_do_not_see_one_another_and_answers_are_of_the_mean(monkeypatch):
-    monkeypatch.setattr(evaluation, "BATCH", 2)
+    monkeypatch.setattr(evaluation, "CLIP", 2)
     model, frames = tiny("siglip"), clip(5, changed=6)
     systems = {"E": patched(model, threshold=0.01), "all": patched(model, threshold=0)}
     expected = pooled(model, frames)

@@ -150,6 +150,24 @@ def test_rounded_products_have_them_too(tmp_path):
     assert (found[0] - found[1]).norm() < 0.1 * (found[0] - own).norm()
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_whole_frames_beside_rounded_ones_are_not_rounded(distilled, tmp_path):
+    """A stream's first frame in one pass with a later one of another."""
+    path = tmp_path / "weights.safetensors"
+    model, frames = tiny("siglip"), clip(3)
+    saved(model, path, scale=0.02)
+    expected = dense("siglip", model, frames[2:])
+    config = dataclasses.replace(GATE, precision="bfloat16")
+    neuroflow.enable_cache(model, config, weights=path if distilled else None)
+    embed("siglip", model, frames[:1], "a")
+    together = embed("siglip", model, frames[1:], "a", "b")
+    neuroflow.reset_cache(model)
+    embed("siglip", model, frames[:1], "a")
+    alone = embed("siglip", model, frames[1:2], "a")
+    torch.testing.assert_close(together[1:], expected, rtol=0, atol=1e-5)
+    assert (together[:1] - alone).norm() < 1e-2 * alone.norm()
+
+
 def test_of_the_models_dtype(tmp_path):
     path = tmp_path / "weights.safetensors"
     model = tiny("siglip")

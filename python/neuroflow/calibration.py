@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .config import NeuroFlowConfig
-from .embedding import frame_embeddings
-from .patch import disable_cache, enable_cache, is_patched, summary
+from .embedding import frame_embeddings, in_clips
+from .patch import cache_context, disable_cache, enable_cache, is_patched, summary
 from .weights import write
 
 # By score: from float32's rounding, or a hundredth of what one frame of age adds, to more than any patch reaches.
 THRESHOLDS = {"surprise": (1e-6, 2.0), "staleness": (1e-5, 1000.0)}
 RESOLUTION = 1.005
+STREAM = "clip"
 SKIP_TOLERANCE = 0.005
 UNCHANGED = 1e-6  # one less the cosine of embeddings that differ by rounding alone
 
@@ -75,8 +76,8 @@ def calibrate(
     is not scored. Above some threshold only `floor` patches are active; of thresholds tried that skip as much the
     lowest is chosen, as it lets more through when the footage to come changes more than this clip.
 
-    The dense embeddings [T, D] are computed once and kept; beyond them and one stream's state nothing is held, so that
-    an iterable that decodes its frames anew in every pass needs memory for one of them.
+    The dense embeddings [T, D] are computed once and kept; beyond them and one stream's state nothing is held but 16
+    frames at a time, which go through the model in one call.
 
     What is found does not depend on the machine's speed: a `dense_above` of None, which the result keeps, is 1 here.
     Where frames do change so much that dense is faster, less is skipped than was found, and fidelity is higher.
@@ -171,8 +172,9 @@ def _best(trials: list[Trial], fidelity: float | None, skip: float | None) -> Tr
 def _try(model: nn.Module, frames: Iterable[torch.Tensor], dense: torch.Tensor, config: NeuroFlowConfig) -> Trial:
     enable_cache(model, config)
     try:
-        sparse = _embeddings(model, frames)
-        (stream,) = summary(model).streams.values()
+        with cache_context(model, STREAM):
+            sparse = _embeddings(model, frames)
+        stream = summary(model).streams[STREAM]
     finally:
         disable_cache(model)
     cosine = F.cosine_similarity(sparse[1:], dense[1:])
@@ -183,12 +185,14 @@ def _try(model: nn.Module, frames: Iterable[torch.Tensor], dense: torch.Tensor, 
 @torch.inference_mode()
 def _embeddings(model: nn.Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
     """The frames' embeddings [T, D] float32."""
-    embeddings = []
-    for pixels in frames:
-        if pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
-            raise ValueError(f"frames holds a tensor {list(pixels.shape)}; accepted are [1, 3, H, W]")
-        embeddings.append(frame_embeddings(model, pixels))
+    embeddings = [frame_embeddings(model, clip) for clip in in_clips(map(_checked, frames))]
     return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
+
+
+def _checked(pixels: torch.Tensor) -> torch.Tensor:
+    if pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
+        raise ValueError(f"frames holds a tensor {list(pixels.shape)}; accepted are [1, 3, H, W]")
+    return pixels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

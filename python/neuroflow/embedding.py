@@ -1,5 +1,6 @@
 """Embeddings of frames, by any model with a vision tower that NeuroFlow knows, patched or not."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from torch import nn
 
 from .adapters import describe
 from .adapters.anatomy import interpolation
+
+CLIP = 16  # frames of a recording that go through a model in one call
 
 
 def encode_frames(tower: nn.Module, pixels: torch.Tensor) -> Any:
@@ -22,3 +25,15 @@ def frame_embeddings(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Frames [S, 3, H, W] -> the model's embeddings of them [S, D] float32."""
     anatomy = describe(model)
     return anatomy.embedding(encode_frames(anatomy.tower, pixels)).float()
+
+
+def in_clips(frames: Iterable[torch.Tensor], length: int = CLIP) -> Iterator[torch.Tensor]:
+    """Frames [1, 3, H, W] in order -> clips [T, 3, H, W] of so many at most, each of frames of one size."""
+    clip: list[torch.Tensor] = []
+    for frame in frames:
+        if clip and (len(clip) == length or frame.shape != clip[0].shape):
+            yield torch.cat(clip)
+            clip = []
+        clip.append(frame)
+    if clip:
+        yield torch.cat(clip)

@@ -116,17 +116,18 @@ def test_leaving_does_not_wait_for_a_read_that_hangs(clip):
     left.join(5)
 
 
-def encoded(clip, ahead):
+def encoded(clip, ahead, length=1):
     """What every frame of the clip gives: index, share skipped, embedding, active patches."""
     model = tiny("siglip", SIZE)
-    neuroflow.enable_cache(model)
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(score="surprise", threshold=1e-3))
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(contextlib.closing(Source(str(clip))))
         inputs = prepare(source, Preprocessor(SIZE, SIZE))
         if ahead:
             inputs = stack.enter_context(ReadAhead(inputs))
         return [
-            (one.record.frame, one.record.skipped, one.embedding, one.active) for one in encode_stream(inputs, model)
+            (one.record.frame, one.record.skipped, one.embedding, one.active)
+            for one in encode_stream(inputs, model, length=length)
         ]
 
 
@@ -136,6 +137,16 @@ def test_results_are_the_same_bits_ahead_and_in_turn(clip):
     assert [row[:2] for row in ahead] == [row[:2] for row in in_turn]
     for (*_, embedding, active), (*_, expected, expected_active) in zip(ahead, in_turn, strict=True):
         assert np.array_equal(embedding, expected) and torch.equal(active, expected_active)
+
+
+@pytest.mark.parametrize("length", [2, 5, 100])
+def test_frames_that_go_together_give_what_they_give_one_by_one(clip, length):
+    together, alone = encoded(clip, True, length), encoded(clip, True)
+    assert [row[:2] for row in together] == [row[:2] for row in alone]
+    assert any(row[1] for row in alone)
+    for (*_, embedding, active), (*_, expected, expected_active) in zip(together, alone, strict=True):
+        assert torch.equal(active, expected_active)
+        np.testing.assert_allclose(embedding, expected, rtol=0, atol=1e-4)
 
 
 @pytest.fixture
@@ -157,7 +168,8 @@ def lines(path):
     return len(path.with_name(path.name + ".journal").read_text().splitlines()) - 1
 
 
-def test_what_fails_ahead_leaves_the_frames_before_it(encode, tmp_path):
+@pytest.mark.parametrize("length", [1, 4, 16])
+def test_what_fails_ahead_leaves_the_frames_before_it(encode, tmp_path, length):
     class Failing(Preprocessor):
         def __call__(self, frame):
             if frame.index == 5:
@@ -166,7 +178,7 @@ def test_what_fails_ahead_leaves_the_frames_before_it(encode, tmp_path):
 
     results = Results(tmp_path / "result.jsonl", {})
     with pytest.raises(MemoryError, match="too large"):
-        encode(preprocess=Failing(SIZE, SIZE), results=results)
+        encode(preprocess=Failing(SIZE, SIZE), results=results, clip=length)
     assert lines(tmp_path / "result.jsonl") == 5
 
 

@@ -515,3 +515,13 @@ def test_saved_streams_go_on(clock, tmp_path):
     again = [encoded(model, "siglip", frame[None], ("a",)) for frame in frames[6:]]
     torch.testing.assert_close(torch.cat(again), torch.cat(expected))
     assert neuroflow.summary(model).streams["a"].skipped == pytest.approx(skipped)
+
+
+def test_a_frame_after_a_gap_is_none_for_a_graph(clock):
+    model, frames = tiny("siglip"), clip(frames=7, changed=5)
+    neuroflow.enable_cache(model, config())
+    for number, frame in enumerate(frames[:6]):
+        neuroflow.encode(model, frame[None], ["a"], [number])
+    assert sum(replays(engine_of(model).graphs).values()) >= 3
+    neuroflow.encode(model, frames[6:], ["a"], [9])
+    assert neuroflow.last_pass(model)[0].key_frame == "gap"

@@ -35,6 +35,7 @@ def encode_video(
     compare: bool = False,
     stride: int = 1,
     max_frames: int | None = None,
+    clip: int = 1,
     results: Results | None = None,
     overlay: Path | None = None,
 ) -> int:
@@ -50,6 +51,7 @@ def encode_video(
         compare: run every frame through the unpatched model as well.
         stride: encode every so many frames.
         max_frames: of the results, those of a run that is continued among them.
+        clip: how many frames of a file go through the model in one call; those of a live source go one by one.
         results: where every frame's embedding and record go.
         overlay: an MP4 to write, of the frames beside their active patches.
 
@@ -84,10 +86,10 @@ def encode_video(
             inputs = prepare(frames, preprocess)
             # A live source decodes in a thread of its own, and what waits here would no longer be the newest.
             if not source.live:
-                inputs = stack.enter_context(ReadAhead(inputs))
+                inputs = stack.enter_context(ReadAhead(inputs, depth=clip + 2))
             skipped = 0.0
             start = time.perf_counter()
-            for encoded in encode_stream(inputs, model, dense, classes):
+            for encoded in encode_stream(inputs, model, dense, classes, 1 if source.live else clip):
                 record = encoded.record
                 encoded_at = time.perf_counter()
                 records.append(record)

@@ -66,7 +66,7 @@ def add_gate(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return gate
 
 
-def add_frames(parser: argparse.ArgumentParser, most: int | None, most_help: str) -> None:
+def add_frames(parser: argparse.ArgumentParser, most: int | None, most_help: str) -> argparse._ArgumentGroup:
     """Which of the source's frames are taken: `most` at most by default."""
     frames = parser.add_argument_group("which frames")
     frames.add_argument("--stride", type=count, default=1, metavar="N", help="every Nth frame (default: 1)")
@@ -78,6 +78,7 @@ def add_frames(parser: argparse.ArgumentParser, most: int | None, most_help: str
         metavar="N",
         help="refuse frames of more pixels (default: 178956970)",
     )
+    return frames
 
 
 def share(text: str) -> float:

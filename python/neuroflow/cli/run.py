@@ -9,13 +9,14 @@ from typing import Any
 
 import neuroflow
 
+from ..embedding import CLIP
 from ..street import load_classes
 from ..video.results import Results
 from ..video.source import Source
 from . import CommandError
 from .common import INTERRUPTED, KEPT, gate_config, load_model, pinned_model
 from .encoding import encode_video
-from .options import add_frames, add_gate, add_model
+from .options import add_frames, add_gate, add_model, count
 
 DESCRIPTION = """\
 Encode a video with a vision transformer, re-encoding only the patches that changed, and report what that saved and,
@@ -58,7 +59,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     gate.add_argument(
         "--budget", type=float, metavar="K", help="instead: the K of the highest score, a count or a share < 1"
     )
-    add_frames(parser, None, "stop after N frames")
+    frames = add_frames(parser, None, "stop after N frames")
+    frames.add_argument(
+        "--clip",
+        type=count,
+        default=CLIP,
+        metavar="N",
+        help=f"frames of a file that go through the model in one call (default: {CLIP}); live sources go one by one",
+    )
     output = parser.add_argument_group("what is written")
     output.add_argument(
         "--out", type=Path, metavar="FILE", help="each frame's embedding, skip and timing: .jsonl, .npz or .parquet"
@@ -98,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             compare=arguments.compare,
             stride=arguments.stride,
             max_frames=arguments.max_frames,
+            clip=arguments.clip,
             results=results,
             overlay=overlay,
         )

@@ -110,7 +110,9 @@ class Engine:
             return self.gate
         usual = NeuroFlowConfig()
         config = dataclasses.replace(self.config, cut_share=usual.cut_share, cut_surprise=usual.cut_surprise)
-        return Gate(dataclasses.replace(self.plan, config=config), self.warn_once)
+        gate = Gate(dataclasses.replace(self.plan, config=config), self.warn_once)
+        gate.crossovers = self.gate.crossovers
+        return gate
 
     def points(self) -> list[tuple[nn.Module, str, Callable]]:
         """(module, method, replacement that takes the original first) for everything this architecture needs."""

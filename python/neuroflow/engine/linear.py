@@ -51,12 +51,14 @@ def _multiply_rounded(current: Pass, derived: Derived, module: nn.Linear, tokens
 
 def map_each(current: Pass, forward: Callable, distilled: Callable, tokens: torch.Tensor) -> torch.Tensor:
     """A module that maps each token by itself: `forward` for those of whole frames, `distilled` for the others."""
-    if all(current.whole):
+    if current.part or all(current.whole):
         return forward(tokens)
-    if not any(current.whole):
+    if current.part is False or not any(current.whole):
         return distilled(tokens)
     rows = tokens.flatten(0, -2)
     runs = current.runs(len(rows))
-    parts = zip(runs, rows.split([count for _, count in runs]), strict=True)
-    mapped = [(forward if whole else distilled)(part) for (whole, _), part in parts]
+    mapped = []
+    for (whole, _), part in zip(runs, rows.split([count for _, count in runs]), strict=True):
+        with current.only(whole):
+            mapped.append((forward if whole else distilled)(part))
     return torch.cat(mapped).unflatten(0, tokens.shape[:-1])

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Self
 
@@ -189,6 +190,7 @@ class Pass:
         self.packed = False  # the residual stream holds active tokens only
         self.row_kernels = False  # what is partial is multiplied by the kernels for few rows
         self.rounded = False  # what is packed is multiplied in bfloat16
+        self.part: bool | None = None  # whether the entries at hand are whole; None: some may be, and some not
         self.unmeasured: Hashable = None  # its size, if the crossover is to be measured after it
         self.first_block: tuple[torch.Tensor, Callable] | None = None  # of what is unmeasured: its tokens, and itself
 
@@ -217,6 +219,15 @@ class Pass:
         self.index = torch.cat([chosen + start for start, chosen in zip(self.starts, self.rows, strict=True)])
         self.cu_seqlens = torch.tensor(self.offsets, dtype=torch.int32, device=device)
         self.ends = torch.tensor([[0, length] for length in self.lengths], dtype=torch.int32, device=device)
+
+    @contextmanager
+    def only(self, whole: bool) -> Iterator[None]:
+        """A block that deals with those entries alone that are whole, or with those that are not."""
+        self.part = whole
+        try:
+            yield
+        finally:
+            self.part = None
 
     def rounds(self) -> Iterator[list[int]]:
         """Numbers of entries that may be gated at once: the first of every stream, then the second, and so on."""

@@ -93,14 +93,17 @@ def pool(
     else:
         lengths = current.counts if current.padded else None
     head, method = current.plan.anatomy.pool
-    if distilled is None or all(current.whole):
+    if all(current.whole) or (distilled is None and not current.rounded):
         return _pool(current, derived, head, functools.partial(forward, *args, **kwargs), tokens, lengths, 0)
     pooled, first = [], 0
     for whole, streams in itertools.groupby(current.whole):
         these = slice(first, first + len(list(streams)))
-        module, call = (head, forward) if whole else (distilled, getattr(distilled, method))
+        module, call = head, forward
+        if not whole and distilled is not None:
+            module, call = distilled, getattr(distilled, method)
         call = functools.partial(call, *args, **kwargs)
-        pooled.append(_pool(current, derived, module, call, tokens[these], lengths and lengths[these], first))
+        with current.only(whole):
+            pooled.append(_pool(current, derived, module, call, tokens[these], lengths and lengths[these], first))
         first = these.stop
     return torch.cat(pooled)
 

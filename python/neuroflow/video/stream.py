@@ -45,6 +45,7 @@ def encode_stream(
     model: PreTrainedModel,
     dense: PreTrainedModel | None = None,
     classes: ClassHead | None = None,
+    length: int = 1,
 ) -> Iterator[Encoded]:
     """What comes of each frame, all of the stream STREAM.
 
@@ -53,6 +54,7 @@ def encode_stream(
         model: a patched tower.
         dense: the same one unpatched, to be compared with.
         classes: what the embeddings are told apart as, if anything.
+        length: how many frames go through each of the two in one call; their times are shares of that call's.
     """
 
     def predicted(embedding: torch.Tensor | None) -> str | None:
@@ -61,10 +63,10 @@ def encode_stream(
         return classes.names[classes.scores(embedding[None]).argmax()]
 
     embedding_of = describe(model).embedding
-    asked = time.perf_counter()
-    for number, prepared in enumerate(inputs):
-        wait_ms = (time.perf_counter() - asked) * 1e3
-        pixels = prepared.pixels.to(model.device, model.dtype)
+    asked, first = time.perf_counter(), True
+    for number, clip in enumerate(_clips(inputs, length)):
+        wait_ms = (time.perf_counter() - asked) * 1e3 / len(clip)
+        pixels = torch.cat([prepared.pixels for prepared in clip]).to(model.device, model.dtype)
         # Taking turns, so that neither always finds the processor's cache as the other left it.
         if dense is not None and number % 2 == 0:
             reference, dense_ms = _timed_output(dense, pixels)
@@ -72,24 +74,44 @@ def encode_stream(
             output, neuroflow_ms = _timed_output(model, pixels)
         if dense is not None and number % 2 == 1:
             reference, dense_ms = _timed_output(dense, pixels)
-        embedding = embedding_of(output)[0].float()
-        expected = None if dense is None else embedding_of(reference)[0].float()
-        (report,) = last_pass(model)
-        record = Record(
-            frame=prepared.frame.index,
-            time_s=round(prepared.frame.time, 6),
-            skipped=report.skipped,
-            active=int(report.active.sum()),
-            key_frame=report.key_frame is not None,
-            neuroflow_ms=neuroflow_ms,
-            dense_ms=dense_ms if dense is not None else None,
-            cosine=None if expected is None else F.cosine_similarity(embedding, expected, 0).item(),
-            first=number == 0,
-            predicted=predicted(embedding),
-            dense_predicted=predicted(expected),
-        )
-        yield Encoded(prepared, record, embedding.cpu().numpy(), report.active, wait_ms)
+        embeddings = embedding_of(output).float()
+        expected = [None] * len(clip) if dense is None else embedding_of(reference).float()
+        reports = last_pass(model)
+        for prepared, report, embedding, dense_embedding in zip(clip, reports, embeddings, expected, strict=True):
+            cosine = None if dense is None else F.cosine_similarity(embedding, dense_embedding, 0).item()
+            record = Record(
+                frame=prepared.frame.index,
+                time_s=round(prepared.frame.time, 6),
+                skipped=report.skipped,
+                active=int(report.active.sum()),
+                key_frame=report.key_frame is not None,
+                neuroflow_ms=neuroflow_ms / len(clip),
+                dense_ms=None if dense is None else dense_ms / len(clip),
+                cosine=cosine,
+                first=first,
+                predicted=predicted(embedding),
+                dense_predicted=predicted(dense_embedding),
+            )
+            yield Encoded(prepared, record, embedding.cpu().numpy(), report.active, wait_ms)
+            first = False
         asked = time.perf_counter()
+
+
+def _clips(inputs: Iterable[Prepared], length: int) -> Iterator[list[Prepared]]:
+    """So many frames at a time; those before an error come before it."""
+    clip: list[Prepared] = []
+    try:
+        for prepared in inputs:
+            clip.append(prepared)
+            if len(clip) == length:
+                yield clip
+                clip = []
+    except Exception:
+        if clip:
+            yield clip
+        raise
+    if clip:
+        yield clip
 
 
 @torch.inference_mode()
