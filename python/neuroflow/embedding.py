@@ -28,12 +28,16 @@ def frame_embeddings(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def in_clips(frames: Iterable[torch.Tensor], length: int = CLIP) -> Iterator[torch.Tensor]:
-    """Frames [1, 3, H, W] in order -> clips [T, 3, H, W] of so many at most, each of frames of one size."""
+    """Frames [1, 3, H, W] in order -> the first, then clips [T, 3, H, W] of so many at most, each of one size.
+
+    The first is dense in any case, and tells the gate of the others what the pooled output reads.
+    """
     clip: list[torch.Tensor] = []
+    wanted = 1
     for frame in frames:
-        if clip and (len(clip) == length or frame.shape != clip[0].shape):
+        if clip and (len(clip) == wanted or frame.shape != clip[0].shape):
             yield torch.cat(clip)
-            clip = []
+            clip, wanted = [], length
         clip.append(frame)
     if clip:
         yield torch.cat(clip)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .classes import ClassHead
-from .embedding import CLIP, frame_embeddings
+from .embedding import CLIP, frame_embeddings, in_clips
 from .patch import cache_context, last_pass, reset_cache
 
 DENSE = "dense"
@@ -69,7 +69,7 @@ def spoken(label: str) -> str:
 
 @torch.inference_mode()
 def clip_embeddings(model: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """A clip through a patched model, 16 frames in one call, from nothing.
+    """A clip through a patched model from nothing, 16 frames in one call behind the first.
 
     Args:
         model: patched.
@@ -81,7 +81,7 @@ def clip_embeddings(model: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tenso
     embeddings, skipped = [], []
     try:
         with cache_context(model, STREAM):
-            for clip in pixels.split(CLIP):
+            for clip in in_clips(pixels.split(1)):
                 embeddings.append(frame_embeddings(model, clip))
                 skipped += [report.skipped for report in last_pass(model)]
     finally:

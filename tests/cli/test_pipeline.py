@@ -220,10 +220,11 @@ def test_live_sources_are_not_read_ahead(encode, clip):
     assert set(source.threads) == {threading.current_thread()}
 
 
+@pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("compare", [False, True])
-def test_the_stages_of_a_frame_fit_into_it(encode, tmp_path, compare):
+def test_the_stages_of_a_frame_fit_into_it(encode, tmp_path, compare, length):
     start = time.perf_counter()
-    _, stages = encode(compare=compare, results=Results(tmp_path / "result.jsonl", {}))
+    _, stages = encode(compare=compare, clip=length, results=Results(tmp_path / "result.jsonl", {}))
     elapsed = (time.perf_counter() - start) * 1e3
     assert len(stages) == FRAMES and sum(one.total for one in stages) <= elapsed
     for one in stages:

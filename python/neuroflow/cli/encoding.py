@@ -1,6 +1,7 @@
 """A source's frames through a model, from the first to the table at the end."""
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 import time
@@ -87,7 +88,7 @@ def encode_video(
             # A live source decodes in a thread of its own, and what waits here would no longer be the newest.
             if not source.live:
                 inputs = stack.enter_context(ReadAhead(inputs, depth=clip + 2))
-            skipped = 0.0
+            skipped, together = 0.0, 0
             start = time.perf_counter()
             for encoded in encode_stream(inputs, model, dense, classes, 1 if source.live else clip):
                 record = encoded.record
@@ -112,7 +113,11 @@ def encode_video(
                         total=(end - start) * 1e3,
                     )
                 )
-                start = end
+                start, together = end, together + 1
+                if together == encoded.together:  # what was spent on all of them shows at the first
+                    own, together = stages[-together:], 0
+                    total = sum(each.total for each in own) / len(own)
+                    stages[-len(own) :] = [dataclasses.replace(each, total=total) for each in own]
     except KeyboardInterrupt:
         print(f"interrupted after {len(records)} frames", file=sys.stderr)
         return INTERRUPTED

@@ -31,6 +31,7 @@ class Encoded:
         embedding: [D] float32.
         active: [rows, columns] bool, the patches that were encoded.
         wait_ms: until the input was there.
+        together: how many frames went through the model with it; its times are shares of theirs.
     """
 
     prepared: Prepared
@@ -38,6 +39,7 @@ class Encoded:
     embedding: np.ndarray
     active: torch.Tensor
     wait_ms: float
+    together: int
 
 
 def encode_stream(
@@ -54,7 +56,7 @@ def encode_stream(
         model: a patched tower.
         dense: the same one unpatched, to be compared with.
         classes: what the embeddings are told apart as, if anything.
-        length: how many frames go through each of the two in one call; their times are shares of that call's.
+        length: how many frames go through each of the two in one call, behind the first, which goes alone.
     """
 
     def predicted(embedding: torch.Tensor | None) -> str | None:
@@ -92,20 +94,21 @@ def encode_stream(
                 predicted=predicted(embedding),
                 dense_predicted=predicted(dense_embedding),
             )
-            yield Encoded(prepared, record, embedding.cpu().numpy(), report.active, wait_ms)
+            yield Encoded(prepared, record, embedding.cpu().numpy(), report.active, wait_ms, len(clip))
             first = False
         asked = time.perf_counter()
 
 
 def _clips(inputs: Iterable[Prepared], length: int) -> Iterator[list[Prepared]]:
-    """So many frames at a time; those before an error come before it."""
+    """As `embedding.in_clips`: the first frame, then so many at a time; those before an error come before it."""
     clip: list[Prepared] = []
+    wanted = 1
     try:
         for prepared in inputs:
             clip.append(prepared)
-            if len(clip) == length:
+            if len(clip) == wanted:
                 yield clip
-                clip = []
+                clip, wanted = [], length
     except Exception:
         if clip:
             yield clip
