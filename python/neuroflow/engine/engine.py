@@ -179,7 +179,8 @@ class Engine:
             )
         self.reported.set(())
         signature = self.signatures[entry]
-        arguments = by_name(signature.bind(*args, **kwargs))
+        bound = signature.bind(*args, **kwargs)
+        arguments = by_name(bound)
         name = next(iter(signature.parameters))
         if not isinstance(arguments.get(name), torch.Tensor):
             raise ValueError(f"{name} is {arguments.get(name)!r}; accepted is a tensor of frames")
@@ -208,9 +209,10 @@ class Engine:
                 part = args, kwargs
                 if these != slice(0, len(grids)):
                     part = tree_map_only(torch.Tensor, operator.itemgetter(these), part)
+                    bound = signature.bind(*part[0], **part[1])
                 own = None if order is None else order[these]
                 current = Pass(self.plan, states[these], grids[these], own, asked, gaps[these], nameless)
-                outputs.append(self._encode(entry, forward, *part, current))
+                outputs.append(self._encode(entry, forward, *part, bound, current))
                 reports += current.reports
                 self.reported.set(tuple(reports))
         if deal is not None:
@@ -235,12 +237,17 @@ class Engine:
         return [slice(*ends) for ends in itertools.pairwise([*starts, count])]
 
     def _encode(
-        self, entry: str, forward: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], current: Pass
+        self,
+        entry: str,
+        forward: Callable,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        bound: inspect.BoundArguments,
+        current: Pass,
     ) -> Any:
         """The tower's output of one pass."""
         if self.graphs is not None and not any(current.followed):
-            bound = self.signatures[entry].bind(*args, **kwargs)
-            output, current.surprises = self.graphs.run(entry, forward, bound, by_name(bound), current)
+            output, current.surprises = self.graphs.run(entry, forward, bound, current)
             if output is not None:
                 current.reports = [FrameReport.of(state, None) for state in current.states]
                 return output

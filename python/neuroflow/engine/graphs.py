@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from neuroflow_kernels import gather_rows, scatter_rows_
 
-from ..adapters.anatomy import Grid
+from ..adapters.anatomy import Grid, by_name
 from . import crossover, scores
 from .derived import Weights
 from .gate import Gate, is_recordable
@@ -330,12 +330,7 @@ class Graphs:
         self.lock = threading.RLock()
 
     def run(
-        self,
-        entry: str,
-        forward: Callable,
-        bound: BoundArguments,
-        arguments: dict[str, Any],
-        current: Pass,
+        self, entry: str, forward: Callable, bound: BoundArguments, current: Pass
     ) -> tuple[Any, list[torch.Tensor] | None]:
         """The tower's output; or None, where the pass is to be run as it is, and each entry's surprise if known."""
         frames, states, grids = bound.args[0], current.states, current.grids
@@ -343,7 +338,7 @@ class Graphs:
             return None, None
         key = None
         try:
-            key = self._key(entry, bound, arguments, states, grids, current.asked)
+            key = self._key(entry, bound, current)
             if key in self.refused:
                 return None, None
             with self.lock, torch.cuda.device_of(frames):
@@ -399,35 +394,27 @@ class Graphs:
         self.groups[key] = group
         return group
 
-    def _key(
-        self,
-        entry: str,
-        bound: BoundArguments,
-        arguments: dict[str, Any],
-        states: list[StreamState],
-        grids: list[Grid],
-        asked: frozenset[int],
-    ) -> Hashable:
+    def _key(self, entry: str, bound: BoundArguments, current: Pass) -> Hashable:
         """What must be the same for a pass to be recorded with another.
 
         Raises:
             Unrecordable: it cannot be recorded at all.
         """
-        config, anatomy = self.gate.config, self.gate.plan.anatomy
+        config, anatomy, states = self.gate.config, self.gate.plan.anatomy, current.states
         frames, *rest = [*bound.args, *bound.kwargs.items()]
         if config.dilation:
             raise Unrecordable("dilation adds patches to those of the ladder")
-        if anatomy.order is not None or len(set(grids)) > 1 or len(frames) != len(states):
+        if anatomy.order is not None or len(set(current.grids)) > 1 or len(frames) != len(states):
             raise Unrecordable("its streams are not a batch of frames of one size, with tokens in the order of patches")
         if config.arch == "active" and len(states) > 1:
             raise Unrecordable("arch 'active' pads its output to the longest stream")
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(rest)):
             raise Unrecordable("the tower takes tensors beside the frames")
         # Releases of transformers before 5 leave a tower that ends behind the gate collecting these for good.
-        if asked:
+        if current.asked:
             raise Unrecordable("hidden states or feature maps are asked for")
         model_config = getattr(anatomy.tower, "config", None)
-        if arguments.get("output_attentions") or getattr(model_config, "output_attentions", None):
+        if by_name(bound).get("output_attentions") or getattr(model_config, "output_attentions", None):
             raise Unrecordable("output_attentions is asked for")
         kind = frames.device.type
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -170,9 +171,9 @@ class Pass:
         self.nameless = nameless
         self.surprises: list[torch.Tensor] | None = None  # [N] of each entry, where they are known beforehand
         self.gaps = gaps or [False] * len(states)
-        later = [set(map(id, states[number + 1 :])) for number in range(len(states))]
+        last = {id(state): entry for entry, state in enumerate(states)}
         # Of each entry, whether another of its stream comes after it.
-        self.followed = [id(state) in after for state, after in zip(states, later, strict=True)]
+        self.followed = [last[id(state)] != entry for entry, state in enumerate(states)]
         self.patches = [rows * columns for rows, columns in grids]  # of each entry
         self.counts = [plan.anatomy.prefix + count for count in self.patches]  # of tokens
         self.projected: torch.Tensor | None = None
@@ -229,15 +230,16 @@ class Pass:
         finally:
             self.part = None
 
-    def rounds(self) -> Iterator[list[int]]:
+    def rounds(self) -> list[list[int]]:
         """Numbers of entries that may be gated at once: the first of every stream, then the second, and so on."""
-        seen: dict[int, int] = {}
-        turns = [seen.setdefault(id(state), -1) for state in self.states]
-        for number, state in enumerate(self.states):
-            seen[id(state)] += 1
-            turns[number] = seen[id(state)]
-        for turn in range(max(turns, default=-1) + 1):
-            yield [number for number, own in enumerate(turns) if own == turn]
+        rounds: list[list[int]] = []
+        turns: Counter[int] = Counter()
+        for entry, state in enumerate(self.states):
+            if turns[id(state)] == len(rounds):
+                rounds.append([])
+            rounds[turns[id(state)]].append(entry)
+            turns[id(state)] += 1
+        return rounds
 
     def complete(self) -> None:
         """Let the next frame of every stream rely on its last one here, unless that held NaN or Inf."""

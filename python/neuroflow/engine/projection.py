@@ -69,12 +69,12 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
         current.pixels = torch.cat(windows)
     if pixels.device.type == "cpu":
         weights = derived(projection, "projection", object)  # another object for other weights
-        rows: list[torch.Tensor] = [windows[0]] * len(windows)
+        found: dict[int, torch.Tensor] = {}  # by entry
         for state in dict.fromkeys(current.states):
             own = [entry for entry, of in enumerate(current.states) if of is state]
             projected = _project_changed(projection, weights, state, [windows[entry] for entry in own])
-            for entry, values in zip(own, projected, strict=True):
-                rows[entry] = values
+            found |= zip(own, projected, strict=True)
+        rows = [found[entry] for entry in range(len(windows))]
     else:  # it would be waited for, and loses little by projecting all
         rows = [project_windows(projection, own) for own in windows]
     projected = rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -113,5 +113,9 @@ def _project_changed(
         elif length:
             projected[0, rows] = products[number]
         results.append(projected.clone() if number < len(frames) - 1 else projected)
-    state.last_frame = LastFrame(copy_into(kept, frames[-1]), projected, weights)
+    if len(frames) > 1 or differing[0] is None:
+        kept = copy_into(kept, frames[-1])
+    elif lengths[0]:
+        kept[0, differing[0]] = fresh[0]
+    state.last_frame = LastFrame(kept, projected, weights)
     return results
