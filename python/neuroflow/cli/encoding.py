@@ -72,13 +72,13 @@ def encode_video(
         note = ", and the overlay begins there" if overlay is not None else ""
         print(f"resuming at frame {start}: it is a key frame{note}", file=sys.stderr)
     frames = every(source, stride, start)
-    total = None if source.frame_count is None else -(-source.frame_count // stride)
+    count = None if source.frame_count is None else -(-source.frame_count // stride)
     if max_frames is not None:
         frames = itertools.islice(frames, max(max_frames - len(records), 0))
-        total = max_frames if total is None else min(total, max_frames)
+        count = max_frames if count is None else min(count, max_frames)
     try:
         with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(tqdm(total=total, initial=len(records), unit="frame", dynamic_ncols=True))
+            bar = stack.enter_context(tqdm(total=count, initial=len(records), unit="frame", dynamic_ncols=True))
             writer = None
             if overlay is not None:
                 writer = stack.enter_context(OverlayWriter(overlay, (source.rate or DIRECTORY_RATE) / stride))
@@ -114,10 +114,9 @@ def encode_video(
                     )
                 )
                 start, together = end, together + 1
-                if together == encoded.together:  # what was spent on all of them shows at the first
-                    own, together = stages[-together:], 0
-                    total = sum(each.total for each in own) / len(own)
-                    stages[-len(own) :] = [dataclasses.replace(each, total=total) for each in own]
+                if together == encoded.together:
+                    stages[-together:] = shares(stages[-together:])
+                    together = 0
     except KeyboardInterrupt:
         print(f"interrupted after {len(records)} frames", file=sys.stderr)
         return INTERRUPTED
@@ -137,6 +136,12 @@ def encode_video(
     state_bytes = neuroflow.summary(model).state_bytes
     print(format_report(records, stages, state_bytes, name, format_gate(config), model.device))
     return 0
+
+
+def shares(stages: list[Stages]) -> list[Stages]:
+    """The stages of frames that went through the model together: their call shows in the total of the first alone."""
+    total, write = (sum(getattr(one, stage) for one in stages) / len(stages) for stage in ("total", "write"))
+    return [dataclasses.replace(one, total=total, write=write) for one in stages]
 
 
 def caption(record: Record) -> str:

@@ -13,7 +13,7 @@ from ..video.results import Record
 
 @dataclass(frozen=True)
 class Stages:
-    """Where a frame's time went, in milliseconds.
+    """Where a frame's time went, in milliseconds; frames that go through the model together share theirs equally.
 
     Attributes:
         decode: until the source gave the frame; a live one is waited for.
