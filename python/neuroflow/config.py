@@ -16,6 +16,7 @@ Reference = Literal["refreshed", "ema", "previous", "dual"]
 Score = Literal["staleness", "surprise"]
 Refresh = Literal["key", "rolling"]
 Batch = Literal["clip", "streams", "dense"]
+Reuse = Literal["nearest", "last"]
 Launch = Literal["graph", "eager"]
 Precision = Literal["model", "bfloat16"]
 
@@ -77,6 +78,9 @@ class NeuroFlowConfig:
             time, which begins with a key frame and leaves nothing behind, so that the same call gives the same twice;
             frames that have nothing in common are key frames, and cost what they cost dense. "streams": a frame of each
             of as many streams, 0 to S - 1. "dense": they run unpatched.
+        reuse: what serves a patch that is not encoded. "last", its last version; "nearest", in a clip without a name,
+            its last or its next, whichever is nearer in content, which takes no longer (bench/results/reuse.md). Streams
+            go on, and know no next version: theirs is the last; so is that of references other than "refreshed".
         pass_patches: how many patches a pass holds at most; a call of more frames than that is encoded in several, one
             after the other, which bounds the memory that it takes beside its output.
         launch: "graph": on a GPU, sparse frames of streams that keep coming together are recorded as CUDA graphs, whose
@@ -113,6 +117,7 @@ class NeuroFlowConfig:
     mid_layer: int | None = None
     precision: Precision = "model"
     batch: Batch = "clip"
+    reuse: Reuse = "nearest"
     pass_patches: int = 2**16
     launch: Launch = "graph"
 
@@ -127,6 +132,7 @@ class NeuroFlowConfig:
             "refresh": Refresh,
             "precision": Precision,
             "batch": Batch,
+            "reuse": Reuse,
             "launch": Launch,
         }
         for name, kind in kinds.items():

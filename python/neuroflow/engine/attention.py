@@ -64,6 +64,7 @@ def attend(
         if watched:
             current.add_cls_attention(query[:, :, 0], key, kwargs["scaling"])
         return attention(module, query, key, value, mask, **kwargs)
+    brought = [current.brought(each, 2) for each in (key, value)] if context and current.packed else None
     outputs = []
     for entry, (state, *heads) in enumerate(zip(current.states, *parts, strict=True)):
         partial = current.packed and not current.whole[entry]
@@ -71,8 +72,8 @@ def attend(
             heads = [each.bfloat16() for each in heads]
         queries, keys, values = heads
         rows = key_rows = current.rows[entry] if partial else None
-        if context and current.packed:
-            current.store_heads(layer, entry, keys, values)  # in turn, so that each entry finds those before it
+        if brought is not None:  # in turn, so that each entry finds those before it
+            current.store_heads(layer, entry, *(each[entry] for each in brought))
         if context and partial:
             keys = state.tensors["key", layer].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
             values = state.tensors["value", layer].unflatten(2, (value.shape[1], -1)).transpose(1, 2)

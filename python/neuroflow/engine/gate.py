@@ -8,7 +8,7 @@ import torch
 from neuroflow_kernels import compact, ema_surprise_, gather_rows, scatter_rows_
 
 from ..adapters.anatomy import Grid
-from . import crossover, scores
+from . import crossover, reuse, scores
 from .passes import FrameReport, Pass, Plan, split
 from .state import KeyFrame, StreamState, copy_into
 
@@ -66,6 +66,8 @@ class Gate:
             self._gate_round(current, entries, signals, tokens, rows)
         for state in current.states:
             state.key_frame_due = "failed"  # until the pass is complete
+        if current.nameless and self.config.reuse == "nearest" and self.config.reference == "refreshed":
+            current.early = reuse.nearest(current, signals, rows)
         return rows
 
     def _gate_round(

@@ -185,6 +185,8 @@ class Pass:
         self.attention: list[torch.Tensor | None] = [None] * len(states)  # [N] of each entry, that its patches got
         self.finite = [True] * len(states)
         self.reports: list[FrameReport | None] = [None] * len(states)
+        # Of each entry, tokens that turn to their next version, and those versions' packed rows; see `reuse.nearest`.
+        self.early: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(states)
         self.whole: list[bool] = []  # of each entry, whether all its tokens are encoded
         self.padded = False  # some rows of the batch are no tokens
         self.partial = False  # some of its rows are not encoded
@@ -219,7 +221,12 @@ class Pass:
         self.offsets = [0, *itertools.accumulate(self.lengths)]
         self.index = torch.cat([chosen + start for start, chosen in zip(self.starts, self.rows, strict=True)])
         self.cu_seqlens = torch.tensor(self.offsets, dtype=torch.int32, device=device)
-        self.ends = torch.tensor([[0, length] for length in self.lengths], dtype=torch.int32, device=device)
+        # What each entry brings into the caches: its own rows, and those that come early.
+        self.into = [
+            rows if early is None else torch.cat((rows, early[0]))
+            for rows, early in zip(self.rows, self.early, strict=True)
+        ]
+        self.ends = torch.tensor([[0, rows.numel()] for rows in self.into], dtype=torch.int32, device=device)
 
     @contextmanager
     def only(self, whole: bool) -> Iterator[None]:
@@ -295,6 +302,14 @@ class Pass:
             return [part[:, :, :length] for part, length in zip(heads.split(1), lengths, strict=True)]
         return list(heads.split(lengths, 2))
 
+    def brought(self, values: torch.Tensor, dim: int) -> list[torch.Tensor]:
+        """Of packed values, rows along `dim`, those that each entry brings into the caches."""
+        parts = list(values.split(self.lengths, dim))
+        for entry, early in enumerate(self.early):
+            if early is not None:
+                parts[entry] = torch.cat((parts[entry], values.index_select(dim, early[1])), dim)
+        return parts
+
     def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
         """Bring the cache `name` up to date with every entry in turn, of all tokens, or [1, M, D] in a partial pass."""
         if not self.partial:
@@ -302,20 +317,19 @@ class Pass:
                 state.put(name, fresh)
             return
         versions = []
-        for entry, state in enumerate(self.states):
-            fresh = tokens[:, self.offsets[entry] : self.offsets[entry + 1]]
+        for entry, (state, fresh) in enumerate(zip(self.states, self.brought(tokens, 1), strict=True)):
             if self.active[entry] is None:
                 state.put(name, fresh)
             else:
                 cache, prefix = state.tensors[name], self.plan.anatomy.prefix
-                scatter_rows_(cache, fresh[0], self.active[entry], self.ends[entry], blend)
+                scatter_rows_(cache, fresh[0], self.into[entry], self.ends[entry], blend)
                 if blend < 1:
                     cache[:, :prefix] = fresh[:, :prefix]  # CLS and registers follow every frame
             versions.append(state.tensors[name].clone() if self.followed[entry] else state.tensors[name])
         self.versions[name] = versions
 
     def store_heads(self, layer: int, entry: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Bring a block's cached keys and values up to date with those of one entry, [1, heads, rows, head_dim]."""
+        """Bring a block's cached keys and values up to date with what one entry brings, [1, heads, rows, head_dim]."""
         state, active = self.states[entry], self.active[entry] if self.partial else None
         if self.rounded and key.dtype == torch.float32:
             key, value = key.bfloat16(), value.bfloat16()
@@ -325,7 +339,7 @@ class Pass:
         else:
             rows = (heads[0].transpose(0, 1) for heads in (key, value))  # [M, heads, head_dim]
             caches = state.tensors["key", layer], state.tensors["value", layer]
-            scatter_kv_(*caches, *rows, active, self.ends[entry])
+            scatter_kv_(*caches, *rows, self.into[entry], self.ends[entry])
 
     def add_attention(self, attention: list[torch.Tensor], first: int = 0) -> None:
         """Add what the patches of streams from `first` on got of the pooled output's attention, [N] each."""
