@@ -9,20 +9,29 @@ own best T. What a clip gives must be what its frames give one by one, in the sa
 `--fidelity` measures instead what clips lose where that is not so: an ImageNet ViT-Ti at 224 px on real clips, at the
 default settings, whose score reads the attention that the pooled output paid the patches, of which a pass knows no more
 than its stream did before it. The threshold is the one that skips 84 % frame by frame.
+
+`--reuse` measures what clips without a name gain by serving a patch that is not encoded by the nearest of its versions,
+before or after, over the last: the same ViT-Ti on 32 frames of each clip at several rates, the same patches encoded
+both ways, cosines of CLS and of the patches' tokens. The time is that of "nearest" over that of "last", the median
+of ratios within a turn.
 """
 
 import argparse
+import functools
 import itertools
+import operator
 import statistics
 
 import neuroflow
 import torch
+from neuroflow import NeuroFlowConfig
+from neuroflow.weights import copy_sharing_weights
 
 from bench import cases
 from bench.fidelity import large_clips, load_classifier
 from bench.run import DTYPES, machine, timed
 from bench.streams import MODELS, embedding
-from bench.tables import cosine, embeddings, gate_of, read_clip, run_at_skip, share, table, write
+from bench.tables import cosine, embeddings, find_threshold, gate_of, read_clip, run_at_skip, share, table, write
 
 LENGTHS = (1, 4, 16, 32)
 SKIPS = (0.97, 0.84)
@@ -75,7 +84,7 @@ def fidelity(lengths):
     for name, path in large_clips().items():
         frames = read_clip(path, 224, 120)
         dense = torch.cat([embeddings(unpatched, part) for part in frames.split(30)])
-        config = neuroflow.NeuroFlowConfig(dense_above=1.0)
+        config = NeuroFlowConfig(dense_above=1.0)
         chosen, (alone,) = run_at_skip(model, gate, [frames], config, 0.84, 0.1)
         rows.append({"clip": name, "frames": 1} | _figures(alone.embeddings, alone.skipped.tolist(), dense))
         for length in lengths:
@@ -88,6 +97,49 @@ def fidelity(lengths):
             neuroflow.disable_cache(model)
             rows.append({"clip": name, "frames": length} | _figures(torch.cat(found), skipped, dense))
     return rows
+
+
+@torch.inference_mode()
+def reuse(skips=(0.84, 0.7), length=32, turns=5):
+    """Of each clip, rate and share skipped: mean cosines to dense and relative time, by what serves a skipped patch."""
+    model, unpatched = load_classifier()
+    towers, rows = {"last": model.vit, "nearest": copy_sharing_weights(model).vit}, []
+
+    def skipped_at(threshold, frames):
+        neuroflow.enable_cache(towers["last"], NeuroFlowConfig(threshold=threshold, reuse="last", dense_above=1.0))
+        towers["last"](frames)
+        reports = neuroflow.last_pass(towers["last"])[1:]
+        neuroflow.disable_cache(towers["last"])
+        return statistics.mean(report.skipped for report in reports)
+
+    for rate, (name, path) in itertools.product((1, 2, 4, None), large_clips().items()):
+        frames = read_clip(path, 224, length, rate)
+        if len(frames) < length // 2:
+            continue
+        expected = unpatched.vit(frames).last_hidden_state
+        for skip in skips:
+            threshold = find_threshold(functools.partial(skipped_at, frames=frames), skip, 0.1, tolerance=0.01)
+            row = {"clip": name, "rate": rate, "frames": len(frames), "skipped": skipped_at(threshold, frames)}
+            times = {kind: [] for kind in towers}
+            for kind, tower in towers.items():
+                neuroflow.enable_cache(tower, NeuroFlowConfig(threshold=threshold, reuse=kind, dense_above=1.0))
+                found = tower(frames).last_hidden_state
+                cosines = torch.nn.functional.cosine_similarity(found[1:], expected[1:], dim=-1)
+                row |= {f"cls_{kind}": cosines[:, 0].mean().item(), f"tokens_{kind}": cosines[:, 1:].mean().item()}
+            for turn in range(turns):
+                for kind, tower in sorted(towers.items(), reverse=bool(turn % 2)):
+                    times[kind].append(timed(functools.partial(tower, frames), "cpu")[1])
+            for tower in towers.values():
+                neuroflow.disable_cache(tower)
+            row["time"] = statistics.median(map(operator.truediv, times["nearest"], times["last"]))
+            rows.append(row)
+    return rows
+
+
+def format_reuse(row):
+    rate = "full" if row["rate"] is None else f"{row['rate']}/s"
+    figures = (row[f"{of}_{kind}"] for of in ("cls", "tokens") for kind in ("last", "nearest"))
+    return [row["clip"], rate, str(row["frames"]), share(row["skipped"]), *map(cosine, figures), f"{row['time']:.2f}"]
 
 
 def _figures(found, skipped, dense):
@@ -116,7 +168,15 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--fidelity", action="store_true", help="what clips lose, on real ones")
     parser.add_argument("--out", default="clip", help="the stem of the files in bench/results, or a path's")
+    parser.add_argument("--reuse", action="store_true", help="what clips without a name gain by their next versions")
     arguments = parser.parse_args()
+    if arguments.reuse:
+        rows = reuse()
+        names = ["clip", "rate", "T", "skipped", "CLS, last", "nearest", "tokens, last", "nearest", "time"]
+        text = f"# The last version of a patch, or its nearest\n\n{table(names, map(format_reuse, rows))}"
+        write("reuse", {"machine": machine()}, rows, text)
+        print(text)
+        return
     if arguments.fidelity:
         rows = fidelity([length for length in arguments.length if length > 1])
         lines = [[row["clip"], str(row["frames"]), share(row["skipped"]), cosine(row["cosine"])] for row in rows]

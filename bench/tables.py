@@ -51,15 +51,16 @@ def find(name):
     return path
 
 
-def read_clip(path, size, count):
-    """The first `count` frames, [T, 3, size, size] float32."""
+def read_clip(path, size, count, rate=None):
+    """The first `count` frames, all or so many a second, [T, 3, size, size] float32."""
     # Here, since a benchmark that writes a table may run where there is no PyAV.
     from neuroflow.video.preprocess import Preprocessor
     from neuroflow.video.source import Source
 
     preprocess = Preprocessor(size, size)
     with closing(Source(str(path))) as source:
-        return torch.cat([preprocess(frame) for frame in itertools.islice(source, count)])
+        step = 1 if rate is None else max(round(source.rate / rate), 1)
+        return torch.cat([preprocess(frame) for frame in itertools.islice(source, 0, step * count, step)])
 
 
 @torch.inference_mode()

@@ -25,15 +25,16 @@ def drift(frames=12, side=48):
     return torch.stack([still + amount * torch.randn(3, side, side, generator=generator) for _ in range(frames)])
 
 
-def measured(model, frames, config):
+def measured(model, frames, config, of="embedding"):
     """(mean skip, mean cosine, 5th percentile) of all frames but the first, frame by frame."""
-    embedding = describe(model).embedding
+    anatomy = describe(model)
+    read = {"embedding": anatomy.embedding, "tokens": lambda output: output.last_hidden_state[:, anatomy.prefix :]}[of]
     skipped, cosine = [], []
     with torch.no_grad():
-        dense = [embedding(model(pixel_values=frame[None])) for frame in frames]
+        dense = [read(model(pixel_values=frame[None])) for frame in frames]
         neuroflow.enable_cache(model, config)
         for frame, expected in zip(frames, dense, strict=True):
-            cosine.append(F.cosine_similarity(embedding(model(pixel_values=frame[None])), expected).item())
+            cosine.append(F.cosine_similarity(read(model(pixel_values=frame[None])), expected, -1).mean().item())
             active = neuroflow.summary(model).streams["default"].active
             skipped.append(1 - active.sum().item() / active.numel())
         neuroflow.disable_cache(model)
@@ -41,19 +42,19 @@ def measured(model, frames, config):
     return sum(skipped[1:]) / len(skipped[1:]), scored.mean().item(), scored.quantile(0.05).item()
 
 
-@pytest.mark.parametrize("family", ["siglip", "vit"])
-def test_fidelity_is_reached_by_the_largest_threshold(family):
+@pytest.mark.parametrize(("family", "of"), [("siglip", "embedding"), ("vit", "embedding"), ("vit", "tokens")])
+def test_fidelity_is_reached_by_the_largest_threshold(family, of):
     model, frames = tiny(family), drift()
     base = dataclasses.replace(PLAIN, floor=2, max_age=9)
     dense_like, sparse_like = (
-        measured(model, frames, dataclasses.replace(base, threshold=threshold))[1] for threshold in (1e-4, 0.5)
+        measured(model, frames, dataclasses.replace(base, threshold=threshold), of)[1] for threshold in (1e-4, 0.5)
     )
     target = (dense_like + sparse_like) / 2
-    result = calibrate(model, frames, base, fidelity=target)
+    result = calibrate(model, frames, base, fidelity=target, of=of)
     assert isinstance(result, Calibration)
     assert result.config == dataclasses.replace(base, threshold=result.config.threshold)
     found = (result.skipped, result.fidelity, result.fidelity_p5)
-    assert found == pytest.approx(measured(model, frames, result.config), abs=1e-5)
+    assert found == pytest.approx(measured(model, frames, result.config, of), abs=1e-5)
     assert (result.config.threshold, *found) in result.trials
     assert result.fidelity >= target
     beyond = [trial for trial in result.trials if trial.threshold > result.config.threshold]
@@ -155,6 +156,8 @@ def test_a_patched_model_is_refused_and_stays_patched():
         (drift(2), {"fidelity": 1.0}, None, "fidelity is 1.0; accepted is a number between 0 and 1"),
         (drift(2), {"skip": float("nan")}, None, "skip is nan; accepted is a number between 0 and 1"),
         (drift(2), {"skip": 0.5}, NeuroFlowConfig(budget=4), "config has a budget of 4; accepted is None"),
+        (drift(2), {"skip": 0.5, "of": "patches"}, None, "of is 'patches'; accepted is 'embedding' or 'tokens'"),
+        (drift(2), {"skip": 0.5, "of": "tokens"}, NeuroFlowConfig(arch="B"), "which arch 'active' has of active"),
         (iter(drift(2)), {"skip": 0.5}, None, "which can be read once; accepted is a tensor"),
         (drift(1), {"skip": 0.5}, None, "frames holds 1 frame"),
         ([], {"skip": 0.5}, None, "frames holds 0 frame"),

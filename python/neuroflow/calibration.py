@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .config import NeuroFlowConfig
-from .embedding import frame_embeddings, in_clips
+from .embedding import frame_embeddings, in_clips, patch_tokens
 from .patch import cache_context, disable_cache, enable_cache, is_patched, summary
 from .weights import write
 
@@ -23,6 +23,7 @@ RESOLUTION = 1.005
 STREAM = "clip"
 SKIP_TOLERANCE = 0.005
 UNCHANGED = 1e-6  # one less the cosine of embeddings that differ by rounding alone
+Of = Literal["embedding", "tokens"]
 
 
 class CalibrationError(ValueError):
@@ -35,7 +36,7 @@ class Trial(NamedTuple):
     Args:
         threshold: of the trial.
         skipped: mean share of patches that were not encoded, 0 to 1.
-        fidelity: mean cosine of the embeddings to the unpatched model's.
+        fidelity: mean cosine of the frames to the unpatched model's.
         fidelity_p5: 5th percentile of that cosine.
     """
 
@@ -69,6 +70,7 @@ def calibrate(
     *,
     fidelity: float | None = None,
     skip: float | None = None,
+    of: Of = "embedding",
 ) -> Calibration:
     """Find the threshold that gives a wanted fidelity, or a wanted skip rate, on one clip.
 
@@ -76,8 +78,8 @@ def calibrate(
     is not scored. Above some threshold only `floor` patches are active; of thresholds tried that skip as much the
     lowest is chosen, as it lets more through when the footage to come changes more than this clip.
 
-    The dense embeddings [T, D] are computed once and kept; beyond them and one stream's state nothing is held but 16
-    frames at a time, which go through the model in one call.
+    What the unpatched model gives is computed once and kept, [T, D] or [T, N, D]; beyond that and one stream's state
+    nothing is held but 16 frames at a time, which go through the model in one call.
 
     What is found does not depend on the machine's speed: a `dense_above` of None, which the result keeps, is 1 here.
     Where frames do change so much that dense is faster, less is skipped than was found, and fidelity is higher.
@@ -88,14 +90,16 @@ def calibrate(
         frames: consecutive frames of one clip as the model takes `pixel_values`: [T, 3, H, W], or an iterable of
             [1, 3, H, W] that can be gone through more than once. They are brought to the model's device and dtype.
         config: the settings besides the threshold; `NeuroFlowConfig()` by default.
-        fidelity: the mean cosine to the unpatched model's embeddings, between 0 and 1, that the chosen threshold, the
-            largest to do so, reaches.
+        fidelity: the mean cosine to the unpatched model, between 0 and 1, that the chosen threshold, the largest to do
+            so, reaches.
         skip: instead of fidelity, the mean share of patches to skip, between 0 and 1; met within 0.005.
+        of: what is compared. "embedding", what the model makes of a frame; "tokens", each patch behind the last block
+            and its norm, as language models and dense heads read them: a frame's cosine is the mean of its patches'.
 
     Raises:
         CalibrationError: no threshold reaches the target, or the frames do not tell thresholds apart.
-        ValueError: not exactly one target, or one out of range; a budget in config; fewer than two frames, frames of
-            another shape, with NaN or Inf, or that can be read only once.
+        ValueError: not exactly one target, or one out of range; a budget in config; tokens of architecture B; fewer
+            than two frames, frames of another shape, with NaN or Inf, or that can be read only once.
         RuntimeError: the model is patched.
         TypeError: a model that no adapter knows.
     """
@@ -105,6 +109,10 @@ def calibrate(
     for name, target in (("fidelity", fidelity), ("skip", skip)):
         if target is not None and not 0 < target < 1:
             raise ValueError(f"{name} is {target!r}; accepted is a number between 0 and 1")
+    if of not in get_args(Of):
+        raise ValueError(f"of is {of!r}; accepted is 'embedding' or 'tokens'")
+    if of == "tokens" and config.arch == "active":
+        raise ValueError("of is 'tokens', which arch 'active' has of active patches alone; accepted is 'embedding'")
     if config.budget is not None:
         raise ValueError(f"config has a budget of {config.budget!r}; accepted is None, as a threshold is what is found")
     if isinstance(frames, Iterator):
@@ -116,19 +124,19 @@ def calibrate(
         raise RuntimeError(f"{type(model).__name__} is patched; call neuroflow.disable_cache first")
     if isinstance(frames, torch.Tensor):
         frames = frames.split(1)
-    dense = _embeddings(model, frames)
+    dense = _encoded(model, frames, of)
     if len(dense) < 2:
         raise ValueError(f"frames holds {len(dense)} frame(s); accepted is two or more, as the first is not scored")
     if not dense.isfinite().all():
-        number = int((~dense.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f"frames: the embedding of frame {number} holds NaN or Inf; accepted is finite pixels")
-    if F.cosine_similarity(dense, dense[:1]).min() > 1 - UNCHANGED:
-        raise CalibrationError("nothing changes in the frames: every embedding is that of the first")
+        number = int((~dense.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"frames: the {of} of frame {number} holds NaN or Inf; accepted is finite pixels")
+    if F.cosine_similarity(dense, dense[:1], -1).min() > 1 - UNCHANGED:
+        raise CalibrationError(f"nothing changes in the frames: every {of} is that of the first")
 
     tried = config if config.dense_above is not None else dataclasses.replace(config, dense_above=1.0)
 
     def attempt(threshold: float) -> Trial:
-        trials.append(_try(model, frames, dense, dataclasses.replace(tried, threshold=threshold)))
+        trials.append(_try(model, frames, of, dense, dataclasses.replace(tried, threshold=threshold)))
         return trials[-1]
 
     low, high = THRESHOLDS[config.score]
@@ -169,24 +177,27 @@ def _best(trials: list[Trial], fidelity: float | None, skip: float | None) -> Tr
     return min(trial for trial in reached if trial.skipped >= largest.skipped)
 
 
-def _try(model: nn.Module, frames: Iterable[torch.Tensor], dense: torch.Tensor, config: NeuroFlowConfig) -> Trial:
+def _try(
+    model: nn.Module, frames: Iterable[torch.Tensor], of: Of, dense: torch.Tensor, config: NeuroFlowConfig
+) -> Trial:
     enable_cache(model, config)
     try:
         with cache_context(model, STREAM):
-            sparse = _embeddings(model, frames)
+            sparse = _encoded(model, frames, of)
         stream = summary(model).streams[STREAM]
     finally:
         disable_cache(model)
-    cosine = F.cosine_similarity(sparse[1:], dense[1:])
+    cosine = F.cosine_similarity(sparse[1:], dense[1:], -1).flatten(1).mean(1)
     skipped = stream.skipped * stream.frames / (stream.frames - 1)
     return Trial(config.threshold, skipped, cosine.mean().item(), cosine.quantile(0.05).item())
 
 
 @torch.inference_mode()
-def _embeddings(model: nn.Module, frames: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The frames' embeddings [T, D] float32."""
-    embeddings = [frame_embeddings(model, clip) for clip in in_clips(map(_checked, frames))]
-    return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
+def _encoded(model: nn.Module, frames: Iterable[torch.Tensor], of: Of) -> torch.Tensor:
+    """What is compared of the frames, float32 [T, 1, D] or [T, N, D]."""
+    encode = patch_tokens if of == "tokens" else lambda *of: frame_embeddings(*of)[:, None]
+    found = [encode(model, clip) for clip in in_clips(map(_checked, frames))]
+    return torch.cat(found) if found else torch.empty(0, 0, 0)
 
 
 def _checked(pixels: torch.Tensor) -> torch.Tensor:

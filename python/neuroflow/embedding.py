@@ -27,6 +27,21 @@ def frame_embeddings(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return anatomy.embedding(encode_frames(anatomy.tower, pixels)).float()
 
 
+def patch_tokens(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Frames [S, 3, H, W] of one size -> the tokens of their patches behind the last block and its norm, [S, N, D]
+    float32.
+    """
+    anatomy, found = describe(model), []
+    hook = anatomy.last.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        encode_frames(anatomy.tower, pixels)
+    finally:
+        hook.remove()
+    (tokens,) = found
+    tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+    return tokens.reshape(len(pixels), -1, tokens.shape[-1])[:, anatomy.prefix :].float()
+
+
 def in_clips(frames: Iterable[torch.Tensor], length: int = CLIP) -> Iterator[torch.Tensor]:
     """Frames [1, 3, H, W] in order -> the first, then clips [T, 3, H, W] of so many at most, each of one size.
 

@@ -3,7 +3,7 @@
 import neuroflow
 import pytest
 import torch
-from models import clip, exact, inputs, tiny, values
+from models import exact, inputs, tiny, values
 from neuroflow.adapters import describe
 from neuroflow.engine.gate import Gate
 

@@ -6,12 +6,14 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 from tqdm import tqdm
 
 import neuroflow
 
+from ..calibration import Of
 from ..video.source import Source
 from . import CommandError
 from .common import every, format_gate, gate_config, load_model
@@ -39,9 +41,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument(
-        "--target-fidelity", type=share, metavar="F", help="mean cosine to the unpatched model's embeddings, below 1"
+        "--target-fidelity", type=share, metavar="F", help="mean cosine to the unpatched model's, below 1"
     )
     target.add_argument("--target-skip", type=share, metavar="S", help="instead: mean share of patches skipped")
+    parser.add_argument(
+        "--target-of",
+        choices=get_args(Of),
+        default="embedding",
+        help="compare frames' embeddings, or each patch's token, as language models read them (default: embedding)",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the configuration to write, JSON")
     add_gate(parser)
     add_frames(parser, 120, "of N frames at most (default: 120)")
@@ -83,7 +91,12 @@ def calibrate(arguments: argparse.Namespace) -> int:
         print(f"warning: {source.address}: {source.stopped}; the frames before are used", file=sys.stderr)
     try:
         found = neuroflow.calibrate(
-            model, _Frames(frames), config, fidelity=arguments.target_fidelity, skip=arguments.target_skip
+            model,
+            _Frames(frames),
+            config,
+            fidelity=arguments.target_fidelity,
+            skip=arguments.target_skip,
+            of=arguments.target_of,
         )
     except neuroflow.CalibrationError as error:
         nearer = (
