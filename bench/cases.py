@@ -20,6 +20,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from bench.baselines import Published
 from neuroflow_kernels import (
     attend_rows,
+    attend_versions,
     compact,
     ema_gate_,
     ema_surprise_,
@@ -157,6 +158,24 @@ def streams_inputs(shape, dtype, generator):
     return *made, torch.arange(streams + 1, dtype=torch.int32) * queries
 
 
+def versions_inputs(shape, dtype, generator):
+    """Of a clip of S frames, M of whose T tokens are new in each: queries [S * M, heads, head_dim], all versions of
+    keys and values [T + S * M, heads, head_dim], the table [S, T] and cu_seqlens, of shape (S, M, T, heads, head_dim).
+    """
+    frames, queries, tokens, *heads = shape
+    held = tokens + frames * queries
+    made = [torch.randn(size, *heads, generator=generator).to(dtype) for size in (frames * queries, held, held)]
+    table = torch.arange(tokens, dtype=torch.int32).repeat(frames, 1)
+    for frame in range(frames):
+        new = torch.randperm(tokens, generator=generator)[:queries]
+        table[frame:, new] = tokens + frame * queries + torch.arange(queries, dtype=torch.int32)
+    return *made, table, torch.arange(frames + 1, dtype=torch.int32) * queries
+
+
+def attend_gathered(query, key, value, table, cu_seqlens):
+    return attend_known(query, key[table], value[table], cu_seqlens)
+
+
 def attend_known(query, key, value, cu_seqlens):
     """With as many queries of each stream, which the host knows, attention is a batch."""
     by_head = (tensor.transpose(1, 2) for tensor in (query.unflatten(0, (len(key), -1)), key, value))
@@ -283,6 +302,18 @@ OPS = [
         lambda query, key, value, cu_seqlens: attend_rows(query, key, value, cu_seqlens=cu_seqlens),
         cost=lambda query, key, value, _: (size_of(query, query, key, value), 4 * query.numel() * key.shape[1]),
         baselines={"lengths known": attend_known},
+        rounding=1 / 8,
+    ),
+    Op(
+        "attend_versions",
+        ((16, 32, 196, 12, 64),),  # a clip of 16 frames at 224 px
+        versions_inputs,
+        attend_versions,
+        cost=lambda query, key, value, table, _: (
+            size_of(query, query, key, value, table),
+            4 * query.numel() * table.shape[1],
+        ),
+        baselines={"gathered, lengths known": attend_gathered},
         rounding=1 / 8,
     ),
     Op(

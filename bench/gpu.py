@@ -17,7 +17,16 @@ from pathlib import Path
 from bench.run import machine
 
 ROOT = Path(__file__).parents[1]
-OPS = ("ema_surprise", "compact", "gather_rows", "scatter_rows", "scatter_kv", "attend_rows", "ema_gate")
+OPS = (
+    "ema_surprise",
+    "compact",
+    "gather_rows",
+    "scatter_rows",
+    "scatter_kv",
+    "attend_rows",
+    "attend_versions",
+    "ema_gate",
+)
 
 
 def steps(out):

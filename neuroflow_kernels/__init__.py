@@ -3,7 +3,8 @@
 `ema_surprise_` measures each token against a running reference, `compact` turns surprise into a packed index,
 `gather_rows` and `scatter_rows_` move rows between the full and the packed layout, and `ema_gate_` does all of it up to
 the packed rows in one call. In a transformer's block `scatter_kv_` brings cached keys and values up to date and
-`attend_rows` attends from the packed rows to them. All are batched over S independent streams and never wait for the
+`attend_rows` attends from the packed rows to them,
+`attend_versions` from those of a whole clip. All are batched over S independent streams and never wait for the
 device. `linear_rows` is a linear layer over packed rows, for CPUs.
 """
 
@@ -16,6 +17,7 @@ from .dispatch import (
     without_row_kernels,
 )
 from .ops.attend_rows import attend_rows
+from .ops.attend_versions import attend_versions
 from .ops.compact import compact
 from .ops.ema_gate import ema_gate_
 from .ops.ema_surprise import ema_surprise_
@@ -29,6 +31,7 @@ load_extensions()
 __all__ = [
     "BackendUnavailable",
     "attend_rows",
+    "attend_versions",
     "compact",
     "ema_gate_",
     "ema_surprise_",

@@ -56,6 +56,7 @@ def load_extensions() -> None:
     for backend, stem in (("cpp", "_cpu"), ("cuda", "_cuda")):
         _extension_errors[backend] = _load_extension(stem)
     for op in Operator.registry.values():
+        op.cpp = op.overload.has_kernel_for_dispatch_key(torch._C.DispatchKey.CPU)
         op.cuda = op.overload.has_kernel_for_dispatch_key(torch._C.DispatchKey.CUDA)
         if op.triton and not op.cuda:
             _library.impl(op.name, functools.partial(_triton_or_reference, op), "CUDA")
@@ -203,7 +204,7 @@ class Operator:
     ) -> None:
         self.module = module.rpartition(".")[2]
         self.triton = triton
-        self.cuda = False  # until the extension is loaded
+        self.cpp = self.cuda = False  # until the extensions are loaded
         self.name = schema.partition("(")[0]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, _implementation("reference", self.name, self.module), "CompositeExplicitAutograd")
@@ -220,6 +221,8 @@ class Operator:
         """Why a backend that is there has no kernel of this op for `dtype`."""
         if backend == "triton" and not self.triton:
             return "it has no Triton kernel, as the library behind the reference is the faster one on a GPU"
+        if backend == "cpp" and not self.cpp:
+            return "the C++ extension has no kernel for it"
         if backend == "cuda" and not self.cuda:
             return "the CUDA extension has no kernel for it"
         if backend == "cuda" and dtype == torch.float64:

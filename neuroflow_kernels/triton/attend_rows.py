@@ -1,8 +1,9 @@
 """Few queries to many cached keys: a tile of queries alone would leave most of a GPU idle, so the keys are split too.
 
-A program attends from one tile of a stream's queries, in one head, to one split of that stream's keys. With one split
-it writes the result; with several, a second launch weighs them together. How many there are is decided by shapes and
-the GPU, which the host knows, so that a result is the same in every run.
+A program attends from one tile of a stream's queries, in one head, to one split of that stream's keys, which lie one
+after the other or where a table says. With one split it writes the result; with several, a second launch weighs them
+together. How many there are is decided by shapes and the GPU, which the host knows, so that a result is the same in
+every run.
 """
 
 import functools
@@ -20,11 +21,14 @@ SHORTEST_SPLIT = 256  # keys; below it, partial sums take as long to write and r
 WARPS = 8  # that keep a multiprocessor busy
 
 
-@triton.jit(do_not_specialize=["streams", "rows", "tokens", "heads", "query_stride", "query_head_stride", "span"])
+@triton.jit(
+    do_not_specialize=["streams", "rows", "tokens", "held", "heads", "query_stride", "query_head_stride", "span"]
+)
 def _attend_kernel(
     query: tl.tensor,
     key: tl.tensor,
     value: tl.tensor,
+    table: tl.tensor,
     cu_seqlens: tl.tensor,
     out: tl.tensor,
     mixes: tl.tensor,
@@ -33,6 +37,7 @@ def _attend_kernel(
     streams: tl.tensor,
     rows: tl.tensor,
     tokens: tl.tensor,
+    held: tl.tensor,
     heads: tl.tensor,
     query_stride: tl.tensor,
     query_head_stride: tl.tensor,
@@ -85,10 +90,14 @@ def _attend_kernel(
         queries = queries.to(tl.float32)
 
     token = tl.arange(0, BLOCK_TOKENS)
-    cached = (stream * tokens.to(tl.int64) + first) * width + head * HEAD_DIM
-    key += cached
-    value += cached
-    at = token[:, None] * width + column[None, :]  # [BLOCK_TOKENS, BLOCK_DIM]
+    own = stream * tokens.to(tl.int64) + first
+    if table is None:
+        key += own * width
+        value += own * width
+    else:
+        table += own
+    key += head * HEAD_DIM
+    value += head * HEAD_DIM
     # Not -Inf, from which -Inf could not be taken.
     peak = tl.full((BLOCK_ROWS,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -96,7 +105,14 @@ def _attend_kernel(
     for begin in range(first, last, BLOCK_TOKENS):
         there = begin + token < last
         loaded = there[:, None] & (column < HEAD_DIM)[None, :]
-        keys = tl.load(key + at, mask=loaded, other=0)
+        if table is None:
+            lies = token[:, None] * width + column[None, :]  # [BLOCK_TOKENS, BLOCK_DIM]
+        else:
+            version = tl.load(table + token, mask=there, other=0)
+            lies = version.to(tl.int64)[:, None] * width + column[None, :]
+            loaded = loaded & ((version >= 0) & (version < held))[:, None]
+            table += BLOCK_TOKENS
+        keys = tl.load(key + lies, mask=loaded, other=0)
         if UPCAST:
             keys = keys.to(tl.float32)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * log2_scale
@@ -106,14 +122,15 @@ def _attend_kernel(
         weights = tl.exp2(scores - higher[:, None])
         peak = higher
         total = total * shrink + tl.sum(weights, 1)
-        values = tl.load(value + at, mask=loaded, other=0)
+        values = tl.load(value + lies, mask=loaded, other=0)
         weights = weights.to(values.dtype)
         if UPCAST:
             weights = weights.to(tl.float32)
             values = values.to(tl.float32)
         mixed = tl.dot(weights, values, mixed * shrink[:, None], input_precision="ieee")
-        key += BLOCK_TOKENS * width
-        value += BLOCK_TOKENS * width
+        if table is None:
+            key += BLOCK_TOKENS * width
+            value += BLOCK_TOKENS * width
 
     if SPLIT:
         slot = (split * rows + row) * heads + head
@@ -218,9 +235,21 @@ def _span(tokens: int, block_tokens: int, programs: int, at_once: int) -> int:
 def attend_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    (rows, heads, dim), (streams, tokens) = query.shape, key.shape[:2]
-    if query.dtype == torch.float64 or dim > WIDEST_HEAD:
+    if query.dtype == torch.float64 or query.shape[2] > WIDEST_HEAD:
         return reference(query, key, value, cu_seqlens, scale)
+    return attend(query, key, value, None, cu_seqlens, scale)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    table: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Keys and values are [S, T, heads, head_dim], or with a `table` [S, T] of their rows [R, heads, head_dim]."""
+    (rows, heads, dim), (streams, tokens) = query.shape, (key if table is None else table).shape[:2]
     out = query.new_empty(query.shape)
     if out.numel() == 0:
         return out
@@ -245,6 +274,7 @@ def attend_rows(
             query,
             key,
             value,
+            table,
             cu_seqlens,
             out,
             mixes,
@@ -253,6 +283,7 @@ def attend_rows(
             streams,
             rows,
             tokens,
+            key.shape[0],
             heads,
             query.stride(0) // unit,
             query.stride(1) // unit,

@@ -45,6 +45,38 @@ def run(model, family, names, frames, length):
     return joined, reports
 
 
+@pytest.fixture
+def parallel(monkeypatch):
+    """Attention as a GPU has it: all entries at once, by a table of which row is whose."""
+    monkeypatch.setattr("neuroflow.engine.passes.is_parallel", lambda device: True)
+
+
+@pytest.mark.parametrize("family", ["siglip", "clip", "dinov2 with registers", "dinov3"])
+def test_a_clip_whose_frames_are_attended_from_at_once(family, parallel):
+    test_a_clip_is_its_frames_one_after_the_other(family, "E", torch.float64)
+
+
+@pytest.mark.usefixtures("parallel")
+@pytest.mark.parametrize("length", [2, 5])
+def test_a_clip_attended_from_at_once_may_go_on(length):
+    test_a_clip_may_go_on_in_the_next_call(length)
+
+
+def test_entries_attended_from_at_once_tell_the_gate_the_same(monkeypatch):
+    model, frames, found = tiny("vit").double(), clip(frames=9).double(), []
+    neuroflow.enable_cache(model, exact(score="staleness", threshold=0.05))
+    for at_once in (False, True):
+        monkeypatch.setattr("neuroflow.engine.passes.is_parallel", lambda device, at_once=at_once: at_once)
+        with torch.inference_mode(), neuroflow.cache_context(model, "a"):
+            for pixels in frames.split(3):
+                output = model(pixel_values=pixels)
+        skipped = [report.skipped for report in neuroflow.last_pass(model)]
+        found.append((*values(output).values(), engine_of(model).streams["a"].attention, torch.tensor(skipped)))
+        neuroflow.reset_cache(model)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10 if one.dtype == torch.float64 else 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("family", "arch"), CASES)
 def test_a_clip_is_its_frames_one_after_the_other(family, arch, dtype):

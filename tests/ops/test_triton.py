@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,23 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from neuroflow_kernels.triton import attend_rows as attention  # noqa: E402
 from neuroflow_kernels.triton.attend_rows import attend_rows  # noqa: E402
+from neuroflow_kernels.triton.attend_versions import attend_versions  # noqa: E402
 from neuroflow_kernels.triton.compact import compact  # noqa: E402
 from neuroflow_kernels.triton.ema_surprise import ema_surprise_  # noqa: E402
 from neuroflow_kernels.triton.gather_rows import gather_rows  # noqa: E402
 from neuroflow_kernels.triton.scatter_kv import scatter_kv_  # noqa: E402
 from neuroflow_kernels.triton.scatter_rows import scatter_rows_  # noqa: E402
 
-OPS = ("ema_surprise", "compact", "gather_rows", "scatter_rows", "ema_gate", "attend_rows", "scatter_kv")
+OPS = (
+    "ema_surprise",
+    "compact",
+    "gather_rows",
+    "scatter_rows",
+    "ema_gate",
+    "attend_rows",
+    "attend_versions",
+    "scatter_kv",
+)
 HEADS = {768: 12, 1152: 16}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 OLD_INTERPRETER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
@@ -142,7 +153,11 @@ def test_compaction_compiles_without_spills(kernels, tmp_path, capability, token
         assert ".ftz" not in kernel.asm["ptx"], kernel.name
 
 
-def launch_attention(dtype, streams, queries, tokens, heads, dim):
+def launch_attention(dtype, streams, queries, tokens, heads, dim, tabled=False):
+    if tabled:
+        query, key = torch.zeros((queries, heads, dim), dtype=dtype), torch.zeros((tokens, heads, dim), dtype=dtype)
+        table = torch.zeros((streams, tokens), dtype=torch.int32)
+        return attend_versions(query, key, key, table, torch.zeros(streams + 1, dtype=torch.int32), 0.1)
     query, key = (
         torch.zeros((queries, heads, dim), dtype=dtype),
         torch.zeros((streams, tokens, heads, dim), dtype=dtype),
@@ -163,8 +178,9 @@ def launch_attention(dtype, streams, queries, tokens, heads, dim):
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-def test_attention_compiles_without_spills(kernels, tmp_path, capability, dtype, streams, queries, tokens, dim):
-    launch_attention(dtype, streams, queries, tokens, 12, dim)
+@pytest.mark.parametrize("tabled", [False, True], ids=["in order", "by a table"])
+def test_attention_compiles_without_spills(kernels, tmp_path, capability, dtype, streams, queries, tokens, dim, tabled):
+    launch_attention(dtype, streams, queries, tokens, 12, dim, tabled)
     assert len(kernels) == 2 or tokens < 3136  # long enough to be split
     for kernel in kernels:
         registers, stack, local = resources(kernel, tmp_path)
@@ -174,7 +190,9 @@ def test_attention_compiles_without_spills(kernels, tmp_path, capability, dtype,
         # Of the GPUs that run code for sm_80 and up, those for desktops have 99 KiB.
         assert kernel.metadata.shared <= (64 if capability == 75 else 99) * 1024, kernel.name
     ptx = kernels[0].asm["ptx"]
-    copies = re.findall(r"cp\.async\.c\w\.\S+ .*?, (0x\w+),", ptx)
+    copies = Counter(re.findall(r"cp\.async\.c\w\.\S+ .*?, (0x\w+),", ptx))
+    if tabled:
+        assert copies.pop("0x4", 0) <= copies["0x10"], "the table's own entries are the fewest"
     if capability >= 80:
         assert set(copies) == {"0x10"}, f"keys and values are not copied by 16 bytes: {copies}"
     if capability >= 80 and dtype != torch.float32:

@@ -55,6 +55,13 @@ def attend(
         else:
             attended, _ = attention(module, *heads, current.same_stream(), **kwargs)
         return attended.to(query.dtype), None
+    if current.packed and current.table is not None and product is None:
+        attended = current.attend_versions(layer, query, key, value, kwargs.get("scaling"))
+        for entry, state in enumerate(current.states):
+            if watched and not current.followed[entry]:
+                keys = state.tensors["key", layer].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
+                current.add_cls_attention(query[:, :, current.offsets[entry]], keys, kwargs["scaling"], entry)
+        return attended, None
     parts = [current.heads(heads) for heads in (query, key, value)]
     if context and not current.packed:
         for entry, (keys, values) in enumerate(zip(*parts[1:], strict=True)):

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from neuroflow_kernels import attend_rows, gather_rows, row_kernels_serve, scatter_kv_, scatter_rows_
+from neuroflow_kernels import attend_rows, attend_versions, gather_rows, row_kernels_serve, scatter_kv_, scatter_rows_
 
 from ..adapters.anatomy import Anatomy, Grid
 from ..config import NeuroFlowConfig
@@ -136,6 +136,11 @@ def split(values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
     return [part[None, :count] for part, count in zip(values.flatten(1, -2), counts, strict=True)]
 
 
+def is_parallel(device: torch.device) -> bool:
+    """Whether the entries of a clip are attended from at once; a processor does one after the other, in its cache."""
+    return device.type == "cuda"
+
+
 class Pass:
     """One pass through a tower: a ragged list of entries, each of which is one frame of one stream.
 
@@ -187,6 +192,8 @@ class Pass:
         self.reports: list[FrameReport | None] = [None] * len(states)
         # Of each entry, tokens that turn to their next version, and those versions' packed rows; see `reuse.nearest`.
         self.early: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(states)
+        self.table: torch.Tensor | None = None  # by `_table`, where entries of a stream are attended from at once
+        self.going_on: list[StreamState] = []  # whose caches it finds something in
         self.whole: list[bool] = []  # of each entry, whether all its tokens are encoded
         self.padded = False  # some rows of the batch are no tokens
         self.partial = False  # some of its rows are not encoded
@@ -227,6 +234,9 @@ class Pass:
             for rows, early in zip(self.rows, self.early, strict=True)
         ]
         self.ends = torch.tensor([[0, rows.numel()] for rows in self.into], dtype=torch.int32, device=device)
+        together = any(self.followed) and len(set(self.counts)) == 1 and not self.rounded
+        if self.plan.config.arch == "context" and together and is_parallel(device):
+            self.table = self._table(device)
 
     @contextmanager
     def only(self, whole: bool) -> Iterator[None]:
@@ -340,6 +350,38 @@ class Pass:
             rows = (heads[0].transpose(0, 1) for heads in (key, value))  # [M, heads, head_dim]
             caches = state.tensors["key", layer], state.tensors["value", layer]
             scatter_kv_(*caches, *rows, self.into[entry], self.ends[entry])
+
+    def _table(self, device: torch.device) -> torch.Tensor:
+        """Where each entry's tokens have their keys and values, [E, T] int32: in the caches of the streams that go on,
+        one after the other, and behind them among the packed rows.
+        """
+        tokens, first = self.counts[0], self.rounds()[0]
+        self.going_on = [self.states[entry] for entry in first if not self.whole[entry]]
+        numbers = torch.arange(tokens, dtype=torch.int32, device=device)
+        lies = {id(state): numbers + tokens * place for place, state in enumerate(self.going_on)}
+        packed = torch.arange(self.index.numel(), dtype=torch.int32, device=device) + tokens * len(self.going_on)
+        table = []
+        for state, into, rows in zip(self.states, self.into, self.brought(packed, 0), strict=True):
+            lies[id(state)] = lies.get(id(state), numbers).index_copy(0, into.long(), rows)
+            table.append(lies[id(state)])
+        return torch.stack(table)
+
+    def attend_versions(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
+        """Attention of packed queries to what each entry's stream holds by then, all [1, heads, M, head_dim]; leaves a
+        block's cached keys and values as the last entry of each stream has them.
+        """
+        rows = []
+        for name, fresh in (("key", key), ("value", value)):
+            caches = [state.tensors[name, layer][0].unflatten(1, (key.shape[1], -1)) for state in self.going_on]
+            rows.append(torch.cat((*caches, fresh[0].transpose(0, 1))))  # [R, heads, head_dim]
+        attended = attend_versions(query[0].transpose(0, 1), *rows, self.table, self.cu_seqlens, scaling)[None]
+        for state, followed, table in zip(self.states, self.followed, self.table, strict=True):
+            if not followed:
+                for name, held in zip(("key", "value"), rows, strict=True):
+                    state.put((name, layer), held[table.long()].flatten(1)[None])
+        return attended
 
     def add_attention(self, attention: list[torch.Tensor], first: int = 0) -> None:
         """Add what the patches of streams from `first` on got of the pooled output's attention, [N] each."""
