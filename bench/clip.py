@@ -133,6 +133,7 @@ def reuse(skips=(0.84, 0.7), length=32, turns=5):
                 neuroflow.disable_cache(tower)
             row["time"] = statistics.median(map(operator.truediv, times["nearest"], times["last"]))
             rows.append(row)
+            print(*format_reuse(row), sep="  ", flush=True)
     return rows
 
 
