@@ -5,6 +5,7 @@ import pytest
 import torch
 from models import exact, inputs, tiny, values
 from neuroflow.adapters import describe
+from neuroflow.engine import reuse
 from neuroflow.engine.gate import Gate
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:neuroflow")]
@@ -54,13 +55,17 @@ def versions_of(signals, reports):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_patch_shows_the_nearer_of_its_versions(family, broken, monkeypatch):
     """Beside an unpatched tower whose blocks take the versions for what they would see."""
-    model, frames, signals = tiny(family).double(), fading(broken=broken), []
+    model, frames, signals, turns = tiny(family).double(), fading(broken=broken), [], []
     anatomy = describe(model)
     neuroflow.enable_cache(model, exact(threshold=0.2, cut_share=0.7))
     gated = Gate.signals
     monkeypatch.setattr(Gate, "signals", lambda *args: signals.append(gated(*args)) or signals[-1])
+    nearest = reuse.nearest
+    monkeypatch.setattr(reuse, "nearest", lambda *args: turns.extend(nearest(*args)) or turns)
     with torch.inference_mode():
         found = values(model(**inputs(family, frames)))
+    versions = torch.cat([turn[1] for turn in turns if turn is not None])
+    assert len(versions.unique()) == len(versions)  # each is brought into the caches early once
     reports = neuroflow.last_pass(model)
     neuroflow.disable_cache(model)
     served = versions_of([h[0] for h in signals[0]], reports)

@@ -8,10 +8,10 @@ from neuroflow_kernels import ema_surprise_
 
 from .passes import Pass
 
+Turn = tuple[torch.Tensor, torch.Tensor]  # tokens of an entry, and the packed rows that serve them from there on
 
-def nearest(
-    current: Pass, signals: list[torch.Tensor], rows: list[torch.Tensor | None]
-) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+
+def nearest(current: Pass, signals: list[torch.Tensor], rows: list[torch.Tensor | None]) -> list[Turn | None]:
     """The patches of each entry whose next version in the pass is nearer in content than their last.
 
     From there on they are served by it. A cut lets nothing through, and nor does a frame with NaN or Inf.
@@ -25,47 +25,60 @@ def nearest(
         of each entry the tokens that turn to their next version, [K] int32 rows of its own, and those versions, [K]
         rows of the packed tokens; None: none does.
     """
-    prefix = current.plan.anatomy.prefix
     lengths = [count if own is None else own.numel() for count, own in zip(current.counts, rows, strict=True)]
-    starts = [0, *itertools.accumulate(lengths)]
-    early: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(rows)
+    starts = list(itertools.accumulate(lengths, initial=0))
+    turns: list[Turn | None] = [None] * len(rows)
     for stream in dict.fromkeys(map(id, current.states)):
         entries = [entry for entry, state in enumerate(current.states) if id(state) == stream]
-        nearer: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by entry: which patches, and their next version
-        content = row = None  # of each patch's next version, -1 where there is none
-        for entry in reversed(entries):
-            h, report = signals[entry], current.reports[entry]
-            active, own = report.active.flatten(), rows[entry]
-            if own is not None and row is not None:
-                distance = ema_surprise_(h, content, 0.0)[0]
-                nearer[entry] = (row >= 0) & (distance < report.surprise.flatten()) & ~active, row
-            if row is None or own is None:
-                content, row = h.clone(), torch.full_like(active, -1, dtype=torch.int64)
-            if report.key_frame == "cut" or not current.finite[entry]:
-                row = torch.full_like(row, -1)
-                continue
-            slots = torch.full((current.counts[entry],), -1, device=h.device)
-            packed = torch.arange(starts[entry], starts[entry + 1], device=h.device)
-            slots[slice(None) if own is None else own] = packed
-            slots = slots[prefix:]
-            if current.order is not None:
-                slots = slots[current.order[entry].argsort()]
-            row = torch.where(active, slots, row)
-            content = torch.where(active[:, None], h, content)
-        turned = torch.zeros_like(active)
-        for entry in entries:
-            if rows[entry] is None:
-                turned = torch.zeros_like(turned)
-                continue
-            turned &= ~current.reports[entry].active.flatten()
-            if entry not in nearer:
-                continue
-            these, row = nearer[entry]
-            these = these & ~turned
-            turned |= these
-            patches = these.nonzero()[:, 0]
-            if not patches.numel():
-                continue
-            tokens = patches if current.order is None else current.order[entry].argsort()[patches]
-            early[entry] = (tokens + prefix).int(), row[patches]
-    return early
+        _turn(current, entries, signals, rows, starts, turns)
+    return turns
+
+
+def _turn(
+    current: Pass,
+    entries: list[int],
+    signals: list[torch.Tensor],
+    rows: list[torch.Tensor | None],
+    starts: list[int],
+    turns: list[Turn | None],
+) -> None:
+    """`nearest` of the T entries of one stream."""
+    prefix, reports = current.plan.anatomy.prefix, [current.reports[entry] for entry in entries]
+    active = torch.stack([report.active.flatten() for report in reports])  # [T, N]
+    surprise = torch.stack([report.surprise.flatten() for report in reports])
+    count, device = len(entries), active.device
+    time = torch.arange(count, device=device)[:, None]
+    opaque = [
+        report.key_frame == "cut" or not current.finite[entry] for entry, report in zip(entries, reports, strict=True)
+    ]
+    closed = torch.tensor([*opaque, True], device=device)
+    # [T, N], the entry after this one that encodes a patch or lets nothing through; T: none.
+    event = torch.where(active | closed[:-1, None], time, count).flip(0).cummin(0).values.flip(0)
+    following = torch.cat((event[1:], torch.full_like(event[:1], count)))
+    distance = torch.full_like(surprise, torch.inf)  # to the next version
+    slots = torch.full_like(following, -1)  # the packed row of a patch, where it is active
+    content = signals[entries[-1]].clone()
+    for number in range(count - 1, -1, -1):
+        entry, order = entries[number], None if current.order is None else current.order[entries[number]]
+        h, own = signals[entry], rows[entry]
+        packed = torch.arange(starts[entry] + prefix, starts[entry + 1], device=device)
+        if own is None:
+            slots[number] = packed if order is None else packed[order.argsort()]
+            content.copy_(h)
+            continue
+        distance[number] = ema_surprise_(h, content, 0.0)[0]
+        patches = own[prefix:].long() - prefix
+        patches = patches if order is None else order[patches]
+        slots[number, patches] = packed
+        content[0, patches] = h[0, patches]
+    nearer = ~active & ~closed[following] & (distance < surprise)
+    # Which have turned since they were last encoded need not turn again.
+    turned, encoded = (torch.where(of, time, -1).cummax(0).values for of in (nearer, active))
+    turned = torch.cat((torch.full_like(turned[:1], -1), turned[:-1]))
+    numbers, patches = (nearer & (turned <= encoded)).nonzero().unbind(1)
+    versions = slots[following[numbers, patches], patches]
+    counts = torch.bincount(numbers, minlength=count).tolist()
+    for entry, these, version in zip(entries, patches.split(counts), versions.split(counts), strict=True):
+        if these.numel():
+            tokens = these if current.order is None else current.order[entry].argsort()[these]
+            turns[entry] = (tokens + prefix).int(), version
