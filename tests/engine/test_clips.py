@@ -302,21 +302,26 @@ def test_a_call_of_more_patches_than_a_pass_may_hold_is_several_passes():
         torch.testing.assert_close(found[name], theirs, rtol=0, atol=1e-10, equal_nan=True)
 
 
-@pytest.mark.parametrize("family", ["dinov2 backbone", "naflex", "qwen3-vl"])
+@pytest.mark.parametrize("family", ["dinov2 backbone", "naflex", "qwen3-vl", "qwen2.5-vl"])
 def test_whatever_the_outputs(family):
-    """Feature maps and padded batches are put together again; a video end to end is one pass, however long."""
+    """Feature maps, padded batches and tokens that lie end to end are put together again."""
     make = {"naflex": "siglip2", "dinov2 backbone": "dinov2"}.get(family, family)
     model, frames = tiny(make), clip(frames=5)
     if family == "dinov2 backbone":
         settings = {name: value for name, value in model.config.to_dict().items() if not name.startswith("out_")}
         config = type(model.config)(**settings, out_indices=[1, 3])
         model = AutoBackbone.from_config(config).eval()
-    outputs = []
+    given, outputs, blocks = inputs(make, frames), [], []
+    if "grid_thw" in given:  # videos of three steps and of two
+        rows, columns = given["grid_thw"][0, 1:].tolist()
+        given["grid_thw"] = torch.tensor([[3, rows, columns], [2, rows, columns]])
+    describe(model).layers[0].register_forward_hook(lambda *_: blocks.append(1))
     for most in (2**16, 2 * 36):
         neuroflow.enable_cache(model, exact(threshold=1e-4, pass_patches=most))
         with torch.inference_mode():
-            outputs.append(tree_leaves(model(**inputs(make, frames))))
+            outputs.append(tree_leaves(model(**given)))
         neuroflow.disable_cache(model)
+    assert len(blocks) == 1 + 3
     assert len(outputs[0]) == len(outputs[1])
     for ours, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

@@ -47,6 +47,8 @@ class Anatomy:
             None where tokens are in row-major order.
         times: the tower's arguments by name -> of each of its inputs, how many frames that holds, where a video is one
             input; None: one each.
+        part: names of the tower's arguments that are tensors of all frames, and a function (arguments by name, some
+            of the frames in turn) -> those of these frames; None: tensors with a row for each frame.
         overrides: (module, method, function that takes the original first), in force while the tower runs.
         reads: the tower's arguments by name -> numbers of the blocks whose output the tower needs of all patches, for
             feature maps and the like; hidden states that are asked for by `output_hidden_states` come by themselves.
@@ -69,6 +71,7 @@ class Anatomy:
     attention: Callable | None = None
     order: Callable[[dict[str, Any]], list[torch.Tensor]] | None = None
     times: Callable[[dict[str, Any]], list[int]] | None = None
+    part: tuple[set[str], Callable[[dict[str, Any], slice], dict[str, Any]]] | None = None
     overrides: tuple[tuple[nn.Module, str, Callable], ...] = ()
     reads: Callable[[dict[str, Any]], Iterable[int]] = _none
 

@@ -85,6 +85,7 @@ def _parts(tower: nn.Module) -> dict[str, Any]:
         "prefix": 0,
         "grids": functools.partial(_grids, tower.spatial_merge_size),
         "times": _times,
+        "part": ({"hidden_states", "grid_thw"}, functools.partial(_part, tower.spatial_merge_size)),
         "embedding": _embedding,
         "needs_every_token": True,
         "rotary": ("position_embeddings", cos_and_sin),
@@ -103,6 +104,17 @@ def _grids(merge: int, arguments: dict[str, Any]) -> list[Grid]:
 
 def _times(arguments: dict[str, Any]) -> list[int]:
     return arguments["grid_thw"][:, 0].tolist()
+
+
+def _part(merge: int, arguments: dict[str, Any], frames: slice) -> dict[str, Any]:
+    grids, grid_thw = _grids(merge, arguments), arguments["grid_thw"]
+    ends = [0, *itertools.accumulate(rows * columns for rows, columns in grids)]
+    owners = grid_thw.new_tensor(range(len(grid_thw))).repeat_interleave(grid_thw[:, 0])[frames]
+    own, times = owners.unique_consecutive(return_counts=True)
+    return {
+        "hidden_states": arguments["hidden_states"][ends[frames.start] : ends[frames.stop]],
+        "grid_thw": torch.cat((times[:, None], grid_thw[own, 1:]), 1),
+    }
 
 
 def _embedding(output: Any) -> torch.Tensor:

@@ -205,13 +205,18 @@ class Engine:
         with self._states(deal, times, grids) as states, torch.no_grad():
             gaps = self._gaps(states, times)
             self._note_asked(states, asked)
-            for these in self._passes((args, kwargs), times, grids):
+            for these in self._passes(arguments, grids):
                 part = args, kwargs
                 if these != slice(0, len(grids)):
-                    part = tree_map_only(torch.Tensor, operator.itemgetter(these), part)
+                    if self.anatomy.part is None:
+                        part = tree_map_only(torch.Tensor, operator.itemgetter(these), part)
+                    else:
+                        own = bound.arguments | self.anatomy.part[1](arguments, these)
+                        own = inspect.BoundArguments(signature, own)
+                        part = own.args, own.kwargs
                     bound = signature.bind(*part[0], **part[1])
-                own = None if order is None else order[these]
-                current = Pass(self.plan, states[these], grids[these], own, asked, gaps[these], nameless)
+                lies = None if order is None else order[these]
+                current = Pass(self.plan, states[these], grids[these], lies, asked, gaps[these], nameless)
                 outputs.append(self._encode(entry, forward, *part, bound, current))
                 reports += current.reports
                 self.reported.set(tuple(reports))
@@ -219,16 +224,17 @@ class Engine:
             deal.dealt += len(times)
         return outputs[0] if len(outputs) == 1 else _joined(outputs)
 
-    def _passes(self, inputs: Any, times: list[int], grids: list[Grid]) -> list[slice]:
+    def _passes(self, arguments: dict[str, Any], grids: list[Grid]) -> list[slice]:
         """The entries of a call as those of one pass, or of several that hold no more patches than one may.
 
-        A call is one pass where its inputs do not have one row for each frame.
+        A call whose arguments cannot be told apart by frames is one pass.
         """
-        count = len(grids)
-        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-        if len(times) < count or any(each.ndim == 0 or len(each) != count for each in tensors):
+        count, held = len(grids), 0
+        known = () if self.anatomy.part is None else self.anatomy.part[0]
+        others = tree_leaves([value for name, value in arguments.items() if name not in known])
+        if any(isinstance(each, torch.Tensor) and (known or each.ndim == 0 or len(each) != count) for each in others):
             return [slice(0, count)]
-        starts, held = [0], 0
+        starts = [0]
         for entry, (rows, columns) in enumerate(grids):
             held += rows * columns
             if held > self.config.pass_patches and entry > starts[-1]:
