@@ -4,6 +4,7 @@ LOCK := .ci/constraints.txt
 # What `make lock` holds fixed: torch, and the release of triton that its CUDA builds ask for.
 TORCH ?= torch==2.13.0 triton==3.7.1
 OUT ?= .benchmarks/gpu
+FUZZ_SECONDS ?= 60
 BIN := .venv/bin
 INSTALL := pip install --quiet --constraint $(LOCK)
 SOURCES := $(wildcard $(addprefix csrc/,*.h cpu/*.* cuda/*.* include/neuroflow/*.*))
@@ -20,7 +21,7 @@ STRUCTURAL := tests/adapters tests/engine tests/ops/test_reference_vectors.py te
 # What takes one core about as long as everything else takes the other.
 KERNELS := $(addprefix tests/,ops/test_triton.py ops/test_cuda.py ops/test_cuda_on_host.py ops/test_attend_rows.py adapters/test_timm.py)
 
-.PHONY: demo test test-kernels test-others test-slow gpu lock compat $(COMPAT:%=compat-%) compat-torch \
+.PHONY: demo test test-kernels test-others test-slow fuzz gpu lock compat $(COMPAT:%=compat-%) compat-torch \
   $(COMPAT_TORCH:%=compat-torch-%) lint format bench clean always
 
 .venv/installed: pyproject.toml setup.py $(LOCK) $(SOURCES)
@@ -43,13 +44,16 @@ test: .venv/installed .venv/timm lint
 	$(MAKE) --jobs=2 --output-sync=target test-kernels test-others
 
 test-kernels:
-	$(BIN)/python -m pytest -m 'not slow' $(KERNELS)
+	$(BIN)/python -m pytest -m 'not slow and not fuzz' $(KERNELS)
 
 test-others:
-	$(BIN)/python -m pytest -m 'not slow' $(KERNELS:%=--ignore=%)
+	$(BIN)/python -m pytest -m 'not slow and not fuzz' $(KERNELS:%=--ignore=%)
 
 test-slow: .venv/installed .venv/timm
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not fuzz'
+
+fuzz: .venv/installed
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -m fuzz tests
 
 # What an installation of today gets, written down for everybody who tests.
 lock:

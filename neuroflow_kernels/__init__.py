@@ -3,9 +3,10 @@
 `ema_surprise_` measures each token against a running reference, `compact` turns surprise into a packed index,
 `gather_rows` and `scatter_rows_` move rows between the full and the packed layout, and `ema_gate_` does all of it up to
 the packed rows in one call. In a transformer's block `scatter_kv_` brings cached keys and values up to date and
-`attend_rows` attends from the packed rows to them,
-`attend_versions` from those of a whole clip. All are batched over S independent streams and never wait for the
-device. `linear_rows` is a linear layer over packed rows, for CPUs.
+`attend_rows` attends from the packed rows to them, `attend_versions` from those of a whole clip. All are batched over
+S independent streams. On a GPU none waits for the device, but for `gather_rows` and `ema_gate_` without `rows`, which
+read the count of active tokens back, and `compact` with a list for a ladder, which it copies there. `linear_rows` is a
+linear layer over packed rows, for CPUs.
 """
 
 from .dispatch import (

@@ -1,6 +1,7 @@
 """Argument checks at the ops' public edge: each message names the argument, what it was, and what is accepted."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -42,13 +43,27 @@ def updated(name: str, value: torch.Tensor) -> None:
     require(value.is_contiguous(), name, value, "a contiguous tensor, as it is updated in place")
 
 
+def held(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A tensor that is all there: torch reads and writes past the end of a storage that was freed or cut short."""
+    if value.numel() > 0 and not torch.compiler.is_compiling():
+        reach = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+        fits = value.untyped_storage().nbytes() >= (value.storage_offset() + reach + 1) * value.itemsize
+        require(fits, name, value, "a tensor whose storage was not freed or cut short")
+    return value
+
+
+def contiguous(name: str, value: torch.Tensor) -> torch.Tensor:
+    return value if value.is_contiguous() else held(name, value).contiguous()
+
+
 def fraction(name: str, value: float) -> float:
     require(isinstance(value, (int, float)) and 0 <= value <= 1, name, value, "a number from 0 to 1")
     return float(value)
 
 
 def count(name: str, value: int) -> int:
-    require(isinstance(value, (int, torch.SymInt)) and value >= 0, name, value, "an integer, 0 or more")
+    fits = isinstance(value, (int, torch.SymInt)) and 0 <= value < 2**63
+    require(fits, name, value, "an integer, 0 or more, of 64 bits")
     return value
 
 
@@ -64,8 +79,10 @@ def per_stream(
     """A number for all streams, or one for each: a contiguous [S] tensor of `dtype`."""
     if isinstance(value, torch.Tensor):
         if value.shape == (streams,) and value.device == device:
-            return value.to(dtype).contiguous()
+            return held(name, value).to(dtype).contiguous()
     elif isinstance(value, (int, float)) and value >= 0:
+        if value != math.inf or not dtype.is_floating_point:
+            value = min(value, (torch.finfo if dtype.is_floating_point else torch.iinfo)(dtype).max)
         return torch.full((streams,), value, dtype=dtype, device=device)
     reject(name, value, f"a number, 0 or more, or a tensor of shape [{streams}] (one value per stream) on {device}")
 

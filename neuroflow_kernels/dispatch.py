@@ -14,14 +14,17 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+
+from . import checks
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
@@ -137,7 +140,17 @@ def row_kernels_serve(rows: torch.Tensor) -> bool:
 
 @functools.cache
 def _implementation(backend: str, op: str, module: str) -> Callable:
-    return getattr(importlib.import_module(f".{backend}.{module}", __package__), op)
+    implementation = getattr(importlib.import_module(f".{backend}.{module}", __package__), op)
+    names = tuple(inspect.signature(implementation).parameters)
+
+    @functools.wraps(implementation)
+    def checked(*args: object) -> object:
+        for name, value in zip(names, args, strict=True):
+            if isinstance(value, torch.Tensor):
+                checks.held(name, value)
+        return implementation(*args)
+
+    return checked
 
 
 @functools.cache
@@ -215,6 +228,10 @@ class Operator:
             torch.library.register_autograd(f"neuroflow::{self.name}", backward, setup_context=setup, lib=_library)
             self.gradient = _function(setup, backward)
         self.overload = getattr(torch.ops.neuroflow, self.name).default
+        arguments = self.overload._schema.arguments
+        self.written = [at for at, argument in enumerate(arguments) if argument.is_write]
+        if self.written:
+            _library.impl(self.name, self._write, "ADInplaceOrView", with_keyset=True)
         Operator.registry[self.name] = self
 
     def _declined(self, backend: str, dtype: torch.dtype) -> str | None:
@@ -229,6 +246,21 @@ class Operator:
             return "the CUDA kernels take float32, bfloat16 and float16, not float64"
         return None
 
+    def _announce(self, args: Sequence[object]) -> None:
+        """What torch does before an op of its own writes in place."""
+        written = [args[at] for at in self.written]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in written):
+            leaf = "leaf " if any(tensor.requires_grad and tensor.is_leaf for tensor in written) else ""
+            raise RuntimeError(
+                f"neuroflow::{self.name} has no gradient and writes in place to a {leaf}tensor that requires grad; "
+                "call it under torch.no_grad()"
+            )
+        torch.autograd.graph.increment_version(written)
+
+    def _write(self, keys: torch._C.DispatchKeySet, *args: object) -> object:
+        self._announce(args)
+        return self.overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+
     def __call__(self, *args: object) -> object:
         backend = _requested_backend()
         tensor = next(a for a in args if isinstance(a, torch.Tensor))
@@ -237,12 +269,18 @@ class Operator:
         if backend is None and owned and self._declined("cuda", tensor.dtype):
             # Not left to the dispatcher, as a kernel owns its key for every dtype.
             backend = _without_cuda_kernel(self)
-        if backend is None:
-            return self.overload(*args)
-        reason = unavailable(backend, device) or self._declined(backend, tensor.dtype)
-        if reason is not None:
-            raise BackendUnavailable(f"backend {backend!r} cannot serve {self.name} on {device}: {reason}")
-        if backend in _EXTENSION_DEVICES:
-            return self.overload(*args)
-        implementation = _implementation(backend, self.name, self.module)
-        return implementation(*args) if self.gradient is None else self.gradient.apply(implementation, *args)
+        serve = self.overload
+        if backend is not None:
+            reason = unavailable(backend, device) or self._declined(backend, tensor.dtype)
+            if reason is not None:
+                raise BackendUnavailable(f"backend {backend!r} cannot serve {self.name} on {device}: {reason}")
+            if backend not in _EXTENSION_DEVICES:
+                serve = _implementation(backend, self.name, self.module)
+                if self.gradient is not None:
+                    serve = functools.partial(self.gradient.apply, serve)
+        if not self.written or torch.compiler.is_compiling():
+            return serve(*args)
+        # Past the kernel in Python that does this for `torch.ops.neuroflow`: it takes longer than all of the rest.
+        self._announce(args)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return serve(*args)

@@ -10,6 +10,7 @@ from neuroflow_kernels import BackendUnavailable, dispatch, unavailable, use_bac
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/ops/test_triton.py runs the ops' tests again like this
 CUDA_ON_HOST = os.environ.get("NEUROFLOW_CUDA_ON_HOST")  # and tests/ops/test_cuda_on_host.py with this library
+SANITIZED = os.environ.get("NEUROFLOW_SANITIZED")  # and tests/ops/test_hostile.py with this one
 DEVICE = os.environ.get("NEUROFLOW_TEST_DEVICE", "cpu")  # and tests/ops/test_cuda.py on cuda, where there is a GPU
 BACKENDS = ["triton"] if INTERPRETED else ["cuda"] if CUDA_ON_HOST else ["reference", "cpp"]
 if DEVICE != "cpu":
@@ -24,6 +25,9 @@ if find_spec("torchvision"):
         # Built for CUDA, it has none of its ops beside a CPU build of torch, and cannot be imported without these two.
         for op in ("nms", "qnms"):
             torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+if SANITIZED:
+    torch.ops.load_library(SANITIZED)
 
 if CUDA_ON_HOST:
     # Tensors on the CPU now go where tensors on a GPU go, where there is no Triton.

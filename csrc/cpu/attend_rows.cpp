@@ -7,8 +7,12 @@
 namespace neuroflow::cpu {
 
 Tensor attend_rows(Tensor query, Tensor key, Tensor value, std::optional<Tensor> cu_seqlens, double scale) {
+  require(query, "query", {any, any, any}, query);
   const int64_t rows = query.size(0), heads = query.size(1), dim = query.size(2), width = heads * dim;
+  require(key, "key", {cu_seqlens ? any : 1, any, heads, dim}, query);
   const int64_t streams = key.size(0), tokens = key.size(1);
+  require(value, "value", {streams, tokens, heads, dim}, query);
+  if (cu_seqlens) require(*cu_seqlens, "cu_seqlens", {streams + 1}, query);
   Tensor result = torch::stable::new_empty(query, {rows, heads, dim});
 
   // Queries that share the work of bringing keys and values into order.
@@ -32,6 +36,7 @@ Tensor attend_rows(Tensor query, Tensor key, Tensor value, std::optional<Tensor>
     const T* keys = data<T>(key, "key");
     const T* values = data<T>(value, "value");
     T* out = data<T>(result, "result");
+    if (rows * width == 0) return;
     std::fill(out + end * width, out + rows * width, T{});
     const int64_t count = static_cast<int64_t>(parts.size()), work = std::min(rows, chunk) * tokens * dim;
     torch::stable::parallel_for(0, heads * count, grain(computed, work), [&](int64_t from, int64_t to) {

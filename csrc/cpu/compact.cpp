@@ -6,6 +6,8 @@ namespace neuroflow::cpu {
 
 std::tuple<Tensor, Tensor> compact(Tensor surprise, std::optional<Tensor> threshold, std::optional<Tensor> budget,
                                    int64_t floor) {
+  require(surprise, "surprise", {any, any}, surprise);
+  require_rule(surprise, threshold, budget, floor);
   const int64_t streams = surprise.size(0), tokens = surprise.size(1);
   Tensor index = torch::stable::new_empty(surprise, {streams * tokens}, ScalarType::Int);
   Tensor cu_seqlens = torch::stable::new_empty(surprise, {streams + 1}, ScalarType::Int);

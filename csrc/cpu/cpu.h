@@ -1,4 +1,4 @@
-// What the bindings for the CPU share. Beyond shapes they trust nothing that could leave a tensor's memory.
+// What the bindings for the CPU share.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +6,14 @@
 #include "../bindings.h"
 #include "neuroflow/scalar.h"
 
-namespace neuroflow::cpu {
+namespace neuroflow {
+
+template <>
+inline constexpr ScalarType dtype_of<BFloat16> = ScalarType::BFloat16;
+template <>
+inline constexpr ScalarType dtype_of<Float16> = ScalarType::Half;
+
+namespace cpu {
 
 EmaSurprise ema_surprise_;
 Compact compact;
@@ -17,14 +24,6 @@ template <typename F>
 void dispatch(ScalarType dtype, const char* name, F&& f) {
   if (dtype == ScalarType::Double) return f(double{});
   dispatch_floats<BFloat16, Float16>(dtype, name, "accepted is float32, bfloat16, float16 or float64", f);
-}
-
-/// The elements of a tensor [rows, heads, dim] of any strides but the last.
-template <typename T>
-const T* heads_data(const Tensor& tensor, const char* name) {
-  if (tensor.size(2) > 1 && tensor.stride(2) != 1)
-    throw std::invalid_argument(std::string(name) + " is not contiguous in its last dimension");
-  return static_cast<const T*>(tensor.data_ptr());
 }
 
 /// Rows to a thread, so that it has this many elements to work on: less is done sooner than a thread wakes up. Rows
@@ -54,4 +53,14 @@ inline Selection selection(const Tensor& index, const Tensor& cu_seqlens, int64_
   return chosen;
 }
 
-}  // namespace neuroflow::cpu
+/// Throws where `cache`, which is written, shares memory with `index`, of which every entry was found to be in range.
+inline void require_apart(const Tensor& cache, const Tensor& index) {
+  const auto bytes = [](const Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); };
+  const char* written = static_cast<const char*>(cache.data_ptr());
+  const char* read = static_cast<const char*>(index.data_ptr());
+  if (written < read + bytes(index) && read < written + bytes(cache))
+    throw std::invalid_argument("index shares memory with what is written");
+}
+
+}  // namespace cpu
+}  // namespace neuroflow

@@ -5,6 +5,7 @@
 namespace neuroflow::cpu {
 
 Tensor ema_surprise_(Tensor h, Tensor ema, double decay) {
+  require_gate(h, ema);
   const int64_t streams = h.size(0), tokens = h.size(1), dim = h.size(2);
   Tensor surprise = torch::stable::new_empty(h, {streams, tokens}, ScalarType::Float);
   const auto run = [&](auto token, auto reference) {

@@ -6,6 +6,7 @@ namespace neuroflow::cpu {
 
 Tensor gather_rows(Tensor x, Tensor index, Tensor cu_seqlens, int64_t rows, std::optional<Tensor> norm_weight,
                    std::optional<Tensor> norm_bias, double eps) {
+  require_gather(x, index, cu_seqlens, rows, norm_weight, norm_bias);
   const int64_t dim = x.size(2);
   const auto [chosen, count] = selection(index, cu_seqlens, rows, x.size(0) * x.size(1));
   Tensor packed = torch::stable::new_empty(x, {rows, dim});

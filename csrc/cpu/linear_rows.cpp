@@ -5,6 +5,9 @@
 namespace neuroflow::cpu {
 
 Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  require(x, "x", {any, any}, x);
+  require(weight, "weight", {any, x.size(1)}, x);
+  if (bias) require(*bias, "bias", {weight.size(0)}, x);
   const int64_t rows = x.size(0), inner = x.size(1), width = weight.size(0);
   Tensor result = torch::stable::new_empty(x, {rows, width});
   dispatch(x.scalar_type(), "x", [&](auto zero) {

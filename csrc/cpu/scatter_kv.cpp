@@ -5,6 +5,9 @@
 namespace neuroflow::cpu {
 
 void scatter_kv_(Tensor key_cache, Tensor value_cache, Tensor key, Tensor value, Tensor index, Tensor cu_seqlens) {
+  require_scatter_kv(key_cache, value_cache, key, value, index, cu_seqlens);
+  require_apart(key_cache, index);
+  require_apart(value_cache, index);
   const int64_t heads = key.size(1), dim = key.size(2);
   const auto [chosen, count] = selection(index, cu_seqlens, key.size(0), key_cache.size(0) * key_cache.size(1));
   dispatch(key_cache.scalar_type(), "key_cache", [&, chosen = chosen, count = count](auto zero) {

@@ -5,6 +5,8 @@
 namespace neuroflow::cpu {
 
 void scatter_rows_(Tensor cache, Tensor packed, Tensor index, Tensor cu_seqlens, double blend) {
+  require_scatter(cache, packed, index, cu_seqlens);
+  require_apart(cache, index);
   const int64_t dim = cache.size(2);
   const auto [chosen, count] = selection(index, cu_seqlens, packed.size(0), cache.size(0) * cache.size(1));
   dispatch(cache.scalar_type(), "cache", [&, chosen = chosen, count = count](auto zero) {

@@ -15,7 +15,14 @@
 #define NEUROFLOW_KEY CUDA
 #endif
 
-namespace neuroflow::cuda {
+namespace neuroflow {
+
+template <>
+inline constexpr ScalarType dtype_of<cuda::BFloat16> = ScalarType::BFloat16;
+template <>
+inline constexpr ScalarType dtype_of<cuda::Float16> = ScalarType::Half;
+
+namespace cuda {
 
 EmaSurprise ema_surprise_;
 Compact compact;
@@ -56,4 +63,5 @@ inline Selection selection(const Tensor& index, const Tensor& cu_seqlens, int64_
           std::min(rows, index.numel()), limit};
 }
 
-}  // namespace neuroflow::cuda
+}  // namespace cuda
+}  // namespace neuroflow

@@ -25,6 +25,9 @@ Tensor gather(const Tensor& h, const Tensor& index, const Tensor& cu_seqlens, st
 std::tuple<Tensor, Tensor, Tensor, Tensor> ema_gate_(Tensor h, Tensor ema, double decay,
                                                      std::optional<Tensor> threshold, std::optional<Tensor> budget,
                                                      int64_t floor, std::optional<int64_t> rows) {
+  require_gate(h, ema);
+  require_rule(h, threshold, budget, floor);
+  if (rows) require_rows(*rows);
   const Device device(h);
   const int64_t streams = h.size(0), tokens = h.size(1), dim = h.size(2);
   if (budget || streams * tokens == 0) {

@@ -4,6 +4,7 @@
 namespace neuroflow::cuda {
 
 Tensor ema_surprise_(Tensor h, Tensor ema, double decay) {
+  require_gate(h, ema);
   const Device device(h);
   const int64_t rows = h.size(0) * h.size(1), dim = h.size(2);
   Tensor surprise = torch::stable::new_empty(h, {h.size(0), h.size(1)}, ScalarType::Float);

@@ -4,14 +4,15 @@
 namespace neuroflow::cuda {
 
 void scatter_rows_(Tensor cache, Tensor packed, Tensor index, Tensor cu_seqlens, double blend) {
+  require_scatter(cache, packed, index, cu_seqlens);
   const Device device(cache);
   const int64_t dim = cache.size(2);
   const Selection chosen = selection(index, cu_seqlens, packed.size(0), cache.size(0) * cache.size(1));
-  if (chosen.slots * dim == 0) return;
   dispatch(cache.scalar_type(), "cache", [&](auto zero) {
     using T = decltype(zero);
     T* target = data<T>(cache, "cache");
     const T* source = data<T>(packed, "packed");
+    if (chosen.slots * dim == 0) return;
     if (blend == 1)
       scatter_rows(target, source, chosen, dim, device.stream);
     else

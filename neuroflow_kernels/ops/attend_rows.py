@@ -54,9 +54,10 @@ def attend_rows(
     checks.require(key.shape[-3] > 0, "key", key, "at least one token to attend to")
     for name, tensor in (("key", key), ("value", value)):
         checks.same(name, tensor, (*key.shape[:-2], *query.shape[1:]), query.device, query.dtype)
-    scale = query.shape[2] ** -0.5 if scale is None else float(scale)
+    scale = max(query.shape[2], 1) ** -0.5 if scale is None else float(scale)
     if cu_seqlens is None:
         key, value = key[None], value[None]
     else:
-        cu_seqlens = cu_seqlens.contiguous()
-    return _operator(whole_heads(query), key.contiguous(), value.contiguous(), cu_seqlens, scale)
+        cu_seqlens = checks.contiguous("cu_seqlens", cu_seqlens)
+    key, value = checks.contiguous("key", key), checks.contiguous("value", value)
+    return _operator(whole_heads("query", query), key, value, cu_seqlens, scale)

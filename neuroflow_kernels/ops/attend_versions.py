@@ -65,5 +65,6 @@ def attend_versions(
     checks.require(table.device == query.device and table.shape[1] > 0, "table", table, "[S, T] on query's device")
     checks.same("cu_seqlens", cu_seqlens, (table.shape[0] + 1,), query.device, torch.int32)
     scale = query.shape[2] ** -0.5 if scale is None else float(scale)
-    key, value, table, cu_seqlens = (each.contiguous() for each in (key, value, table, cu_seqlens))
-    return _operator(whole_heads(query), key, value, table, cu_seqlens, scale)
+    given = {"key": key, "value": value, "table": table, "cu_seqlens": cu_seqlens}
+    whole = (checks.contiguous(name, tensor) for name, tensor in given.items())
+    return _operator(whole_heads("query", query), *whole, scale)

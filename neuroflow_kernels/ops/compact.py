@@ -76,15 +76,18 @@ def compact(
     streams, tokens = surprise.shape
     checks.require(streams * tokens < 2**31, "surprise", surprise, "at most 2**31 - 1 tokens, as rows are int32")
     rule = rule_arguments(streams, surprise.device, threshold, budget, floor)
+    surprise = checks.contiguous("surprise", surprise)
     if ladder is None:
-        return _operator(surprise.contiguous(), *rule)
+        return _operator(surprise, *rule)
     if isinstance(ladder, torch.Tensor):
         checks.rank("ladder", ladder, "[K]", torch.int32)
         checks.same("ladder", ladder, ladder.shape, surprise.device, torch.int32)
+        ladder = checks.contiguous("ladder", ladder)
     else:
         checks.ascending("ladder", ladder)
-        ladder = torch.tensor(ladder, dtype=torch.int32, device=surprise.device)
-    return _filled(surprise, *_operator(surprise.contiguous(), *rule), ladder)
+        rungs = [min(rung, streams * tokens) for rung in ladder]
+        ladder = torch.tensor(rungs, dtype=torch.int32, device=surprise.device)
+    return _filled(surprise, *_operator(surprise, *rule), ladder)
 
 
 def _filled(

@@ -59,6 +59,7 @@ def ema_gate_(
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
+        RuntimeError: ema requires grad, outside of `torch.no_grad`: there are no gradients.
     """
     h, decay = gate_arguments(h, ema, decay)
     checks.require(h.shape[0] * h.shape[1] < 2**31, "h", h, "at most 2**31 - 1 tokens, as rows are int32")

@@ -16,7 +16,7 @@ def gate_arguments(h: torch.Tensor, ema: torch.Tensor, decay: float) -> tuple[to
     checks.rank("h", h, "[S, N, D]", *checks.FLOATS)
     checks.same("ema", ema, h.shape, h.device, h.dtype, torch.promote_types(h.dtype, torch.float32))
     checks.updated("ema", ema)
-    return h.contiguous(), checks.fraction("decay", decay)
+    return checks.contiguous("h", h), checks.fraction("decay", decay)
 
 
 def ema_surprise_(h: torch.Tensor, ema: torch.Tensor, decay: float) -> torch.Tensor:
@@ -37,6 +37,7 @@ def ema_surprise_(h: torch.Tensor, ema: torch.Tensor, decay: float) -> torch.Ten
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
+        RuntimeError: ema requires grad, outside of `torch.no_grad`: there are no gradients.
 
     Source: Schmitt 2026, "EMA-Gated Temporal Sequence Compression in Vision Transformers", the gate.
     """

@@ -91,7 +91,9 @@ def gather_rows(
     rows = int(cu_seqlens[-1]) if rows is None else checks.count("rows", rows)
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("norm_weight and norm_bias go together; accepted is both or neither")
-    for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if value is not None:
+    if norm_weight is not None:
+        for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
             checks.same(name, value, x.shape[2:], x.device, x.dtype)
-    return _operator(x.contiguous(), index, cu_seqlens, rows, norm_weight, norm_bias, float(eps))
+        norm_weight = checks.contiguous("norm_weight", norm_weight)
+        norm_bias = checks.contiguous("norm_bias", norm_bias)
+    return _operator(checks.contiguous("x", x), index, cu_seqlens, rows, norm_weight, norm_bias, float(eps))

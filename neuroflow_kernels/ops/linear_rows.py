@@ -34,5 +34,5 @@ def linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     checks.same("weight", weight, (weight.shape[0], x.shape[1]), x.device, x.dtype)
     if bias is not None:
         checks.same("bias", bias, weight.shape[:1], x.device, x.dtype)
-        bias = bias.contiguous()
-    return _operator(x.contiguous(), weight.contiguous(), bias)
+        bias = checks.contiguous("bias", bias)
+    return _operator(checks.contiguous("x", x), checks.contiguous("weight", weight), bias)

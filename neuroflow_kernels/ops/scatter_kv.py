@@ -23,9 +23,9 @@ _operator = Operator(
 )
 
 
-def whole_heads(tensor: torch.Tensor) -> torch.Tensor:
+def whole_heads(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """[M, heads, head_dim] in any layout that keeps a head's elements side by side: copied only where it does not."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(2) == 1 else checks.contiguous(name, tensor)
 
 
 def scatter_kv_(
@@ -53,6 +53,7 @@ def scatter_kv_(
     Raises:
         ValueError: a shape, dtype or device that does not fit.
         IndexError: on the CPU, an index outside [0, S * N).
+        RuntimeError: a cache requires grad, outside of `torch.no_grad`.
     """
     checks.rank("key_cache", key_cache, "[S, N, heads * head_dim]", *checks.FLOATS)
     checks.same("value_cache", value_cache, key_cache.shape, key_cache.device, key_cache.dtype)
@@ -68,5 +69,5 @@ def scatter_kv_(
         f"a tensor of shape [M, heads, head_dim] on {key_cache.device}, where heads * head_dim is {width}",
     )
     checks.same("value", value, key.shape, key.device, key.dtype)
-    _operator(key_cache, value_cache, whole_heads(key), whole_heads(value), index, cu_seqlens)
+    _operator(key_cache, value_cache, whole_heads("key", key), whole_heads("value", value), index, cu_seqlens)
     return key_cache, value_cache

@@ -75,7 +75,7 @@ def scatter_rows_(
     checks.selection(index, cu_seqlens, cache.device)
     checks.rank("packed", packed, "[rows, D]", cache.dtype)
     checks.same("packed", packed, (packed.shape[0], cache.shape[2]), cache.device, cache.dtype)
-    arguments = cache, packed.contiguous(), index, cu_seqlens, checks.fraction("blend", blend)
+    arguments = cache, checks.contiguous("packed", packed), index, cu_seqlens, checks.fraction("blend", blend)
     if torch.is_grad_enabled() and (cache.requires_grad or packed.requires_grad):
         return _ScatterRows.apply(*arguments)
     _operator(*arguments)

@@ -1,19 +1,23 @@
 import torch
-import torch.nn.functional as F
 
 
 def attend_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
+    """softmax(scale query keyᵀ) value, as written: a score of -Inf counts nothing, and one of NaN or +Inf, or nothing
+    but -Inf, makes the query's whole head NaN. NaN or Inf in a value reaches every query of its head, whatever its
+    weight. Torch's own attention gives zeros for some of these.
+    """
     streams = key.shape[0]
-    by_head = query.transpose(0, 1).expand(streams, -1, -1, -1), key.transpose(1, 2), value.transpose(1, 2)
-    attended = F.scaled_dot_product_attention(*by_head, scale=scale)  # [S, heads, M, head_dim]
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scores = torch.einsum("mhd,sthd->shmt", query.to(accumulate), key.to(accumulate)) * scale
+    attended = torch.einsum("shmt,sthd->smhd", scores.softmax(-1), value.to(accumulate)).to(query.dtype)
     if cu_seqlens is None:
-        return attended[0].transpose(0, 1).contiguous()
+        return attended[0].contiguous()
     if streams == 0:
-        return torch.zeros_like(query)
+        return torch.zeros_like(query, memory_format=torch.contiguous_format)
     # Every row to every stream, as only the device knows whose it is.
     row = torch.arange(query.shape[0], device=query.device)
     stream = torch.searchsorted(cu_seqlens[1:], row, right=True)
-    own = attended[stream.clamp(max=streams - 1), :, row]  # [M, heads, head_dim]
+    own = attended[stream.clamp(max=streams - 1), row]  # [M, heads, head_dim]
     return own.where((stream < streams)[:, None, None], 0)

@@ -1,5 +1,11 @@
 import torch
-import torch.nn.functional as F
+
+
+def active_count(index: torch.Tensor, cu_seqlens: torch.Tensor) -> int:
+    count = int(cu_seqlens[-1])
+    if not 0 <= count <= index.shape[0]:
+        raise IndexError(f"cu_seqlens ends in {count}; accepted is 0 to {index.shape[0]}, the length of index")
+    return count
 
 
 def gather_rows(
@@ -12,12 +18,15 @@ def gather_rows(
     eps: float,
 ) -> torch.Tensor:
     dim = x.shape[2]
-    count = min(int(cu_seqlens[-1]), rows)
+    count = min(active_count(index, cu_seqlens), rows)
     active = x.flatten(0, 1).index_select(0, index[:count])
     if norm_weight is not None:
         accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-        wide = F.layer_norm(active.to(accumulate), (dim,), norm_weight.to(accumulate), norm_bias.to(accumulate), eps)
-        active = wide.to(x.dtype)
+        # Not torch's own, which makes NaN of a row whose variance overflows.
+        wide = active.to(accumulate)
+        centred = wide - wide.mean(1, keepdim=True)
+        scale = (centred.square().mean(1, keepdim=True) + eps).rsqrt()
+        active = (centred * scale * norm_weight + norm_bias).to(x.dtype)
     packed = x.new_zeros((rows, dim))
     packed[:count] = active
     return packed

@@ -1,10 +1,12 @@
 import torch
 
+from .gather_rows import active_count
+
 
 def scatter_rows_(
     cache: torch.Tensor, packed: torch.Tensor, index: torch.Tensor, cu_seqlens: torch.Tensor, blend: float
 ) -> None:
-    count = min(int(cu_seqlens[-1]), packed.shape[0])
+    count = min(active_count(index, cu_seqlens), packed.shape[0])
     rows, fresh = index[:count], packed[:count]
     flat = cache.flatten(0, 1)
     if blend != 1:

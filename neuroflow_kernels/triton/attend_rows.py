@@ -15,6 +15,7 @@ import triton.language as tl
 from ..reference.attend_rows import attend_rows as reference
 from .common import FUSE_MULTIPLY_ADD, stride_unit
 
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 LOG2_E = 1.4426950408889634
 WIDEST_HEAD = 256  # wider ones, and float64, go through the reference
 SHORTEST_SPLIT = 256  # keys; below it, partial sums take as long to write and read as the keys to read
@@ -99,7 +100,7 @@ def _attend_kernel(
     key += head * HEAD_DIM
     value += head * HEAD_DIM
     # Not -Inf, from which -Inf could not be taken.
-    peak = tl.full((BLOCK_ROWS,), -1e30, tl.float32)
+    peak = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     mixed = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
     for begin in range(first, last, BLOCK_TOKENS):
@@ -167,7 +168,7 @@ def _combine_kernel(
         splits = tl.where(filled, splits, 0)
     there = split < splits
     slot = (split.to(tl.int64) * rows + row) * heads + head
-    peak = tl.load(peaks + slot, mask=there, other=-1e30)
+    peak = tl.load(peaks + slot, mask=there, other=LOWEST)
     total = tl.load(totals + slot, mask=there, other=0)
     at = slot[:, None] * HEAD_DIM + column[None, :]
     mixed = tl.load(mixes + at, mask=there[:, None] & (column < HEAD_DIM)[None, :], other=0)

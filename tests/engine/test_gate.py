@@ -135,7 +135,7 @@ def test_common_motion_is_taken_off():
     assert plain[1].sum() > 30 and normalised[1, 0, 0] and normalised[1].sum() < 8
 
 
-@pytest.mark.parametrize("rings", [1, 2])
+@pytest.mark.parametrize("rings", [1, 2, 10**9])
 def test_dilation(rings):
     index = torch.tensor([0, 17], dtype=torch.int32)  # (0, 0) and (2, 3)
     grown = scores.dilated(index, GRID, rings)

@@ -76,6 +76,13 @@ def test_a_maximum_that_comes_late_or_lies_low(backend, generator, dtype):
         torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_scores_far_below_zero(backend, dtype):
+    key, value = torch.tensor([-1.0, -1.0, -2.0])[:, None, None], torch.tensor([2.0, 4.0, 9.0])[:, None, None]
+    result = attend_rows(torch.full((1, 1, 1), 1e32, dtype=dtype), key.to(dtype), value.to(dtype), 1.0)
+    assert result.item() == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_query_does_not_depend_on_the_others(generator, dtype):
     query, key, value = tokens(generator, (120, 2, 70, 64), dtype)
@@ -147,8 +154,10 @@ def test_reference_never_asks_for_the_lengths(generator):
     assert result.shape == arguments[0].shape
 
 
-def test_no_query(backend):
-    assert attend_rows(torch.zeros(0, 2, 8), torch.zeros(3, 2, 8), torch.zeros(3, 2, 8)).shape == (0, 2, 8)
+@pytest.mark.parametrize("rows, dim", [(0, 8), (4, 0)])
+def test_nothing(backend, rows, dim):
+    key, value = torch.zeros(3, 2, dim), torch.zeros(3, 2, dim)
+    assert attend_rows(torch.zeros(rows, 2, dim), key, value).shape == (rows, 2, dim)
 
 
 def test_arguments_need_not_be_contiguous(backend, generator):
@@ -158,6 +167,8 @@ def test_arguments_need_not_be_contiguous(backend, generator):
     assert torch.equal(attend_rows(*strided), expected)
     assert torch.equal(attend_rows(query.repeat(1, 3, 1).unflatten(1, (3, 2))[:, 1], key, value), expected)
     assert torch.equal(attend_rows(query.mT.contiguous().mT, key, value), expected)
+    overlapping = query.flatten()[:21].as_strided((6, 2, 16), (0, 1, 1))
+    assert torch.equal(attend_rows(overlapping, key, value), attend_rows(overlapping.contiguous(), key, value))
 
 
 def test_opcheck(generator):

@@ -141,6 +141,15 @@ def test_compile(generator):
             assert torch.equal(actual, expected)
 
 
+def test_numbers_beyond_32_bits(backend):
+    """A budget, floor or rung above N means N, and a threshold above all numbers leaves what is infinite."""
+    surprise = torch.tensor([[0.5, torch.inf, 2.0]])
+    for rule in ({"budget": 10**12}, {"threshold": 1.0, "floor": 2**62}, {"budget": 1, "ladder": [10**12, 10**13]}):
+        assert compact(surprise, **rule)[0].tolist() == [0, 1, 2]
+    for threshold, active in ((1e39, [1, -1, -1]), (torch.inf, [-1, -1, -1])):
+        assert compact(surprise, threshold, floor=0)[0].tolist() == active
+
+
 @pytest.mark.parametrize(
     "name, arguments",
     [
@@ -154,6 +163,7 @@ def test_compile(generator):
         ("budget", {"budget": torch.zeros(2, 1)}),
         ("floor", {"threshold": 0.1, "floor": -1}),
         ("floor", {"threshold": 0.1, "floor": 1.5}),
+        ("floor", {"threshold": 0.1, "floor": 10**30}),
         ("ladder", {"threshold": 0.1, "ladder": []}),
         ("ladder", {"threshold": 0.1, "ladder": [2, 2]}),
         ("ladder", {"threshold": 0.1, "ladder": [0, 2]}),

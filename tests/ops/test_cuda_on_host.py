@@ -1,9 +1,8 @@
 """The CUDA kernels without a GPU: built for the host by a C++ compiler, and run against the op tests, under ASan and
-UBSan. tests/ops/cuda_on_host has as much of CUDA as they use.
+UBSan.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,69 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from rows import GATE_DTYPES, assert_moved, expect, frame
-from torch.utils.cpp_extension import include_paths
+from sanitized import CUDA, ROOT, build, environment
 
 from neuroflow_kernels import compact, ema_gate_, ema_surprise_, use_backend
 from neuroflow_kernels.reference.compact import compact as reference
 
-ROOT = Path(__file__).resolve().parents[2]
-KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-SHIM = ROOT / "tests/ops/cuda_on_host"
-BUILD = ROOT / "build/cuda_on_host"
 ON_HOST = "NEUROFLOW_CUDA_ON_HOST" in os.environ
-COMPILER = os.environ.get("CXX", "c++")
-FLAGS = [
-    "-std=c++20",
-    "-O1",
-    "-g1",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-    "-DNEUROFLOW_KEY=CPU",
-    "-DUSE_CUDA",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
-]
-SANITIZED = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # a block that was given up leaves what it had
 
 outside = pytest.mark.skipif(ON_HOST, reason="it is what runs these tests")
 inside = pytest.mark.skipif(not ON_HOST, reason="run by test_op_tests_pass_on_the_host")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fibers and shared memory are done Linux's way")
-
-
-def shared_library(name):
-    """A library of the compiler's own, to be loaded before everything else."""
-    command = [*COMPILER.split(), f"-print-file-name={name}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def build(target):
-    """Compile what changed; what the library defines of torch's symbols it uses itself."""
-    if shutil.which(COMPILER.split()[0]) is None:
-        pytest.skip(f"no C++ compiler: {COMPILER!r} is not on PATH (set CXX)")
-    if not os.path.isabs(shared_library("libasan.so")):
-        pytest.skip(f"{COMPILER} has no libasan.so")
-    torch_libraries = Path(torch.__file__).parent / "lib"
-    includes = [f"-I{SHIM}", f"-I{ROOT / 'csrc/include'}", *(f"-isystem {path}" for path in include_paths())]
-    scheduler, faults = SHIM / "cuda_on_host.cpp", SHIM / "faults.cu"
-    rules = [
-        f"flags = {' '.join(FLAGS)}",
-        "rule compile",
-        f"  command = {COMPILER} $flags {' '.join(includes)} -MD -MF $out.d -x c++ -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {COMPILER} $flags $in $libraries -o $out",
-        *(f"build {source.name}.o: compile {source}" for source in (*KERNELS, scheduler, faults)),
-        f"build kernels.so: link {' '.join(f'{source.name}.o' for source in (*KERNELS, scheduler))}",
-        f"  libraries = -shared -Wl,-Bsymbolic -L{torch_libraries} -ltorch -ltorch_cpu -lc10",
-        f"build faults: link {faults.name}.o {scheduler.name}.o",
-    ]
-    BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build.ninja").write_text("\n".join(rules) + "\n")
-    run = subprocess.run([sys.executable, "-m", "ninja", "-C", BUILD, target], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return BUILD / target
 
 
 @outside
@@ -81,16 +27,11 @@ def test_op_tests_pass_on_the_host():
     tests = Path(__file__).parent
     run = subprocess.run(
         # What names another backend is left out; ASan speaks past pytest, to the process's own output.
-        [sys.executable, "-m", "pytest", "--capture=sys", "-m", "not slow"]
+        [sys.executable, "-m", "pytest", "--capture=sys", "-m", "not slow and not fuzz"]
         + ["-k", "cuda or (opcheck or compile) and not float64"]
-        + [__file__, f"{tests}/test_reference_vectors.py::test_gate_ops"]
-        + [tests / f"test_{source.stem}.py" for source in KERNELS],
-        env={
-            **SANITIZED,
-            "NEUROFLOW_CUDA_ON_HOST": str(build("kernels.so")),
-            "LD_PRELOAD": f"{shared_library('libasan.so')} {shared_library('libstdc++.so')}",
-            "OMP_NUM_THREADS": "1",  # tiny tensors gain nothing from more
-        },
+        + [__file__, f"{tests}/test_reference_vectors.py::test_gate_ops", f"{tests}/test_hostile.py"]
+        + [tests / f"test_{source.stem}.py" for source in CUDA],
+        env=environment(NEUROFLOW_CUDA_ON_HOST=str(build("cuda.so"))),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -114,13 +55,15 @@ def test_op_tests_pass_on_the_host():
     ],
 )
 def test_faults_are_found(fault, found):
-    run = subprocess.run([build("faults"), fault], env=SANITIZED, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [build("faults"), fault], env=environment(LD_PRELOAD=""), capture_output=True, text=True, timeout=120
+    )
     assert found in run.stdout + run.stderr
 
 
 @inside
 def test_every_kernel_is_registered():
-    for source in KERNELS:
+    for source in CUDA:
         name = f"neuroflow::{source.stem}"
         found = torch._C._dispatch_dump(name) + torch._C._dispatch_dump(f"{name}_")
         assert f"csrc/cuda/{source.name}" in found

@@ -138,6 +138,13 @@ def test_index_out_of_range(on_cpu, name, value, blend):
     assert name == "reference" or torch.equal(cache, torch.ones(2, 5, 3))  # refused before the first row
 
 
+def test_an_index_in_the_memory_that_is_written(on_cpu):
+    """Of which the first row would change the others, once they were found to be in range."""
+    cache = torch.zeros(1, 4, 4)
+    with use_backend("cpp"), pytest.raises(ValueError, match="index shares memory"):
+        scatter_rows_(cache, torch.ones(4, 4), cache.view(torch.int32).flatten()[:4], torch.tensor([0, 4]).int())
+
+
 @pytest.mark.parametrize("rows", [5, 2, 8])
 @pytest.mark.parametrize("blend", BLENDS)
 def test_gradients(backend, generator, blend, rows):

@@ -172,7 +172,8 @@ NEUROFLOW_AVX512 void attend_rows_avx512(Lanes, const Head<T>& head) {
   const __m512 log2_scale = _mm512_set1_ps(static_cast<float>(head.scale * 1.4426950408889634));
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   std::vector<T> query(rows * inner), keys(inner * block), values(block * outer), weights(rows * block);
-  std::vector<float> scores(rows * block), mixed(rows * outer), highest(rows, -1e30f), total(rows * 16);
+  std::vector<float> scores(rows * block), mixed(rows * outer), highest(rows, std::numeric_limits<float>::lowest()),
+      total(rows * 16);
   for (int64_t row = 0; row < head.rows; ++row)
     std::copy_n(head.query + row * head.query_stride, head.dim, query.data() + row * inner);
 

@@ -75,12 +75,12 @@ __global__ void gather_rows_normalized_kernel(const T* x, Selection selection, c
   if (row >= rows) return;
   const int64_t from = selection[row];
   const int lane = threadIdx.x % warp_size;
-  const T* token = x + from * dim;
   T* target = packed + row * dim;
   if (from < 0) {
     for (int64_t i = lane; i < dim; i += warp_size) target[i] = T{};
     return;
   }
+  const T* token = x + from * dim;
   float sum = 0, square = 0;
   for (int64_t i = lane; i < dim; i += warp_size) sum += widen(token[i]);
   const float mean = warp_sum(sum) / static_cast<float>(dim);

@@ -52,7 +52,10 @@ def dilated(index: torch.Tensor, grid: Grid, rings: int) -> torch.Tensor:
     """The patches `index` (ascending int32) and those up to `rings` patches from one of them, diagonally too."""
     active = torch.zeros(grid, device=index.device)
     active.view(-1)[index] = 1
-    grown = F.max_pool2d(active[None, None], 2 * rings + 1, stride=1, padding=rings)
+    # Further than from edge to edge is no further.
+    down, right = (min(rings, patches - 1) for patches in grid)
+    grown = F.max_pool2d(active[None, None], (2 * down + 1, 1), stride=1, padding=(down, 0))
+    grown = F.max_pool2d(grown, (1, 2 * right + 1), stride=1, padding=(0, right))
     return grown.flatten().nonzero()[:, 0].int()
 
 
