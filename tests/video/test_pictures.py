@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from neuroflow.video.encode import VideoWriter
-from neuroflow.video.overlay import BRIGHTNESS, CAPTION_HEIGHT, PANEL_HEIGHT, OverlayWriter
+from neuroflow.video.overlay import BRIGHTNESS, CAPTION_HEIGHT, PANEL_HEIGHT, BoxWriter, OverlayWriter
 from neuroflow.video.source import Frame, Source
 
 
@@ -57,9 +57,41 @@ def test_overlay_darkens_inactive_patches_beside_the_frame(tmp_path):
 
 def test_overlay_keeps_its_size_when_the_video_does_not(tmp_path, monkeypatch):
     shapes = []
-    monkeypatch.setattr(OverlayWriter, "write", lambda self, image: shapes.append(image.shape))
+    monkeypatch.setattr(OverlayWriter, "write", lambda self, image, time: shapes.append(image.shape))
     with OverlayWriter(tmp_path / "overlay.mp4", Fraction(10)) as writer:
         for height, width in ((96, 128), (128, 96)):
             picture = av.VideoFrame.from_ndarray(np.zeros((height, width, 3), np.uint8), format="rgb24")
             writer.draw(Frame(0, 0.0, picture), torch.ones(2, 2, dtype=torch.bool), "")
     assert shapes == [(PANEL_HEIGHT + CAPTION_HEIGHT, 2 * round(PANEL_HEIGHT * 128 / 96), 3)] * 2
+
+
+def draw(writer, frame):
+    if isinstance(writer, OverlayWriter):
+        writer.draw(frame, torch.ones(4, 4, dtype=torch.bool), "frame")
+    else:
+        height, width = frame.size
+        writer.draw(frame, [(1, (0.0, 0.0, width / 4, height / 4), "1 car"), (2, (0.0, 0.0, width, height), "2")])
+
+
+@pytest.mark.parametrize("kind", [OverlayWriter, BoxWriter])
+@pytest.mark.parametrize("times", [[0, 33, 66, 500, 533, 2000, 2033, 4000], [90_000_000, 90_000_100, 90_000_100]])
+def test_overlays_keep_the_times_of_frames(tmp_path, kind, times):
+    """From the first on, and one after the other where two have the same."""
+    with kind(tmp_path / "overlay.mp4", Fraction(10)) as writer:
+        for number, milliseconds in enumerate(times):
+            picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), number, np.uint8), format="rgb24")
+            draw(writer, Frame(number, milliseconds / 1000, picture))
+    found = [frame.time for frame in Source(str(tmp_path / "overlay.mp4"))]
+    assert found == pytest.approx([(each - times[0]) / 1000 for each in times], abs=1e-3)
+    with av.open(str(tmp_path / "overlay.mp4")) as container:
+        assert container.duration / 1e6 == pytest.approx(found[-1] + 0.1, abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", [OverlayWriter, BoxWriter])
+@pytest.mark.parametrize("size", [(450, 9000), (2, 3000), (3000, 2), (1, 1), (16000, 1), (700, 30000)])
+def test_overlays_of_any_shape(tmp_path, kind, size):
+    picture = av.VideoFrame.from_ndarray(np.full((*size, 3), 120, np.uint8), format="rgb24")
+    with kind(tmp_path / "overlay.mp4", Fraction(10)) as writer:
+        draw(writer, Frame(0, 0.0, picture))
+    (frame,) = Source(str(tmp_path / "overlay.mp4"))
+    assert max(frame.size) <= 3840 and min(frame.size) >= 2

@@ -12,6 +12,8 @@ import numpy as np
 
 from ..files import replacing
 
+TICKS = 60_000  # a second: whole numbers of them at the usual rates, NTSC's too, and no more than MPEG-4 takes
+
 
 class VideoWriter:
     """An MP4 of RGB frames, H.264 where PyAV's FFmpeg has libx264, else MPEG-4 with a warning.
@@ -21,27 +23,46 @@ class VideoWriter:
 
     Args:
         path: the file to write.
-        rate: frames per second.
+        rate: frames per second, of those that are written without a time.
     """
 
     def __init__(self, path: Path, rate: Fraction) -> None:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         if codec == "mpeg4":
             warnings.warn("this PyAV has no libx264: video is written as MPEG-4 instead of H.264", stacklevel=2)
+        self._rate = Fraction(rate).limit_denominator(1001)
         self._frames = 0
+        self._begin = 0.0  # time of the first frame
+        self._tick = -1  # of the last one
         self._file = contextlib.ExitStack()
         self._partial = self._file.enter_context(replacing(path))
         self._container = av.open(str(self._partial), "w", format="mp4")
-        self._stream = self._container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
+        self._stream = self._container.add_stream(codec, rate=self._rate)
+        self._stream.codec_context.time_base = Fraction(1, TICKS)
         self._stream.pix_fmt = "yuv420p"
         self._stream.options = {"crf": "20", "preset": "veryfast"} if codec == "libx264" else {"qscale": "4"}
 
-    def write(self, image: np.ndarray) -> None:
-        """Append one frame, [height, width, 3] uint8, of the first one's size, both sides even."""
+    def write(self, image: np.ndarray, time: float | None = None) -> None:
+        """Append one frame.
+
+        Args:
+            image: [height, width, 3] uint8, of the first one's size, both sides even.
+            time: when it is shown, in seconds, the video beginning at that of the first; None for its turn by the rate.
+        """
         if not self._frames:
             self._stream.height, self._stream.width = image.shape[:2]
+            self._begin = time or 0.0
+            # MP4 adds up how long frames are shown in the order of decoding, and would end before the last ones.
+            if time is not None and self._stream.codec_context.name == "libx264":
+                self._stream.options |= {"bf": "0"}
+        if time is None:
+            time = float(self._frames / self._rate)
         self._frames += 1
-        self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        self._tick = max(round((time - self._begin) * TICKS), self._tick + 1)
+        picture = av.VideoFrame.from_ndarray(image, format="rgb24")
+        picture.pts, picture.time_base = self._tick, Fraction(1, TICKS)
+        picture.duration = round(TICKS / self._rate)
+        self._container.mux(self._stream.encode(picture))
 
     def __enter__(self) -> Self:
         return self

@@ -12,19 +12,19 @@ from PIL import Image, ImageDraw, ImageFont
 from .encode import VideoWriter
 from .source import Frame
 
-PANEL_HEIGHT = 448
+PANEL_HEIGHT, PANEL_WIDTH = 448, 1920  # of either half, at most
 CAPTION_HEIGHT = 32
 BRIGHTNESS = 0.25
-BOX_HEIGHT = 720  # of pictures under boxes, at most
+BOX_HEIGHT, BOX_WIDTH = 720, 3840  # of pictures under boxes, at most
 COLOURS = ("#ffb000", "#fe6100", "#dc267f", "#785ef0", "#648fff", "#00b894", "#f1f1f1", "#ffe066")
 
 
 class OverlayWriter(VideoWriter):
-    """An MP4 of frames beside their active patches. The first frame's shape is every frame's."""
+    """An MP4 of frames beside their active patches, at their times. The first frame's shape is every frame's."""
 
     def __init__(self, path: Path, rate: Fraction) -> None:
         super().__init__(path, rate)
-        self._panel_width = 0
+        self._panel = (0, 0)  # height and width
         self._reformatter = VideoReformatter()
 
     def draw(self, frame: Frame, active: torch.Tensor, caption: str) -> None:
@@ -35,22 +35,23 @@ class OverlayWriter(VideoWriter):
             active: [rows, columns] bool, the patches that were encoded.
             caption: a line of text to burn in below.
         """
-        height, width = frame.size
-        self._panel_width = self._panel_width or max(round(PANEL_HEIGHT * width / height), 1)
-        panel = frame.rgb(PANEL_HEIGHT, self._panel_width, self._reformatter)
+        if not any(self._panel):
+            self._panel = _panel_size(*frame.size)
+        height, width = self._panel
+        panel = frame.rgb(height, width, self._reformatter)
         rows, columns = active.shape
-        row = np.arange(PANEL_HEIGHT) * rows // PANEL_HEIGHT
-        column = np.arange(self._panel_width) * columns // self._panel_width
+        row = np.arange(height) * rows // height
+        column = np.arange(width) * columns // width
         brightness = np.where(active.cpu().numpy(), 256, round(256 * BRIGHTNESS)).astype(np.uint16)
         darkened = (panel * brightness[row][:, column, None] >> 8).astype(np.uint8)
-        text = Image.new("RGB", (2 * self._panel_width, CAPTION_HEIGHT), (16, 18, 22))
+        text = Image.new("RGB", (2 * width, CAPTION_HEIGHT), (16, 18, 22))
         font = ImageFont.load_default(size=15)
         ImageDraw.Draw(text).text((12, CAPTION_HEIGHT / 2), caption, (236, 238, 240), font, anchor="lm")
-        self.write(np.concatenate([np.concatenate([panel, darkened], 1), np.asarray(text)]))
+        self.write(np.concatenate([np.concatenate([panel, darkened], 1), np.asarray(text)]), frame.time)
 
 
 class BoxWriter(VideoWriter):
-    """An MP4 of frames under boxes. The first frame's shape is every frame's."""
+    """An MP4 of frames under boxes, at their times. The first frame's shape is every frame's."""
 
     def __init__(self, path: Path, rate: Fraction) -> None:
         super().__init__(path, rate)
@@ -67,7 +68,7 @@ class BoxWriter(VideoWriter):
         """
         height, width = frame.size
         if not any(self._shape):
-            shrink = min(BOX_HEIGHT / height, 1)
+            shrink = min(BOX_HEIGHT / height, BOX_WIDTH / width, 1)
             self._shape = (max(round(height * shrink / 2), 1) * 2, max(round(width * shrink / 2), 1) * 2)
         picture = Image.fromarray(np.ascontiguousarray(frame.rgb(*self._shape, self._reformatter)))
         draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
@@ -75,8 +76,14 @@ class BoxWriter(VideoWriter):
         for number, edges, text in boxes:
             colour = COLOURS[number % len(COLOURS)]
             left, top, right, bottom = (np.array(edges) * scale).tolist()
-            draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=2)
+            draw.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=colour, width=2)
             corner = left, max(top - 16, 0)
             draw.rectangle(draw.textbbox(corner, text, font), fill=(16, 18, 22))
             draw.text(corner, text, colour, font)
-        self.write(np.asarray(picture))
+        self.write(np.asarray(picture), frame.time)
+
+
+def _panel_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of a panel for frames of such a size, the height even."""
+    scale = min(PANEL_HEIGHT / height, PANEL_WIDTH / width)
+    return max(round(height * scale / 2), 1) * 2, max(round(width * scale), 1)
