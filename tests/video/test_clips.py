@@ -20,9 +20,21 @@ def write_clip(path, frames=8):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Clips of two classes, a clip of images in a third, and things that are no clips."""
+    """Clips of two classes, a clip of images in a third, and things that are no clips, hidden ones among them."""
     root = tmp_path / "clips"
-    for name in ("YoYo/b.mp4", "YoYo/a.AVI", "Archery/c.mkv", "TaiChi/d/0.png", "TaiChi/empty/notes.txt", "YoYo/x.txt"):
+    for name in (
+        "YoYo/b.mp4",
+        "YoYo/a.AVI",
+        "Archery/c.mkv",
+        "TaiChi/d/0.png",
+        "TaiChi/empty/notes.txt",
+        "YoYo/x.txt",
+        "YoYo/b10.mp4",
+        "YoYo/b9.mp4",
+        "YoYo/._a.avi",
+        "YoYo/.trash/0.png",
+        "TaiChi/empty/._0.png",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     (root / "readme.txt").touch()
@@ -35,7 +47,7 @@ def test_clips_are_those_in_class_folders(folder):
     assert labels == ["Archery", "TaiChi", "YoYo"]
     assert clips == [
         Clip(folder / name, name, name.split("/")[0])
-        for name in ("Archery/c.mkv", "TaiChi/d", "YoYo/a.AVI", "YoYo/b.mp4")
+        for name in ("Archery/c.mkv", "TaiChi/d", "YoYo/a.AVI", "YoYo/b9.mp4", "YoYo/b10.mp4", "YoYo/b.mp4")
     ]
 
 

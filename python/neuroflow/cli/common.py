@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from ..weights import distilled_config
 from . import CommandError
 from .model import TOWERS, load_tower
 
-DIRECTORY_RATE = Fraction(25)  # frames per second of a video that is made of a directory of images
 INTERRUPTED = 130  # exit code after Ctrl-C
 KEPT = "what is done is kept: the same command with --resume continues it"
 EMBEDDED = (

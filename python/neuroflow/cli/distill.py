@@ -15,7 +15,7 @@ from ..distillation import Distillation, DistillationConfig, Epoch, Outside
 from ..street import STREET, load_classes
 from ..video.clips import VIDEO_SUFFIXES
 from ..video.preprocess import Preprocessor
-from ..video.source import Source
+from ..video.source import Source, is_hidden, natural_order
 from . import CommandError
 from .common import every, load_model, require_writable
 from .options import add_frames, add_loading, count, share
@@ -201,10 +201,11 @@ def _progress(parts: list[_Frames], name: str) -> Iterator[None]:
 
 
 def _videos(directory: Path, option: str = "") -> list[Path]:
-    """The videos in a directory and those below it, in name order."""
+    """The videos in a directory and those below it, 2 before 10, hidden ones left out."""
     if not directory.is_dir():
         raise CommandError(f"{option}{directory}: no such directory; give one that holds videos")
-    paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    found = (path for path in directory.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and not is_hidden(path))
+    paths = sorted(found, key=natural_order)
     if not paths:
         raise CommandError(f"{option}{directory}: holds no video; accepted are files in {', '.join(VIDEO_SUFFIXES)}")
     return paths

@@ -22,9 +22,10 @@ DESCRIPTION = """\
 Encode a video with a vision transformer, re-encoding only the patches that changed, and report what that saved and,
 with --compare, what it cost.
 
-SOURCE is a video file, a directory of images (taken in name order), a webcam (0, /dev/video0) or an rtsp:// or http://
-address. Files give every frame, decoded and resized a few frames ahead while the model works; live sources give the
-newest, until --max-frames or Ctrl-C ends them. The report's pipeline line says where the time of a frame went.
+SOURCE is a video file, a directory of images (2 before 10, hidden ones left out), a named pipe, a webcam (0,
+/dev/video0) or an rtsp://, rtsps://, http://, https:// or file:// address. Files give every frame, decoded and resized
+a few frames ahead while the model works, over HTTP too; live sources give the newest, until --max-frames or Ctrl-C ends
+them, and are opened again when they drop. The report's pipeline line says where the time of a frame went.
 MODEL is a Hugging Face id or a local directory; its vision tower is used: SigLIP, SigLIP 2 of fixed resolution, CLIP,
 ViT, DeiT, I-JEPA, ViT-MAE, DINOv2, DINOv3, AIMv2, InternVL, SAM or ViTDet, alone or in a larger model such as LLaVA.
 Without --model a small SigLIP that comes with the package is used: it downloads nothing and knows the drawn scenes of

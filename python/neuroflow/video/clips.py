@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .preprocess import Preprocessor
-from .source import IMAGE_SUFFIXES, MAX_PIXELS, Source, SourceError
+from .source import MAX_PIXELS, Source, SourceError, images_in, is_hidden, natural_order
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
@@ -25,7 +25,7 @@ class Clip(NamedTuple):
 def find_clips(folder: Path, testlist: Path | None = None) -> tuple[list[str], list[Clip]]:
     """The classes and clips of a folder in UCF-101's layout: a folder for each class, which holds its clips.
 
-    A clip is a video file, or a directory of images.
+    A clip is a video file, or a directory of images; what is hidden is none.
 
     Args:
         folder: holds the class folders.
@@ -33,18 +33,20 @@ def find_clips(folder: Path, testlist: Path | None = None) -> tuple[list[str], l
             Every class folder is a class all the same.
 
     Returns:
-        the names of all class folders, and the clips, in name order or that of the list.
+        the names of all class folders, and the clips, 2 before 10 or in the order of the list.
 
     Raises:
         ValueError: no class folder or no clip; a list that cannot be read, or names what is not there.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such directory; give one that holds a folder of clips for each class")
-    labels = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    labels = sorted(child.name for child in folder.iterdir() if child.is_dir() and not is_hidden(child))
     if not labels:
         raise ValueError(f"{folder}: holds no class folder; give a directory with a folder of clips for each class")
     if testlist is None:
-        paths = [path for label in labels for path in sorted((folder / label).iterdir()) if _is_clip(path)]
+        paths = [
+            path for label in labels for path in sorted((folder / label).iterdir(), key=natural_order) if _is_clip(path)
+        ]
         if not paths:
             accepted = f"files in {', '.join(VIDEO_SUFFIXES)}, or directories of images"
             raise ValueError(f"{folder}: no clip in its {len(labels)} class folders; accepted are {accepted}")
@@ -59,8 +61,10 @@ def find_clips(folder: Path, testlist: Path | None = None) -> tuple[list[str], l
 
 
 def _is_clip(path: Path) -> bool:
+    if is_hidden(path):
+        return False
     if path.is_dir():
-        return any(image.suffix.lower() in IMAGE_SUFFIXES for image in path.iterdir())
+        return bool(images_in(path))
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
@@ -89,7 +93,7 @@ def read_clip(
     They are consecutive, not spread over the clip, as a gate compares each with the one before.
 
     Raises:
-        SourceError: the clip cannot be decoded that far.
+        SourceError: the clip cannot be decoded that far. One that is shorter is no error.
     """
     with contextlib.closing(Source(str(path), max_pixels=max_pixels)) as source:
         chosen = itertools.islice(source, 0, (frames - 1) * stride + 1, stride)

@@ -2,18 +2,39 @@
 
 import collections
 import contextlib
+import functools
+import os
+import re
+import select
+import stat
 import threading
-from collections.abc import Iterator
+import time
+import urllib.parse
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.sidedata.sidedata import Type
 from av.video.reformatter import VideoReformatter
 
 MAX_PIXELS = 178_956_970
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+DIRECTORY_RATE = Fraction(25)  # frames per second that a directory of images stands for
+DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each try to open a dropped live source again
+STEADY = 60.0  # seconds after which one that was opened again has all of its tries before it
+# What FFmpeg may open behind an address; a playlist that calls itself a video must not reach from files to the network.
+LOCAL = "file,pipe,crypto,data"
+WEB = "http,https,httpproxy,tcp,tls,crypto,data"
+NETWORK = {"http": WEB, "https": WEB, "rtsp": f"rtsp,rtp,srtp,udp,{WEB}", "rtsps": f"rtsp,rtp,srtp,udp,{WEB}"}
+
+T = TypeVar("T")
 
 
 class SourceError(ValueError):
@@ -32,7 +53,7 @@ class Frame:
     def size(self) -> tuple[int, int]:
         """Height and width in pixels, upright."""
         size = self.picture.height, self.picture.width
-        return size if self.picture.rotation % 180 == 0 else size[::-1]
+        return size[::-1] if self._upright[0] else size
 
     def rgb(self, height: int, width: int, reformatter: VideoReformatter | None = None) -> np.ndarray:
         """The frame, upright, resized by area averaging: [height, width, 3] uint8.
@@ -40,30 +61,50 @@ class Frame:
         One who resizes many frames to one size keeps a reformatter for them, in one thread: without, each frame makes
         its own, which starts threads.
         """
-        turns = self.picture.rotation // 90 % 4
-        if turns % 2:
+        transposed, rows, columns = self._upright
+        if transposed:
             height, width = width, height
         reformatter = reformatter or VideoReformatter()
-        resized = reformatter.reformat(self.picture, width, height, format="rgb24", interpolation="AREA")
-        return np.rot90(resized.to_ndarray(), turns)
+        resized = reformatter.reformat(self.picture, width, height, format="rgb24", interpolation="AREA").to_ndarray()
+        if transposed:
+            resized = resized.swapaxes(0, 1)
+        return resized[:: -1 if rows else 1, :: -1 if columns else 1]
+
+    @functools.cached_property
+    def _upright(self) -> tuple[bool, bool, bool]:
+        """What brings the decoded picture upright: transposing it, then reversing its rows, and its columns."""
+        matrix = _side_data(self.picture).get(Type.DISPLAYMATRIX)
+        if matrix is None:
+            return False, False, False
+        # A pixel at (x, y) is shown at (a x + c y, b x + d y).
+        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(float)
+        transposed = abs(b) + abs(c) > abs(a) + abs(d)
+        return (True, b < 0, c < 0) if transposed else (False, d < 0, a < 0)
 
 
 class Source:
     """The frames of one source, in order, once.
 
     Files and directories give every frame. Live sources (webcam, RTSP, a network stream without an end) are read in a
-    thread and give the newest frame; the indices of frames that were passed over are missing.
+    thread and give the newest frame; the indices of frames that were passed over are missing. One that drops is opened
+    again, up to five times before it has held for a minute, with a warning each; packets of it that cannot be decoded
+    are stepped over, and a warning at the end says how many.
+
+    Times are in the order of presentation and rise from frame to frame. Where a container has none, they are counted by
+    its rate; those of a directory are 25 a second.
 
     Args:
-        address: a video or image file, a directory (its images, in name order), a webcam (`0`, `/dev/video0`) or a URL.
+        address: a video or image file, a directory (its images, those that are hidden left out, 2 before 10), a named
+            pipe, a webcam (`0`, `/dev/video0`), or an http, https, rtsp, rtsps or file URL.
         max_pixels: frames of more pixels (height x width) are refused, before they are decoded.
-        timeout: seconds to wait for a network or live source, for opening and for each frame.
+        timeout: seconds to wait for a pipe, a network or a live source, for opening and for each frame.
 
     Attributes:
         live: frames are passed over rather than queued.
-        frame_count: how many frames the container announces, None where it does not say.
+        frame_count: how many frames the container announces, which is no promise; None where it does not say.
         rate: frames per second, None for a directory.
-        stopped: why the frames ended early, None when they did not.
+        stopped: what could not be decoded or read, where that ended the frames early; None where nothing did.
+        garbled: packets of a live source that could not be decoded so far.
 
     Raises:
         SourceError: the source cannot be opened, or its first frame cannot be decoded.
@@ -75,11 +116,15 @@ class Source:
         self.frame_count: int | None = None
         self.rate: Fraction | None = None
         self.stopped: str | None = None
+        self.garbled = 0
         self._max_pixels = max_pixels
         self._over = f"over the ceiling of {max_pixels:,} pixels, see --max-pixels"
         self._timeout = timeout
+        self._due = 0.0  # when a live source has been silent for too long, by time.monotonic
+        self._closing = threading.Event()
+        self._pipe: BinaryIO | None = None
         self._frames = self._open()
-        self._first = next(self._frames, None)
+        self._first = _apart(lambda: next(self._frames, None))
         if self._first is None:
             raise SourceError(f"{address}: {self.stopped or 'it holds no video frame'}; give another source")
 
@@ -94,51 +139,91 @@ class Source:
         # A thread that hangs in a read has the generator; it gives the file back when it returns.
         with contextlib.suppress(ValueError):
             self._frames.close()
+            if self._pipe is not None:
+                self._pipe.close()
 
     def _open(self) -> Iterator[Frame]:
         path = Path(self.address)
-        if "://" in self.address:
-            return self._open_container(self.address, {"rtsp_transport": "tcp"})
-        if self.address.isdecimal() and not path.exists():
+        scheme = re.match("([A-Za-z][A-Za-z0-9+.-]*)://", self.address)
+        if scheme:
+            name, rest = scheme[1].lower(), self.address[scheme.end() :]
+            if name in NETWORK:
+                options = {"rtsp_transport": "tcp"} if name.startswith("rtsp") else {}
+                return self._open_container(f"{name}://{rest}", options | {"protocol_whitelist": NETWORK[name]})
+            if name != "file":
+                accepted = ", ".join(f"{name}://" for name in (*NETWORK, "file"))
+                raise SourceError(f"{self.address}: {name}:// is not supported; give a path, or one of {accepted}")
+            path = Path(urllib.parse.unquote(rest.removeprefix("localhost")))
+        elif self.address.isdecimal() and not os.path.exists(path):
             path = Path(f"/dev/video{self.address}")
-        if path.match("/dev/video*"):
-            if not path.exists():
+        try:
+            kind = path.stat().st_mode
+        except (OSError, ValueError) as error:
+            if path.match("/dev/video*"):
                 webcams = ", ".join(sorted(str(device) for device in Path("/dev").glob("video*"))) or "none"
-                raise SourceError(f"{self.address}: there is no webcam {path}; webcams on this machine: {webcams}")
+                message = f"{self.address}: there is no webcam {path}; webcams on this machine: {webcams}"
+            else:
+                message = f"{self.address}: {self._reason(error).lower()}; check the path"
+            raise SourceError(message) from None
+        if stat.S_ISDIR(kind):
+            return self._open_directory(path)
+        if stat.S_ISREG(kind):
+            # "file:" takes the rest as it is. A name with a % in it is that of one image, not of a numbered series.
+            return self._open_container(f"file:{path}", {"protocol_whitelist": LOCAL, "pattern_type": "none"})
+        if stat.S_ISFIFO(kind):
+            return self._open_pipe(path)
+        if path.resolve().match("/dev/video*"):
             return self._open_container(str(path), {}, device="v4l2")
-        if not path.exists():
-            raise SourceError(f"{self.address}: no such file or directory; check the path")
-        if path.is_dir():
-            images = sorted(image for image in path.iterdir() if image.suffix.lower() in IMAGE_SUFFIXES)
-            if not images:
-                suffixes = ", ".join(IMAGE_SUFFIXES)
-                raise SourceError(f"{path}: no image in this directory; give a video file or a directory of {suffixes}")
-            self.frame_count = len(images)
-            return self._read_images(images)
-        # A playlist that calls itself a video must not reach out to the network.
-        return self._open_container(str(path), {"protocol_whitelist": "file,crypto,data"})
+        raise SourceError(f"{path}: it is no file, directory, pipe or webcam; give one of these")
+
+    def _open_directory(self, path: Path) -> Iterator[Frame]:
+        try:
+            images = images_in(path)
+        except OSError as error:
+            raise SourceError(f"{path}: {self._reason(error).lower()}; give a directory that can be read") from None
+        if not images:
+            suffixes = ", ".join(IMAGE_SUFFIXES)
+            raise SourceError(f"{path}: no image in this directory; give a video file or a directory of {suffixes}")
+        self.frame_count = len(images)
+        return self._read_images(images)
+
+    def _open_pipe(self, path: Path) -> Iterator[Frame]:
+        # So that opening does not wait for a writer, nor reading for what it writes, without looking at the clock.
+        self._pipe = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
+        poll = select.poll()
+        poll.register(self._pipe, select.POLLIN)
+        if not poll.poll(self._timeout * 1e3):
+            self._pipe.close()
+            raise SourceError(f"{path}: nobody wrote to this pipe for {self._timeout:g} seconds; start its writer")
+        return self._open_container(f"pipe:{self._pipe.fileno()}", {"protocol_whitelist": LOCAL})
 
     def _open_container(self, name: str, options: dict[str, str], device: str | None = None) -> Iterator[Frame]:
-        try:
+        def opened() -> InputContainer:
             container = self._container(name, options, device)
+            if not container.streams.video:
+                container.close()
+                raise SourceError(f"{self.address}: there is no video in it, only other streams; give another source")
+            return container
+
+        try:
+            container = _apart(opened)
+        except SourceError:
+            raise
         # Damaged input raises MemoryError, IndexError, UnicodeDecodeError and more besides FFmpegError.
         except Exception as error:
             message = f"{self.address}: it cannot be opened ({self._reason(error)}); give another source"
             raise SourceError(message) from None
-        if not container.streams.video:
-            container.close()
-            raise SourceError(f"{self.address}: there is no video in it, only other streams; give another source")
         stream = container.streams.video[0]
         self.rate = stream.average_rate
-        self.live = device is not None or name.startswith("rtsp") or ("://" in name and container.duration is None)
+        self.live = device is not None or name.startswith("rtsp") or _is_endless(container, name)
         if self.live:
-            return self._newest(self._read_container(container, stream))
+            return self._newest(self._read_live(container, opened, name))
         self.frame_count = stream.frames or None
         if not stream.frames and container.duration and stream.average_rate:
             self.frame_count = round(container.duration / av.time_base * stream.average_rate)
-        return self._read_container(container, stream)
+        return self._read_file(container)
 
-    def _container(self, name: str, options: dict[str, str], device: str | None) -> av.container.InputContainer:
+    def _container(self, name: str, options: dict[str, str], device: str | None) -> InputContainer:
         ceiling = {"max_pixels": str(self._max_pixels)}
         # FFmpeg decodes a frame or two to open a file, with a decoder of its own: both need the ceiling.
         container = av.open(name, format=device, options={**options, **ceiling}, timeout=self._timeout)
@@ -147,74 +232,209 @@ class Source:
         return container
 
     def _read_images(self, images: list[Path]) -> Iterator[Frame]:
+        options = {"protocol_whitelist": LOCAL, "pattern_type": "none"}
         for index, path in enumerate(images):
             try:
-                with self._container(str(path), {}, None) as container:
+                with self._container(f"file:{path}", options, None) as container:
                     picture = next(container.decode(video=0))
             except Exception as error:
                 self.stopped = f"image {path.name} cannot be read ({self._reason(error)})"
                 return
-            yield Frame(index, float(index), picture)
+            yield Frame(index, float(index / DIRECTORY_RATE), picture)
 
-    def _read_container(self, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[Frame]:
+    def _read_file(self, container: InputContainer) -> Iterator[Frame]:
         index = 0
-        with container:
+        try:
+            for frame in self._read(container):
+                yield frame
+                index += 1
+        except Exception as error:
+            where = f"it cannot be decoded past frame {index}" if index else "no frame of it can be decoded"
+            self.stopped = f"{where} ({self._reason(error)})"
+
+    def _read_live(self, container: InputContainer, reopen: Callable[[], InputContainer], name: str) -> Iterator[Frame]:
+        frame, seen, tries = None, 0.0, 0
+        while True:
+            since = time.monotonic()
+            # A server says where a recording ends, a camera does not: there it is a drop as well.
+            ends = container.duration is not None or name.startswith("http")
             try:
-                if stream.width * stream.height > self._max_pixels:
-                    raise SourceError(f"{stream.width}x{stream.height} is {self._over}")
-                for packet in container.demux(stream):
-                    try:
-                        pictures = packet.decode()
-                    except Exception:
-                        if self.live:
-                            continue
-                        raise
-                    for picture in pictures:
-                        time = picture.time if picture.time is not None else float(index / (self.rate or 1))
-                        yield Frame(index, time, picture)
-                        index += 1
+                if frame is None:
+                    frames = self._read(container)
+                else:
+                    frames = self._read(container, frame.index + 1, frame.time + since - seen)
+                for frame in frames:
+                    seen = time.monotonic()
+                    yield frame
+                if ends:
+                    return
+                reason = "it ended"
             except Exception as error:
-                where = f"it cannot be decoded past frame {index}" if index else "no frame of it can be decoded"
-                self.stopped = f"{where} ({self._reason(error)})"
+                reason = self._reason(error)
+            if frame is None:
+                self.stopped = f"no frame of it can be decoded ({reason})"
                 return
-        # A count estimated from the duration may be a little off, or cover sound that outlasts the pictures.
-        if self.frame_count and index < self.frame_count * (1.0 if stream.frames else 0.9):
-            self.stopped = f"it ends at frame {index} of the {self.frame_count} that the file announces"
+            if time.monotonic() - since > STEADY:
+                tries = 0
+            container = None
+            while container is None:
+                if tries == len(DELAYS):
+                    self.stopped = f"it dropped after frame {frame.index} ({reason}), and no try to open it again held"
+                    return
+                delay = DELAYS[tries]
+                tries += 1
+                again = f"it is opened again in {delay:g} s, try {tries} of {len(DELAYS)}"
+                warnings.warn(f"{self.address}: it dropped after frame {frame.index} ({reason}); {again}", stacklevel=2)
+                self._due = time.monotonic() + delay + 2 * self._timeout
+                if self._closing.wait(delay):
+                    return
+                try:
+                    container = reopen()
+                except Exception as error:
+                    reason = self._reason(error)
+
+    def _read(self, container: InputContainer, index: int = 0, begin: float | None = None) -> Iterator[Frame]:
+        """Every frame of a container, which is closed behind it. Raises what PyAV raises.
+
+        Args:
+            container: opened.
+            index: of the first frame.
+            begin: its time, None for what the container says.
+        """
+        with container:
+            stream = container.streams.video[0]
+            if stream.width * stream.height > self._max_pixels:
+                raise SourceError(f"{stream.width}x{stream.height} is {self._over}")
+            step = float(1 / (stream.guessed_rate or stream.average_rate or DIRECTORY_RATE))
+            # AVI knows when frames are decoded, not when they are shown.
+            ordered = container.format.name != "avi"
+            if not ordered and begin is None:
+                begin = 0.0
+            before = offset = None
+            for packet in container.demux(stream):
+                try:
+                    pictures = packet.decode()
+                except Exception:
+                    if not self.live:
+                        raise
+                    self.garbled += 1
+                    continue
+                for picture in pictures:
+                    ticks = picture.pts if ordered else picture.dts
+                    when = None if ticks is None else float(ticks * picture.time_base)
+                    if when is not None and offset is None:
+                        offset = 0.0 if begin is None else begin - when
+                    when = None if when is None else when + offset
+                    if before is not None and (when is None or when <= before):
+                        when = before + step
+                    before = (begin or 0.0) if when is None else when
+                    yield Frame(index, before, picture)
+                    index += 1
 
     def _newest(self, frames: Iterator[Frame]) -> Iterator[Frame]:
         newest: collections.deque[Frame] = collections.deque(maxlen=1)
         change = threading.Condition()
-        ended = closing = False
+        ended = False
 
         def read() -> None:
             nonlocal ended
-            for frame in frames:
+            try:
+                for frame in frames:
+                    with change:
+                        newest.append(frame)
+                        change.notify()
+                    if self._closing.is_set():
+                        break
+                frames.close()
+            finally:
                 with change:
-                    newest.append(frame)
+                    ended = True
                     change.notify()
-                if closing:
-                    break
-            frames.close()
-            with change:
-                ended = True
-                change.notify()
 
         threading.Thread(target=read, daemon=True).start()
         try:
             while True:
                 with change:
-                    if not change.wait_for(lambda: newest or ended, self._timeout):
-                        self.stopped = f"no frame came for {self._timeout:g} seconds"
-                        return
+                    # Its own time-out comes first where FFmpeg looks at the clock, which a device's driver may not.
+                    self._due = max(self._due, time.monotonic() + 2 * self._timeout)
+                    while not newest and not ended:
+                        left = self._due - time.monotonic()
+                        if left <= 0:
+                            self.stopped = f"no frame came for {2 * self._timeout:g} seconds"
+                            return
+                        change.wait(left)
                     if not newest:
                         return
                     frame = newest.popleft()
                 yield frame
         finally:
-            closing = True
+            self._closing.set()
+            if self.garbled:
+                stepped = f"{self.garbled} packets could not be decoded and were stepped over"
+                warnings.warn(f"{self.address}: {stepped}", stacklevel=2)
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, av.error.ArgumentError):
             return f"damaged, or {self._over}"
-        text = error.strerror if isinstance(error, av.FFmpegError) else str(error)
-        return " ".join((text or type(error).__name__).split())
+        if isinstance(error, av.error.ExitError):
+            return f"nothing came for {self._timeout:g} seconds"
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return " ".join(text.split())
+
+
+def images_in(directory: Path) -> list[Path]:
+    """The images in a directory that are not hidden, as a reader counts: 2 before 10.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    images = [path for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path)]
+    return sorted(images, key=natural_order)
+
+
+def is_hidden(path: Path) -> bool:
+    """Its name begins with a dot, as the names of what macOS leaves beside images and videos do."""
+    return path.name.startswith(".")
+
+
+def natural_order(path: Path) -> list[tuple[list[int | str], str]]:
+    """A key to sort paths by, which takes the numbers in their names for numbers."""
+    split = [re.split(r"(\d+)", part) for part in path.parts]
+    return [([int(text) if place % 2 else text for place, text in enumerate(part)], "".join(part)) for part in split]
+
+
+def _is_endless(container: InputContainer, name: str) -> bool:
+    """Whether nothing tells where what is read over HTTP ends."""
+    if not name.startswith("http"):
+        return False
+    # The length of a playlist says nothing of what it plays, and cameras make one up for their pictures.
+    sized = container.size > 0 and container.format.name not in ("hls", "dash", "mpjpeg")
+    return container.duration is None and not sized
+
+
+def _side_data(picture: av.VideoFrame) -> dict:
+    try:
+        return picture.side_data
+    # PyAV 18 gives none of it where there is some that it does not know, such as EXIF: without that, it does.
+    except ValueError:
+        graph = av.filter.Graph()
+        base = picture.time_base or Fraction(1)
+        nodes = [graph.add_buffer(width=picture.width, height=picture.height, format=picture.format, time_base=base)]
+        nodes += [graph.add("sidedata", f"mode=delete:type={number}") for number in range(len(Type), 40)]
+        graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+        graph.push(picture)
+        return graph.pull().side_data
+
+
+def _apart(call: Callable[[], T]) -> T:
+    """What a call returns or raises in a thread of its own: Ctrl-C need not wait until FFmpeg gives up."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result()
