@@ -280,7 +280,9 @@ def test_size_and_normalisation_are_the_checkpoints(neuroflow, models, clip, tmp
     (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(settings))
     code, table, message = neuroflow("run", clip, "--model", tmp_path / "model", "--threshold", 0, "--out", out)
     assert code == 0 and "32x32, 16 patches" in table and "warning" not in message
-    pixels = Preprocessor(32, 32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))(next(iter(Source(str(clip)))))
+    pixels = Preprocessor(32, 32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), crop=True, resize=40)(
+        next(iter(Source(str(clip))))
+    )
     with torch.no_grad():
         expected = model(pixel_values=pixels).last_hidden_state[0, 0]
     torch.testing.assert_close(torch.from_numpy(np.load(out)["embedding"][0]), expected, rtol=1e-3, atol=1e-4)

@@ -1,6 +1,7 @@
 """The command as a user meets it: what it writes, what it says, and what it answers to bad input."""
 
 import json
+import shutil
 from fractions import Fraction
 
 import numpy as np
@@ -124,6 +125,30 @@ def test_embedding_is_the_models_own_where_nothing_is_skipped(tmp_path, neuroflo
         output = model.eval()(pixel_values=pixels)
     expected = output.pooler_output if family == "siglip" else output.last_hidden_state[:, 0]
     torch.testing.assert_close(torch.from_numpy(np.load(out)["embedding"]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_middle_of_frames_where_the_model_asks_for_it(tmp_path, neuroflow_run, models, clip):
+    name, out, overlay = str(tmp_path / "model"), tmp_path / "result.npz", tmp_path / "overlay.mp4"
+    shutil.copytree(models / "siglip", name)
+    settings = {"size": {"shortest_edge": 72}, "do_center_crop": True, "crop_size": 64}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(settings))
+    options = ("--threshold", 0, "--out", out, "--overlay", overlay, "--max-frames", 2)
+    code, table, _ = neuroflow_run(clip, *options, model=name)
+    assert code == 0 and "64x64, 16 patches" in table
+    pixels = torch.cat([Preprocessor(64, 64, crop=True, resize=72)(frame) for frame in Source(str(clip))][:2])
+    with torch.no_grad():
+        expected = SiglipVisionModel.from_pretrained(name).eval()(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(torch.from_numpy(np.load(out)["embedding"]), expected, rtol=1e-4, atol=1e-5)
+    picture = next(iter(Source(str(overlay))))
+    panel, patches = np.split(picture.rgb(*picture.size)[:448].astype(float), 2, 1)
+    ratio = patches.mean((0, 2)) / panel.mean((0, 2))  # of 108 columns, resized, 22 are cut away on either side
+    assert ratio[10:120].max() < 0.5 and ratio[150:520].min() > 0.8 and ratio[550:660].max() < 0.5
+    code, table, message = neuroflow_run(clip, "--size", "96x64", model=name)
+    assert code == 0 and "96x64, 24 patches" in table
+    assert "warning: frames are resized whole to 96x64, in place of the 64x64 that" in message
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(settings | {"image_std": [0.5, 0, 0.5]}))
+    code, table, message = neuroflow_run(clip, model=name)
+    assert code == 2 and table == "" and message.count("\n") == 1 and "image_std is [0.5, 0, 0.5]" in message
 
 
 def test_without_compare_there_is_no_dense_time(tmp_path, neuroflow_run, clip):

@@ -1,6 +1,7 @@
 """`neuroflow track` as a user meets it."""
 
 import json
+import shutil
 from fractions import Fraction
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from models import tiny
 from neuroflow.cli import track
-from neuroflow.street import load_classes
+from neuroflow.street import STREET, load_classes
 from neuroflow.video.encode import VideoWriter
 from neuroflow.video.source import Source
 from neuroflow_cli import main
@@ -96,6 +97,19 @@ def test_squares_are_followed(neuroflow_track, clip, tmp_path):
     left, top, _, bottom = (round(edge) for edge in frames[10]["objects"][0]["box"])
     assert changed[10][top + 4 : bottom - 4, left : left + 2].mean() > 0.5 and changed[0].mean() < 0.01
     assert sorted(file.name for file in tmp_path.iterdir()) == ["overlay.mp4", "tracks.json"]
+
+
+def test_boxes_are_where_the_middle_lies_that_a_model_asks_for(neuroflow_track, clip, tmp_path):
+    out, model = tmp_path / "tracks.json", tmp_path / "model"
+    shutil.copytree(STREET, model)
+    settings = {"size": {"shortest_edge": HEIGHT}, "do_center_crop": True, "crop_size": HEIGHT}
+    (model / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert neuroflow_track(clip, "--model", model, "--out", out, "--max-frames", 16)[0] == 0
+    frame = json.loads(out.read_text())["frames"][14]
+    for number in range(2):
+        left, top = place(number, 12)
+        square = left, top, left + SIDE, top + SIDE
+        assert max(overlap(one["box"], square) for one in frame["objects"]) > 0.4
 
 
 def test_labels_name_the_objects_of_another_model(neuroflow_track, clip, tmp_path):

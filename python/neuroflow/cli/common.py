@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,19 @@ def load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Preproce
     model = load_tower(name, torch_device(arguments.device), getattr(torch, arguments.dtype))
     mean, std = TOWERS[model.config.model_type].normalisation
     usual = Preprocessor(*pair(model.config.image_size), mean=mean, std=std)
-    preprocess = Preprocessor.from_pretrained(name, usual)
+    try:
+        preprocess = Preprocessor.from_pretrained(name, usual)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
     height, width = input_size(model, preprocess, arguments.size)
+    if (height, width) != (preprocess.height, preprocess.width):
+        if preprocess.crop:
+            cut = f"the {preprocess.width}x{preprocess.height} that {name} cuts from their middle"
+            warnings.warn(f"frames are resized whole to {width}x{height}, in place of {cut}", stacklevel=2)
+        preprocess = preprocess.resized(height, width)
     if arguments.model is None:
         print(EMBEDDED, file=sys.stderr)
-    return model, dataclasses.replace(preprocess, height=height, width=width)
+    return model, preprocess
 
 
 def torch_device(name: str) -> torch.device:
@@ -94,9 +103,12 @@ def input_size(model: PreTrainedModel, preprocess: Preprocessor, asked: tuple[in
                 f"--size {asked[0]}x{asked[1]}: the model takes {width}x{height} only; give that or none"
             )
         return height, width
-    if asked is None:
-        return preprocess.height, preprocess.width
     patch_height, patch_width = pair(model.config.patch_size)
+    if asked is None:
+        if preprocess.height < patch_height or preprocess.width < patch_width:
+            size = f"{preprocess.width}x{preprocess.height}"
+            raise CommandError(f"its preprocessor_config.json asks for {size}, less than a patch; give --size")
+        return preprocess.height, preprocess.width
     width, height = asked
     if width % patch_width or height % patch_height:
         raise CommandError(f"--size {width}x{height}: give multiples of the patch size, {patch_width}x{patch_height}")

@@ -97,7 +97,7 @@ def encode_video(
                 if results is not None:
                     results.append(record, encoded.embedding)
                 if writer is not None:
-                    writer.draw(encoded.prepared.frame, encoded.active, caption(record))
+                    writer.draw(encoded.prepared.frame, encoded.active, caption(record), encoded.prepared.region)
                 skipped += record.skipped
                 bar.update()
                 bar.set_postfix_str(f"{skipped / (bar.n - bar.initial):.1%} skipped", refresh=False)

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -145,7 +144,7 @@ def _sizes(model: nn.Module, preprocess: Preprocessor, asked: list[tuple[int, in
         return []
     asked = asked or [own, (2 * own[0], 2 * own[1])]
     found = [input_size(model, preprocess, size) for size in asked]
-    return [dataclasses.replace(preprocess, height=height, width=width) for height, width in found]
+    return [preprocess.resized(height, width) for height, width in found]
 
 
 def _law_table(by_arch: dict[str, list[dict]]) -> str:

@@ -51,10 +51,11 @@ LONG = 15  # frames, of the tracks that the report counts
 
 
 class Tracked(NamedTuple):
-    """A frame, the tracks that are seen in it, and height and width of a patch in its pixels."""
+    """A frame, the tracks that are seen in it, and in its pixels where its patches begin and their height and width."""
 
     frame: Frame
     tracks: list[Track]
+    corner: tuple[float, float]
     patch_size: tuple[float, float]
 
 
@@ -190,8 +191,8 @@ def track_frames(inputs: Iterable[Prepared], model: PreTrainedModel, threshold: 
         tracker = tracker or Tracker((rows, columns))
         moving = components(motion(report.surprise) > threshold)
         tracks = tracker.update(moving, component_embeddings(model, tokens, (rows, columns), moving))
-        height, width = prepared.frame.size
-        yield Tracked(prepared.frame, tracks, (height / rows, width / columns))
+        left, top, right, bottom = prepared.region
+        yield Tracked(prepared.frame, tracks, (left, top), ((bottom - top) / rows, (right - left) / columns))
 
 
 def _labels(arguments: argparse.Namespace) -> ClassHead | None:
@@ -212,7 +213,8 @@ def _line(tracked: Tracked, labels: ClassHead | None, found: dict[int, dict]) ->
         names = nearest(embeddings, labels.embeddings, labels.names)
     objects = []
     for each, (name, cosine) in zip(tracked.tracks, names, strict=True):
-        box = [round(edge, 1) for edge in box_in_pixels(each.component, tracked.patch_size)]
+        edges = zip(box_in_pixels(each.component, tracked.patch_size), tracked.corner * 2, strict=True)
+        box = [round(edge + begin, 1) for edge, begin in edges]
         label = {} if name is None else {"label": name, "cosine": round(cosine, 4)}
         objects.append({"id": each.id, "box": box} | label)
         first = found.get(each.id, {"first": tracked.frame.index})["first"]

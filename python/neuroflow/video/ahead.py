@@ -18,10 +18,14 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A frame and the input made of it, [1, 3, height, width] float32, with the milliseconds that each took."""
+    """A frame and the input made of it, [1, 3, height, width] float32, with the milliseconds that each took.
+
+    `region` is what of the frame is in it: left, top, right and bottom edge in the frame's pixels.
+    """
 
     frame: Frame
     pixels: torch.Tensor
+    region: tuple[float, float, float, float]
     decode_ms: float
     preprocess_ms: float
 
@@ -33,7 +37,7 @@ def prepare(frames: Iterable[Frame], preprocess: Preprocessor) -> Iterator[Prepa
         decoded = time.perf_counter()
         pixels = preprocess(frame)
         end = time.perf_counter()
-        yield Prepared(frame, pixels, (decoded - start) * 1e3, (end - decoded) * 1e3)
+        yield Prepared(frame, pixels, preprocess.region(frame.size), (decoded - start) * 1e3, (end - decoded) * 1e3)
         start = time.perf_counter()
 
 

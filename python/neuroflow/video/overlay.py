@@ -27,22 +27,36 @@ class OverlayWriter(VideoWriter):
         self._panel = (0, 0)  # height and width
         self._reformatter = VideoReformatter()
 
-    def draw(self, frame: Frame, active: torch.Tensor, caption: str) -> None:
+    def draw(
+        self,
+        frame: Frame,
+        active: torch.Tensor,
+        caption: str,
+        region: tuple[float, float, float, float] | None = None,
+    ) -> None:
         """Append one frame.
 
         Args:
             frame: the frame, of any size.
             active: [rows, columns] bool, the patches that were encoded.
             caption: a line of text to burn in below.
+            region: left, top, right and bottom edge, in pixels of the frame, of what `active` is of; None for all of
+                it. The rest is darkened.
         """
         if not any(self._panel):
             self._panel = _panel_size(*frame.size)
         height, width = self._panel
         panel = frame.rgb(height, width, self._reformatter)
-        rows, columns = active.shape
-        row = np.arange(height) * rows // height
-        column = np.arange(width) * columns // width
-        brightness = np.where(active.cpu().numpy(), 256, round(256 * BRIGHTNESS)).astype(np.uint16)
+        left, top, right, bottom = region or (0, 0, *frame.size[::-1])
+        row, column = (
+            np.floor(((np.arange(side) + 0.5) * (whole / side) - begin) / (end - begin) * count).astype(int)
+            for side, whole, begin, end, count in zip(
+                self._panel, frame.size, (top, left), (bottom, right), active.shape, strict=True
+            )
+        )
+        seen = np.pad(active.cpu().numpy(), 1)  # what lies outside of the region is in the margin
+        row, column = (each.clip(-1, count) + 1 for each, count in zip((row, column), active.shape, strict=True))
+        brightness = np.where(seen, 256, round(256 * BRIGHTNESS)).astype(np.uint16)
         darkened = (panel * brightness[row][:, column, None] >> 8).astype(np.uint8)
         text = Image.new("RGB", (2 * width, CAPTION_HEIGHT), (16, 18, 22))
         font = ImageFont.load_default(size=15)
