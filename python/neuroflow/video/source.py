@@ -129,9 +129,12 @@ class Source:
             raise SourceError(f"{address}: {self.stopped or 'it holds no video frame'}; give another source")
 
     def __iter__(self) -> Iterator[Frame]:
-        # The first frame of a live source is old by the time that the caller is ready.
-        if not self.live:
-            yield self._first
+        # The first frame of a live source is old by the time that the caller is ready, unless it was the last as well.
+        first = next(self._frames, None) if self.live else self._first
+        if first is None and not self.stopped:
+            first = self._first
+        if first is not None:
+            yield first
         yield from self._frames
 
     def close(self) -> None:
@@ -360,7 +363,7 @@ class Source:
                     while not newest and not ended:
                         left = self._due - time.monotonic()
                         if left <= 0:
-                            self.stopped = f"no frame came for {2 * self._timeout:g} seconds"
+                            self.stopped = f"no frame came for {self._timeout:g} seconds"
                             return
                         change.wait(left)
                     if not newest:
