@@ -95,3 +95,13 @@ def test_overlays_of_any_shape(tmp_path, kind, size):
         draw(writer, Frame(0, 0.0, picture))
     (frame,) = Source(str(tmp_path / "overlay.mp4"))
     assert max(frame.size) <= 3840 and min(frame.size) >= 2
+
+
+@pytest.mark.parametrize("rate", [Fraction(1, 10**9), Fraction(10**9), Fraction(1, 3)])
+def test_a_rate_may_be_what_a_damaged_file_announces(tmp_path, rate):
+    with VideoWriter(tmp_path / "a.mp4", rate) as writer:
+        for _ in range(3):
+            writer.write(np.zeros((16, 16, 3), np.uint8))
+    times = [frame.time for frame in Source(str(tmp_path / "a.mp4"))]
+    step = float(1 / min(max(rate, Fraction(1, 1000)), Fraction(1000)))
+    assert times == pytest.approx([0, step, 2 * step], rel=1e-3)

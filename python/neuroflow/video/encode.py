@@ -30,7 +30,8 @@ class VideoWriter:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         if codec == "mpeg4":
             warnings.warn("this PyAV has no libx264: video is written as MPEG-4 instead of H.264", stacklevel=2)
-        self._rate = Fraction(rate).limit_denominator(1001)
+        # A damaged file may announce any rate.
+        self._rate = min(max(Fraction(rate), Fraction(1, 1000)), Fraction(1000)).limit_denominator(1001)
         self._frames = 0
         self._begin = 0.0  # time of the first frame
         self._tick = -1  # of the last one
