@@ -29,7 +29,7 @@ from .config import ARCHITECTURES, NeuroFlowConfig
 from .embedding import frame_embeddings
 from .engine.engine import Engine
 from .engine.gate import Gate
-from .engine.passes import Pass, Plan, current_pass, split
+from .engine.passes import Pass, Plan, current_pass, split, within
 from .engine.state import StreamState
 from .engine.streams import StreamCache
 from .patch import cache_context, disable_cache, install, is_patched, last_pass, reset_cache
@@ -233,11 +233,7 @@ class Student(Engine):
         order = None if self.anatomy.order is None else self.anatomy.order(arguments)
         current = Steps(self.plan, [StreamState(STREAM) for _ in grids], grids, order)
         current.videos = self.videos
-        token = current_pass.set(current)
-        try:
-            output = forward(*args, **kwargs)
-        finally:
-            current_pass.reset(token)
+        output = within(current_pass, current, forward, *args, **kwargs)
         self.whole = current.whole
         for video, attention in zip(current.owners, current.attention, strict=True):
             if attention is not None:

@@ -44,7 +44,7 @@ def _attention(
 @torch.compiler.disable
 def _adopt(module: nn.Module) -> None:
     """Patch the tower that is calling its attention `module`, if it is one that NeuroFlow knows, from now on."""
-    caller = sys._getframe()
+    caller = sys._getframe(1)  # a frame that holds itself would not go away
     while caller is not None:
         owner, caller = caller.f_locals.get("self"), caller.f_back
         if not isinstance(owner, nn.Module):

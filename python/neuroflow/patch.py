@@ -3,7 +3,11 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Hashable, Iterator, Sequence
+import functools
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +20,7 @@ from .config import NeuroFlowConfig
 from .engine.attention import ATTENTION
 from .engine.crossover import Size
 from .engine.engine import Deal, Engine
-from .engine.passes import FrameReport
+from .engine.passes import FrameReport, current_pass
 from .engine.streams import StreamCache
 from .releases import warn_of_newer
 from .weights import distilled_config, distilled_modules, load_weights
@@ -24,6 +28,18 @@ from .weights import distilled_config, distilled_modules, load_weights
 _ENGINE = "_neuroflow_engine"
 _REPLACED = "_neuroflow_replaced"
 Model = TypeVar("Model", bound=nn.Module)
+Result = TypeVar("Result")
+
+_patching = threading.RLock()  # one thread at a time puts an engine in, or takes it out
+
+
+def _after_fork() -> None:
+    global _patching
+    _patching = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +118,7 @@ def _engines(model: nn.Module) -> list[Engine]:
         TypeError: a model that no adapter knows.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    engines = [vars(module)[_ENGINE] for module in modules if _ENGINE in vars(module)]
+    engines = [engine for module in modules if (engine := vars(module).get(_ENGINE)) is not None]
     if not engines:
         towers(model)
     return engines
@@ -139,6 +155,19 @@ def engine_of(model: nn.Module) -> Engine:
     return engines[0]
 
 
+def refuse_within_pass(engines: list[Engine], call: str) -> None:
+    """Raise where a hook is at work: its own pass would wait for what `call` waits for.
+
+    Raises:
+        RuntimeError: this is part of a pass through one of the engines.
+    """
+    current = current_pass.get()
+    if current is not None and any(current.plan is engine.plan for engine in engines):
+        raise RuntimeError(
+            f"{call} was called within a pass through the model, as by a hook; accepted is between passes"
+        )
+
+
 def is_patched(model: nn.Module) -> bool:
     """Whether `enable_cache` is in force, for one of the model's towers at least.
 
@@ -148,6 +177,16 @@ def is_patched(model: nn.Module) -> bool:
     return bool(_engines(model))
 
 
+def _one_at_a_time(call: Callable[..., Result]) -> Callable[..., Result]:
+    @functools.wraps(call)
+    def locked(*args: Any, **kwargs: Any) -> Result:
+        with _patching:
+            return call(*args, **kwargs)
+
+    return locked
+
+
+@_one_at_a_time
 def enable_cache(
     model: Model,
     config: NeuroFlowConfig | str | Path | None = None,
@@ -212,14 +251,27 @@ def install(engine: Engine) -> None:
     points = engine.points()
     for module, method, _ in points:
         getattr(module, method)  # all are there before any is replaced
-    for module, method, function in points:
-        replaced.put_in_front(module, method, function)
-    for module, config in engine.plan.configs.items():  # each its own, as towers may share one
-        own = copy.copy(config)
-        own._attn_implementation = ATTENTION
-        replaced.set(module, "config", own)
-    setattr(anatomy.tower, _ENGINE, engine)
     setattr(anatomy.tower, _REPLACED, replaced)
+    setattr(anatomy.tower, _ENGINE, engine)
+    try:
+        for module, config in engine.plan.configs.items():  # each its own, as towers may share one
+            own = copy.copy(config)
+            own._attn_implementation = ATTENTION
+            replaced.set(module, "config", own)
+        entries = {(anatomy.tower, entry) for entry in anatomy.entries}
+        # The tower's entries come last: until then, frames of other threads run as they did.
+        for module, method, function in sorted(points, key=lambda point: point[:2] in entries):
+            replaced.put_in_front(module, method, function)
+    except BaseException:
+        _take_out(engine)
+        raise
+
+
+def _take_out(engine: Engine) -> None:
+    tower = engine.anatomy.tower
+    vars(tower)[_REPLACED].undo()
+    delattr(tower, _ENGINE)
+    delattr(tower, _REPLACED)
 
 
 def disable_cache(model: nn.Module) -> None:
@@ -230,12 +282,17 @@ def disable_cache(model: nn.Module) -> None:
 
     Raises:
         TypeError: a model that no adapter knows.
+        RuntimeError: it is called within a pass, as by a hook. Passes of other threads are waited for.
     """
-    for engine in _engines(model):
-        tower = engine.anatomy.tower
-        vars(tower)[_REPLACED].undo()
-        delattr(tower, _REPLACED)
-        delattr(tower, _ENGINE)
+    engines = _engines(model)
+    refuse_within_pass(engines, "disable_cache")
+    for engine in engines:
+        with engine.streams.held(None), _patching:
+            if vars(engine.anatomy.tower).get(_ENGINE) is engine:  # no other thread was faster
+                engine.removed = True
+                _take_out(engine)
+                engine.streams.clear()
+        engine.reported.set(())
 
 
 @contextlib.contextmanager
@@ -300,12 +357,20 @@ def encode(
         raise ValueError(
             f"frame_ids holds {len(frame_ids)} numbers for {len(stream_ids)} streams; accepted is one each"
         )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(cache_context(model, *stream_ids))
-        for engine in engines_of(model):
-            stack.callback(engine.numbered.reset, engine.numbered.set(None if frame_ids is None else tuple(frame_ids)))
-        is_tower = _ENGINE in vars(model)
-        return model(pixels, **kwargs) if is_tower else model(pixel_values=pixels, **kwargs)
+    engines, context = engines_of(model), copy_context()  # in which nothing has to be put back, whatever interrupts
+
+    def run() -> Any:
+        for engine in engines:
+            engine.numbered.set(None if frame_ids is None else tuple(frame_ids))
+        with cache_context(model, *stream_ids):
+            is_tower = _ENGINE in vars(model)
+            return model(pixels, **kwargs) if is_tower else model(pixel_values=pixels, **kwargs)
+
+    try:
+        return context.run(run)
+    finally:
+        for engine in engines:
+            engine.reported.set(context.get(engine.reported, ()))
 
 
 def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
@@ -315,10 +380,11 @@ def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
     not when they are written through `.data`, as some adapters are merged: torch does not count such changes.
 
     Raises:
-        RuntimeError: the model is not patched.
+        RuntimeError: the model is not patched, or this is called within a pass, as by a hook.
         KeyError: a stream that was never seen.
     """
     engines = engines_of(model)
+    refuse_within_pass(engines, "reset_cache")
     names = dict.fromkeys(name for engine in engines for name, _ in engine.streams.items())
     if stream is not None and stream not in names:
         raise KeyError(f"stream is {stream!r}; known are {list(names)}")
@@ -366,7 +432,7 @@ def summary(model: nn.Module) -> Summary:
             surprise=state.surprise.view(state.grid).clone(),
             state_bytes=state.state_bytes,
         )
-        for name, state in engine.streams.items()
+        for name, state in ((name, copy.copy(state)) for name, state in engine.streams.items())
     }
     return Summary(
         arch=engine.config.arch,

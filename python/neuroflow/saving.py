@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +13,15 @@ from torch import nn
 from .config import NeuroFlowConfig
 from .engine.engine import Engine
 from .engine.state import PATCHES, StreamState
-from .patch import engine_of
+from .patch import engine_of, refuse_within_pass
 from .weights import write
 
-COUNTERS = ("frames", "key_frames", "since_key_frame", "nonfinite", "frame_id")
+COUNTERS = ("frames", "key_frames", "since_key_frame", "nonfinite")
+DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+# Of what is kept of each patch, and of all frames.
+KINDS = dict(
+    zip((*PATCHES, "skipped"), (torch.int32, torch.bool, torch.float32, torch.float32, torch.float64), strict=True)
+)
 
 
 @torch.no_grad()
@@ -27,31 +32,38 @@ def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] |
         streams: their names, strings or integers; None means all.
 
     Raises:
-        RuntimeError: the model is not patched.
+        RuntimeError: the model is not patched, or this is called within a pass, as by a hook.
         KeyError: a stream that is not open.
         ValueError: a name that is neither a string nor an integer.
         OSError: the file cannot be written.
     """
     engine = engine_of(model)
-    names = [name for name, _ in engine.streams.items()] if streams is None else list(streams)
-    tensors, described = {}, []
-    for number, name in enumerate(names):
+    refuse_within_pass([engine], "save_state")
+    open_streams = dict(engine.streams.items())
+    names = list(open_streams if streams is None else streams)
+    for name in names:
         if not isinstance(name, str | int):
             raise ValueError(f"stream is {name!r} ({type(name).__name__}); accepted is a string or an integer")
-        if name not in engine.streams:
-            raise KeyError(f"stream is {name!r}; open are {[name for name, _ in engine.streams.items()]}")
-        with engine.streams.used((name,), [engine.streams[name].patches]) as [state]:
-            parts = state.tensors | {name: getattr(state, name) for name in (*PATCHES, "skipped")}
-            parts = {key: tensor for key, tensor in parts.items() if tensor is not None}
+        if name not in open_streams:
+            raise KeyError(f"stream is {name!r}; open are {list(open_streams)}")
+    tensors, described = {}, []
+    for name in names:
+        with engine.streams.held([name]):
+            if name not in engine.streams:  # it was closed while this waited
+                continue
+            state, number = engine.streams[name], len(described)
+            valid = state.key_frame_due is None
+            parts = {part: getattr(state, part) for part in KINDS} | (state.tensors if valid else {})
             for key, tensor in parts.items():
-                tensors[f"{number}.{_text(key)}"] = tensor.detach().cpu().clone()
+                if tensor is not None:
+                    tensors[f"{number}.{_text(key)}"] = tensor.detach().cpu().clone()
             described.append(
                 {"name": name, "grid": state.grid, "dim": state.signature[1], "dtype": str(state.signature[2])}
-                | {counter: getattr(state, counter) for counter in COUNTERS}
-                | {"valid": state.key_frame_due is None}
+                | {counter: getattr(state, counter) for counter in (*COUNTERS, "frame_id")}
+                | {"valid": valid}
             )
     metadata = _conditions(engine) | {"streams": json.dumps(described)}
-    write(Path(path), tensors, metadata)
+    write(Path(path), tensors, metadata | {"checksum": _checksum(tensors, metadata)})
 
 
 @torch.no_grad()
@@ -62,46 +74,128 @@ def load_state(model: nn.Module, path: str | Path) -> list[Hashable]:
         their names.
 
     Raises:
-        RuntimeError: the model is not patched.
-        ValueError: the file cannot be read, or was written for other weights or another configuration.
+        RuntimeError: the model is not patched, or this is called within a pass, as by a hook.
+        ValueError: the file cannot be read, is damaged, was written for other weights or another configuration or by a
+            release before checksums, or its streams are beyond the limits. No stream is replaced.
     """
     engine = engine_of(model)
+    refuse_within_pass([engine], "load_state")
     device = next(engine.anatomy.tower.parameters()).device
+    accepted = "accepted is a file that save_state wrote"
     try:
         # Frames in inference mode or not go on to update what is loaded.
-        with torch.inference_mode(False), safe_open(path, "pt", device=str(device)) as file:
+        with torch.inference_mode(False), safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        checksum = metadata.pop("checksum", None)
+        if checksum is None:
+            raise ValueError("it has no checksum, as files of earlier releases")
+        if checksum != _checksum(tensors, metadata):
+            raise ValueError("it is damaged, as its checksum says")
         described = json.loads(metadata["streams"])
-        metadata["configuration"] = _described(NeuroFlowConfig.from_fields(json.loads(metadata["configuration"])))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"state {path}: cannot be read ({error}); give a file that save_state wrote") from None
+        configuration = _described(NeuroFlowConfig.from_fields(json.loads(metadata["configuration"])))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"state {path}: cannot be read ({error!s:.500}); {accepted}") from None
     for condition, ours in _conditions(engine).items():
-        if metadata.get(condition) != ours:
+        theirs = configuration if condition == "configuration" else metadata.get(condition)
+        if theirs != ours:
             raise ValueError(
-                f"state {path}: its {condition} is {metadata.get(condition)}, the model's {ours}; accepted is a file "
-                "that the same model with the same configuration wrote"
+                f"state {path}: its {condition} is {theirs!s:.1000}, the model's {ours}; accepted is a file that the "
+                "same model with the same configuration wrote"
             )
-    states = [_state(engine, number, about, tensors, device) for number, about in enumerate(described)]
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        parts.setdefault(number, {})[name] = tensor
+    try:
+        with torch.inference_mode(False):
+            states = [_state(engine, about, parts.pop(str(number)), device) for number, about in enumerate(described)]
+        if parts:
+            raise ValueError(f"there are tensors of {len(parts)} more")
+        if len({state.name for state in states}) < len(states):
+            raise ValueError("two streams have one name")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"state {path}: its streams are none of this model's ({error!s:.500}); {accepted}") from None
     engine.streams.put(states)
     return [state.name for state in states]
 
 
-def _state(
-    engine: Engine, number: int, about: dict, tensors: dict[str, torch.Tensor], device: torch.device
-) -> StreamState:
-    state = StreamState(about["name"])
-    state.grid = tuple(about["grid"])
-    state.signature = (state.grid, about["dim"], getattr(torch, about["dtype"].removeprefix("torch.")), device)
-    for counter in COUNTERS:
-        setattr(state, counter, about[counter])
-    state.key_frame_due = None if about["valid"] else "failed"
-    prefix = f"{number}."
-    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    for name in (*PATCHES, "skipped"):
-        setattr(state, name, own.pop(name, None))
-    state.tensors = {_key(text): tensor for text, tensor in own.items()}
-    state.hidden = frozenset(key[1] for key in state.tensors if key[0] == "hidden")
+def _state(engine: Engine, about: dict, tensors: dict[str, torch.Tensor], device: torch.device) -> StreamState:
+    """The stream that a file describes by `about` and `tensors`.
+
+    Raises:
+        KeyError, ValueError, TypeError, AttributeError: this engine cannot have held it.
+    """
+    name, grid, dim, dtype = about["name"], tuple(about["grid"]), about["dim"], DTYPES[about["dtype"]]
+    frames, key_frames, since_key_frame, nonfinite = counts = [about[counter] for counter in COUNTERS]
+    if not isinstance(name, str | int) or not isinstance(about["frame_id"], int | None):
+        raise ValueError("its name or number is none")
+    if len(grid) != 2 or not all(type(count) is int for count in (*counts, *grid, dim)):
+        raise ValueError("what counts is no integer")
+    if not (0 < key_frames <= frames < 2**63 and 0 <= since_key_frame < frames and 0 <= nonfinite <= frames):
+        raise ValueError("its frames do not add up")
+    state = StreamState(name)
+    state.signature, state.grid, state.frame_id = (grid, dim, dtype, device), grid, about["frame_id"]
+    vars(state).update(zip(COUNTERS, counts, strict=True))
+    for part, kind in KINDS.items():
+        tensor = tensors.pop(part, None)
+        if tensor is not None or part != "attention":
+            setattr(state, part, _checked(part, tensor, [1 if part == "skipped" else state.patches], kind))
+    in_range = {
+        "age": (state.age >= 0) & (state.age <= frames),
+        "surprise": ~(state.surprise < 0),
+        "skipped": (state.skipped >= 0) & (state.skipped <= frames),
+    }
+    if state.attention is not None:
+        in_range["attention"] = (state.attention >= 0) & state.attention.isfinite()
+    for part, within in in_range.items():
+        if not within.all():
+            raise ValueError(f"{part} is out of range")
+    caches = {_key(text): tensor for text, tensor in tensors.items()}
+    if about["valid"]:
+        _check_caches(engine, state, caches)
+    elif caches:
+        raise ValueError("it holds caches that do not count")
+    finite = all(bool(tensor.isfinite().all()) for tensor in caches.values())
+    state.key_frame_due = None if about["valid"] and finite else "failed"
+    for part in KINDS:
+        setattr(state, part, None if getattr(state, part) is None else getattr(state, part).to(device))
+    state.tensors = {key: tensor.to(device) for key, tensor in caches.items()}
+    state.hidden = frozenset(key[1] for key in caches if key[0] == "hidden")
     return state
+
+
+def _checked(name: Hashable, tensor: torch.Tensor | None, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
+        found = None if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+        raise ValueError(f"{_text(name)} is {found}; accepted is {shape} {dtype}")
+    return tensor
+
+
+def _check_caches(engine: Engine, state: StreamState, caches: dict[Hashable, torch.Tensor]) -> None:
+    """That these are what the configuration keeps, all of the frame's size, alike where they are of one kind."""
+    config, depth = engine.config, len(engine.anatomy.layers)
+    _, dim, dtype, _ = state.signature
+    expected: set[Hashable] = {"reference"} | ({"fast"} if config.reference == "dual" else set())
+    if config.arch == "mlp":
+        expected |= {("increment", layer) for layer in range(depth)}
+    elif config.arch != "active":
+        expected.add("output")
+    if config.arch == "context":
+        expected |= {(name, layer) for name in ("key", "value") for layer in range(depth)}
+    hidden = {("hidden", layer) for layer in engine.plan.kept(frozenset(range(depth)))}
+    if not expected <= set(caches) <= expected | hidden:
+        raise ValueError(f"it holds {sorted(map(_text, caches))}")
+    wide = torch.promote_types(dtype, torch.float32) if 0 < engine.gate.decay < 1 else dtype
+    kinds: dict[str, torch.Tensor] = {}
+    for key, tensor in caches.items():
+        if key in ("reference", "fast"):
+            _checked(key, tensor, [1, state.patches, dim], wide)
+            continue
+        name = key if isinstance(key, str) else key[0]
+        kind = kinds.setdefault("key" if name == "value" else name, tensor)
+        if tensor.dtype not in DTYPES.values() or not tensor.numel():
+            raise ValueError(f"{_text(key)} is {list(tensor.shape)} {tensor.dtype}")
+        _checked(key, tensor, [1, engine.anatomy.prefix + state.patches, kind.shape[-1]], kind.dtype)
 
 
 def _conditions(engine: Engine) -> dict[str, str]:
@@ -118,8 +212,16 @@ def _described(config: NeuroFlowConfig) -> str:
 
 
 def _fingerprint(*modules: nn.Module) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in (item for module in modules for item in module.state_dict().items()):
+    return _digest(item for module in modules for item in module.state_dict().items())
+
+
+def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    return _digest(sorted(tensors.items()), json.dumps(metadata, sort_keys=True))
+
+
+def _digest(tensors: Iterable[tuple[str, torch.Tensor]], text: str = "") -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -102,6 +102,24 @@ def replays(found):
     return {rung: encoder.graph.replays for group in found.groups.values() for rung, encoder in group.encoders.items()}
 
 
+def test_disabling_gives_the_memory_of_graphs_back_at_once(clock):
+    model = tiny("siglip")
+    neuroflow.enable_cache(model, config())
+    gc.disable()
+    try:
+        for frame in clip(frames=5)[:, None]:
+            encoded(model, "siglip", frame)
+        engine = engine_of(model)
+        [group] = engine.graphs.groups.values()
+        left = [weakref.ref(each) for each in (engine, group, group.slab, *group.slab.caches.values())]
+        assert group.encoders
+        del engine, group
+        neuroflow.disable_cache(model)
+        assert [each() for each in left if each() is not None] == []
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("arch", ["A", "B", "C", "D", "E"])
 @pytest.mark.parametrize("family", PLAIN)
 def test_recorded_frames_equal_launched_ones(clock, family, arch):

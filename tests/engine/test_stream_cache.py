@@ -9,15 +9,18 @@ import os
 import queue
 import random
 import re
+import signal
 import threading
+import weakref
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import neuroflow
 import pytest
 import torch
-from models import clip, exact, tiny
+from models import FAMILIES, clip, exact, inputs, tiny
 from neuroflow.adapters import describe
+from neuroflow.patch import engine_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -203,22 +206,6 @@ def test_only_the_same_model_and_configuration_take_a_state(tmp_path):
         neuroflow.save_state(model, path)
 
 
-def test_a_state_of_an_earlier_version_loads(tmp_path):
-    """Whose configuration had another name for what is now `launch`."""
-    path, frames = tmp_path / "state.safetensors", clip(frames=2).double()
-    model = patched()
-    encode(model, frames[:1], ["a"])
-    neuroflow.save_state(model, path)
-    with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    metadata["configuration"] = metadata["configuration"].replace('"launch"', '"engine"')
-    save_file(tensors, path, metadata)
-    again = patched()
-    assert neuroflow.load_state(again, path) == ["a"]
-    torch.testing.assert_close(encode(again, frames[1:], ["a"]), encode(model, frames[1:], ["a"]), rtol=0, atol=0)
-    assert neuroflow.last_pass(again)[0].key_frame is None
-
-
 def test_a_state_that_cannot_be_written_leaves_the_old_one(tmp_path):
     model, path = patched(), tmp_path / "state.safetensors"
     encode(model, clip(frames=1).double(), ["a"])
@@ -275,6 +262,120 @@ def test_a_stream_in_use_is_waited_for():
         for waiting in (first, second, third):
             waiting.result(10)
     assert open_streams(model)[0] == "b"
+
+
+def test_saving_waits_its_turn(tmp_path):
+    """Behind the frame at hand, and not until a stream that is never idle is."""
+    model, frames, done, stop = patched(), clip(frames=2).double(), [], threading.Event()
+    encode(model, frames[:1], ["a"])
+
+    def never_idle():
+        while not stop.is_set():
+            encode(model, frames[1:], ["a"])
+            done.append(None)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(never_idle)
+        try:
+            for number in range(10):
+                before = len(done)
+                with engine_of(model).streams.held(["a"]):
+                    assert len(done) - before <= 4  # the frame at hand, and what is quick in between
+                neuroflow.save_state(model, tmp_path / str(number))
+        finally:
+            stop.set()
+        running.result(10)
+
+
+NOT_IN_A_PASS = {
+    "reset_cache": lambda model, path: neuroflow.reset_cache(model),
+    "save_state": neuroflow.save_state,
+    "load_state": neuroflow.load_state,
+    "disable_cache": lambda model, path: neuroflow.disable_cache(model),
+    "called within its own pass": lambda model, path: encode(model, clip(frames=1).double(), ["b"]),
+}
+
+
+@pytest.mark.parametrize("name", NOT_IN_A_PASS)
+def test_what_would_wait_for_its_own_pass_says_so(name, tmp_path):
+    model, frames = patched(), clip(frames=4).double()
+    expected = [encode(model, frame[None], ["a"]) for frame in frames]
+    neuroflow.reset_cache(model)
+    found = [encode(model, frames[:1], ["a"])]
+    neuroflow.save_state(model, tmp_path / "state")
+
+    def call(*_):
+        neuroflow.summary(model)
+        with pytest.raises(RuntimeError, match=f"{name}.*accepted is"):
+            NOT_IN_A_PASS[name](model, tmp_path / "state")
+
+    hook = describe(model).layers[1].register_forward_pre_hook(call)
+    found += [encode(model, frame[None], ["a"]) for frame in frames[1:3]]
+    hook.remove()
+    found.append(encode(model, frames[3:], ["a"]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:neuroflow")
+def test_a_model_may_be_patched_and_unpatched_while_threads_use_it(one_thread):
+    model, frames, stop = tiny("siglip").double(), clip(frames=4).double(), threading.Event()
+    with torch.inference_mode():
+        dense = [model(pixel_values=frame[None]).pooler_output for frame in frames]
+
+    def use():
+        count = 0
+        with torch.inference_mode():
+            while not stop.is_set() or count < 4:
+                frame, expected = frames[count % 4], dense[count % 4]
+                torch.testing.assert_close(model(pixel_values=frame[None]).pooler_output, expected, rtol=0, atol=1e-10)
+                count += 1
+
+    with ThreadPoolExecutor(5) as pool:
+        running = [pool.submit(use) for _ in range(3)]
+        try:
+            for _ in range(30):
+                toggled = [pool.submit(call, model) for call in (neuroflow.disable_cache,) * 2]
+                neuroflow.enable_cache(model, exact(threshold=0))
+                for each in toggled:
+                    each.result(20)
+        finally:
+            stop.set()
+        for each in running:
+            each.result(20)
+    neuroflow.disable_cache(model)
+    assert "forward" not in vars(describe(model).tower)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_while_a_thread_is_in_a_pass(one_thread):
+    """The child has no such thread, which would end the pass."""
+    model, frames = patched(), clip(frames=2).double()
+    expected = encode(model, frames[:1], ["a"])
+    entered, go_on = threading.Event(), threading.Event()
+
+    def pause(*_):
+        entered.set()
+        assert go_on.wait(20)
+
+    hook = describe(model).layers[1].register_forward_pre_hook(pause)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(encode, model, frames[1:], ["a"])
+        assert entered.wait(10)
+        hook.remove()
+        child = os.fork()
+        if not child:
+            right = False
+            try:
+                signal.alarm(20)  # ends what hangs
+                found = encode(model, frames[:1], ["a"])  # after a frame that failed, a key frame
+                neuroflow.reset_cache(model)
+                right = torch.allclose(found, expected, rtol=0, atol=1e-10)
+            finally:
+                os._exit(not right)
+        go_on.set()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        running.result(10)
 
 
 def test_tasks_have_contexts_of_their_own():
@@ -373,6 +474,27 @@ def test_memory_is_flat_over_ten_thousand_streams(one_thread):
             seen.append(resident())
     assert not open_streams(model)
     assert seen[1] <= 1.01 * seen[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_disabling_gives_memory_back_at_once(family):
+    """Also of a cache that the caller keeps, and without a garbage collector that looks for circles."""
+    model, cache = tiny(family), neuroflow.StreamCache()
+    gc.disable()
+    try:
+        neuroflow.enable_cache(model, exact(threshold=1e-4), cache)
+        for frames in (clip(frames=1), clip(frames=2)):  # one of a stream, and a clip
+            with torch.inference_mode():
+                model(**inputs(family, frames))
+        states = [state for _, state in cache.items()]
+        held = [engine_of(model), *states, *(tensor for state in states for tensor in state.held())]
+        left = [weakref.ref(each) for each in held]
+        del states, held
+        assert len(left) > 5
+        neuroflow.disable_cache(model)
+        assert [each() for each in left if each() is not None] == [] and not len(cache)
+    finally:
+        gc.enable()
 
 
 def growth_of_forty_streams():

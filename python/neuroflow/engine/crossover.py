@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..adapters.anatomy import Grid
-from .passes import Pass, current_pass
+from .passes import Pass, current_pass, within
 from .state import StreamState
 
 SHARES = (1 / 8, 1 / 2, 7 / 8)
@@ -117,11 +117,7 @@ def measure(current: Pass, tokens: torch.Tensor, block: Callable[[torch.Tensor],
     times = []
     for _ in range(max(depth // 5, RUNS)):
         for scratch, active in passes:
-            token = current_pass.set(scratch)
-            try:
-                times.append(seconds(scratch, active))
-            finally:
-                current_pass.reset(token)
+            times.append(within(current_pass, scratch, seconds, scratch, active))
     # What disturbs a run only makes it slower.
     dense, *sparse = (min(times[number :: len(passes)]) for number in range(len(passes)))
     return crossing([each / dense for each in sparse])

@@ -18,14 +18,13 @@ A frame's way through the files of this folder: `gate` chooses its patches, `pro
 `pooling` are what its active tokens meet, `passes` brings what comes of them into the caches in `state`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -42,9 +41,9 @@ from .derived import Derived
 from .gate import Gate
 from .graphs import Graphs
 from .linear import is_linear
-from .passes import FrameReport, Pass, Plan, StaticPass, blocks_of_hidden_states, current_pass
+from .passes import FrameReport, Pass, Plan, StaticPass, blocks_of_hidden_states, current_pass, within
 from .state import StreamState
-from .streams import StreamCache
+from .streams import Hold, StreamCache
 
 DEFAULT_STREAM = "default"
 
@@ -90,9 +89,10 @@ class Engine:
         self.anatomy = anatomy
         self.config = config
         self.plan = Plan.of(anatomy, config)
+        # No method: what holds it is held by the engine, and memory waits for nobody who looks for circles.
+        self.warn_once = functools.partial(_warn_once, set())
         self.gate = Gate(self.plan, self.warn_once)
         self.gate_of_clips = self._gate_of_clips()
-        self.graphs = Graphs(self.gate, self.runs_unpatched, self.warn_once) if config.launch == "graph" else None
         self.derived = Derived()
         self.streams = streams
         self.distilled = distilled or {}
@@ -101,8 +101,10 @@ class Engine:
         self.named: ContextVar[Deal | None] = ContextVar("neuroflow_streams", default=None)
         self.numbered: ContextVar[tuple[int, ...] | None] = ContextVar("neuroflow_frame_ids", default=None)
         self.unpatched: ContextVar[bool] = ContextVar("neuroflow_unpatched", default=False)
+        self.run_unpatched = functools.partial(within, self.unpatched, True)
+        self.graphs = Graphs(self.gate, self.run_unpatched, self.warn_once) if config.launch == "graph" else None
         self.reported: ContextVar[tuple[FrameReport, ...]] = ContextVar("neuroflow_reports", default=())
-        self._warned: set[str] = set()
+        self.removed = False
 
     def _gate_of_clips(self) -> Gate:
         """The gate of clips without names, in which frames that have nothing in common always cut."""
@@ -154,24 +156,17 @@ class Engine:
             points.append((anatomy.last, "forward", self.on_last))
         return points
 
-    def warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"neuroflow: {message}", RuntimeWarning, stacklevel=2)
-
-    @contextlib.contextmanager
-    def runs_unpatched(self) -> Iterator[None]:
-        """A block in which the tower is meant to run as it would unpatched."""
-        token = self.unpatched.set(True)
-        try:
-            yield
-        finally:
-            self.unpatched.reset(token)
-
     @torch.compiler.disable(reason="which patches are encoded, and so every shape, is decided frame by frame")
     def on_tower(self, entry: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        if current_pass.get() is not None and current_pass.get().plan is self.plan:
-            return forward(*args, **kwargs)  # one entry calls another
+        outer = current_pass.get()
+        if outer is not None and outer.plan is self.plan:  # one entry calls another
+            if outer.blocks or entry in outer.entered:
+                raise RuntimeError(
+                    f"{type(self.anatomy.tower).__name__} was called within its own pass, as by a hook; accepted is a "
+                    "call once that has ended"
+                )
+            outer.entered.add(entry)
+            return forward(*args, **kwargs)
         if torch.compiler.is_exporting():
             raise RuntimeError(
                 "a patched model cannot be exported, as which patches are encoded is decided frame by frame; call "
@@ -187,14 +182,12 @@ class Engine:
         grids, read = self.anatomy.grids(arguments), frozenset(self.anatomy.reads(arguments))
         if self.config.arch == "active" and read:
             self.warn_once("arch 'active' has no feature maps of all patches; calls that ask for them run unpatched")
-            with self.runs_unpatched():
-                return forward(*args, **kwargs)
+            return self.run_unpatched(forward, *args, **kwargs)
         times = [1] * len(grids) if self.anatomy.times is None else self.anatomy.times(arguments)
         deal = self.named.get()
         if deal is None and len(grids) > 1 and self.config.batch == "dense":
             self.warn_once(f"{name} holds {len(grids)} frames without names, and batch is 'dense'; they run unpatched")
-            with self.runs_unpatched():
-                return forward(*args, **kwargs)
+            return self.run_unpatched(forward, *args, **kwargs)
         order = None if self.anatomy.order is None else self.anatomy.order(arguments)
         hidden = arguments.get("output_hidden_states")
         if hidden is None:
@@ -202,24 +195,28 @@ class Engine:
         asked = read | blocks_of_hidden_states(hidden, len(self.anatomy.layers))
         nameless = deal is None and len(grids) > 1 and self.config.batch == "clip"
         outputs, reports = [], []
-        with self._states(deal, times, grids) as states, torch.no_grad():
-            gaps = self._gaps(states, times)
-            self._note_asked(states, asked)
-            for these in self._passes(arguments, grids):
-                part = args, kwargs
-                if these != slice(0, len(grids)):
-                    if self.anatomy.part is None:
-                        part = tree_map_only(torch.Tensor, operator.itemgetter(these), part)
-                    else:
-                        own = bound.arguments | self.anatomy.part[1](arguments, these)
-                        own = inspect.BoundArguments(signature, own)
-                        part = own.args, own.kwargs
-                    bound = signature.bind(*part[0], **part[1])
-                lies = None if order is None else order[these]
-                current = Pass(self.plan, states[these], grids[these], lies, asked, gaps[these], nameless)
-                outputs.append(self._encode(entry, forward, *part, bound, current))
-                reports += current.reports
-                self.reported.set(tuple(reports))
+        names = self._names(deal, times, grids)
+        hold = Hold()
+        try:
+            held, states = self._states(hold, names, times, grids)
+            if self.removed:  # while this waited
+                return self.run_unpatched(forward, *args, **kwargs)
+            with torch.no_grad():
+                gaps = self._gaps(states, times)
+                self._note_asked(states, asked)
+                for these in self._passes(arguments, grids):
+                    part = args, kwargs
+                    if these != slice(0, len(grids)):
+                        part = self._part(args, kwargs, signature, these)
+                        bound = signature.bind(*part[0], **part[1])
+                    own = None if order is None else order[these]
+                    current = Pass(self.plan, states[these], grids[these], own, asked, gaps[these], nameless)
+                    outputs.append(self._encode(entry, forward, *part, bound, current))
+                    reports += current.reports
+                    self.reported.set(tuple(reports))
+            self.streams.keep(held)
+        finally:
+            hold.running.release()
         if deal is not None:
             deal.dealt += len(times)
         return outputs[0] if len(outputs) == 1 else _joined(outputs)
@@ -242,6 +239,16 @@ class Engine:
                 held = rows * columns
         return [slice(*ends) for ends in itertools.pairwise([*starts, count])]
 
+    def _part(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: inspect.Signature, frames: slice
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call for some of its frames."""
+        if self.anatomy.part is None:
+            return tree_map_only(torch.Tensor, operator.itemgetter(frames), (args, kwargs))
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments |= self.anatomy.part[1](by_name(bound), frames)
+        return bound.args, bound.kwargs
+
     def _encode(
         self,
         entry: str,
@@ -257,11 +264,8 @@ class Engine:
             if output is not None:
                 current.reports = [FrameReport.of(state, None) for state in current.states]
                 return output
-        token = current_pass.set(current)
-        try:
-            output = forward(*args, **kwargs)
-        finally:
-            current_pass.reset(token)
+        current.entered.add(entry)
+        output = within(current_pass, current, forward, *args, **kwargs)
         if current.blocks == len(self.anatomy.layers):
             current.complete()
         else:
@@ -276,25 +280,27 @@ class Engine:
             self.gate.crossovers[current.unmeasured] = crossover.measure(current, *current.first_block)
         return output
 
-    @contextlib.contextmanager
-    def _states(self, deal: Deal | None, times: list[int], grids: list[Grid]) -> Iterator[list[StreamState]]:
-        """The state of each entry of a pass; `times`: how many entries in turn are of one name."""
+    def _names(self, deal: Deal | None, times: list[int], grids: list[Grid]) -> tuple[Hashable, ...] | None:
+        """The stream of each input of a call; None: they are clips that end with it."""
         if deal is not None:
-            names = deal.next(len(times))
-        elif len(grids) == 1:
-            names = (DEFAULT_STREAM,)
-        elif self.config.batch == "streams":
-            names = tuple(range(len(times)))
-        else:
-            yield _states_of_clips(times, grids)
-            return
+            return deal.next(len(times))
+        if len(grids) == 1:
+            return (DEFAULT_STREAM,)
+        return tuple(range(len(times))) if self.config.batch == "streams" else None
+
+    def _states(
+        self, hold: Hold, names: tuple[Hashable, ...] | None, times: list[int], grids: list[Grid]
+    ) -> tuple[list[StreamState], list[StreamState]]:
+        """The states of streams, and of each entry of a pass; `times`: how many entries in turn are of one name."""
+        if names is None:
+            self.streams.take(hold, {})
+            return [], _states_of_clips(times, grids)
         owners = [name for name, count in zip(names, times, strict=True) for _ in range(count)]
         patches: dict[Hashable, int] = {}
         for name, (rows, columns) in zip(owners, grids, strict=True):
             patches[name] = max(patches.get(name, 0), rows * columns)
-        with self.streams.used(tuple(patches), list(patches.values())) as states:
-            by_name = {state.name: state for state in states}
-            yield [by_name[name] for name in owners]
+        states = self.streams.take(hold, patches)
+        return list(states.values()), [states[name] for name in owners]
 
     def _gaps(self, states: list[StreamState], times: list[int]) -> list[bool]:
         """Of each entry, whether it does not follow the last one of its stream, which makes it a key frame."""
@@ -432,6 +438,12 @@ class Engine:
             return forward(*args, **kwargs)
         distilled = self.distilled.get(self.anatomy.pool[0])
         return pooling.pool(current, self.derived, distilled, forward, *args, **kwargs)
+
+
+def _warn_once(warned: set[str], message: str) -> None:
+    if message not in warned:
+        warned.add(message)
+        warnings.warn(f"neuroflow: {message}", RuntimeWarning, stacklevel=2)
 
 
 def _states_of_clips(times: list[int], grids: list[Grid]) -> list[StreamState]:

@@ -62,10 +62,11 @@ class Gate:
         """
         signals = self.signals(current, tokens)
         rows: list[torch.Tensor | None] = [None] * len(signals)
+        for state in current.states:
+            current.due.setdefault(id(state), state.key_frame_due)
+            state.key_frame_due = "failed"  # until the pass is complete
         for entries in current.rounds():
             self._gate_round(current, entries, signals, tokens, rows)
-        for state in current.states:
-            state.key_frame_due = "failed"  # until the pass is complete
         if current.nameless and self.config.reuse == "nearest" and self.config.reference == "refreshed":
             current.early = reuse.nearest(current, signals, rows)
         return rows
@@ -100,7 +101,7 @@ class Gate:
                 self.warn(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
             self._refresh(state, h, index)
             state.account(index, surprise, finite)
-            state.key_frame_due = None if finite else "nonfinite"
+            current.due[id(state)] = None if finite else "nonfinite"
             current.finite[entry] = finite
             current.reports[entry] = FrameReport.of(state, due[entry])
             if index is not None and current.order is not None:
@@ -134,21 +135,23 @@ class Gate:
         """
         state, grid, kept = current.states[entry], current.grids[entry], self.plan.kept(current.asked)
         signature = (grid, h.shape[2], h.dtype, h.device)
-        due = self.due(state) or ("gap" if current.gaps[entry] else None)
+        due = current.due[id(state)] or self._expired(state) or ("gap" if current.gaps[entry] else None)
         if state.signature not in (None, signature):
             before, now = (f"{s[0][0]}x{s[0][1]} patches, {s[2]} on {s[3]}" for s in (state.signature, signature))
             self.warn(f"stream {state.name!r} changed from {before} to {now}; it starts over with a key frame")
             due = due or "size"
-        state.key_frame_due = "failed"
-        if state.signature != signature or state.hidden != kept:
+        if state.signature != signature or state.hidden != kept or due == "failed":
             state.start_over(signature, grid, h.device)
             state.hidden = kept
         return due, None if due else self.surprise(h, state.tensors)[0]
 
     def due(self, state: StreamState) -> KeyFrame | None:
         """Why the next frame of a stream must be a key frame, as far as its past goes."""
-        expired = self.config.refresh == "key" and state.since_key_frame + 1 == self.config.max_age
-        return state.key_frame_due or ("age" if expired else None)
+        return state.key_frame_due or self._expired(state)
+
+    def _expired(self, state: StreamState) -> KeyFrame | None:
+        expired = self.config.refresh == "key" and state.since_key_frame + 1 >= (self.config.max_age or torch.inf)
+        return "age" if expired else None
 
     def surprise(self, h: torch.Tensor, caches: dict[Hashable, torch.Tensor]) -> torch.Tensor:
         """Surprise [S, N] at patches h [S, N, D] against the references in `caches`; moves averages on."""

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from inspect import BoundArguments
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from ..adapters.anatomy import Grid, by_name
 from . import crossover, scores
 from .derived import Weights
 from .gate import Gate, is_recordable
-from .passes import Pass, StaticPass, Unrecordable, current_pass
+from .passes import Pass, StaticPass, Unrecordable, current_pass, within
 from .state import Slab, StreamState, copy_into
 
 GROUPS = 8  # sets of streams that have graphs at once; more would hold more memory than they save time
@@ -120,26 +120,26 @@ class Recorded:
     """Work that is done as it is the first time, recorded the second time, and replayed from then on.
 
     The first time, kernels are compiled and libraries set up, which cannot be recorded.
-
-    Args:
-        work: called with a function that it calls where recording is to begin.
     """
 
-    def __init__(self, work: Callable[[Callable[[], None]], Any], pool: Any) -> None:
-        self.work = work
+    def __init__(self, pool: Any) -> None:
         self.graph = CudaGraph(pool)
         self.calls = 0
         self.result: Any = None
         self.seconds = 0.0
 
-    def __call__(self, slab: Slab) -> Any:
-        """What `work` returns, from the second call on in the same memory."""
+    def __call__(self, slab: Slab, work: Callable[[Callable[[], None]], Any]) -> Any:
+        """What `work` returns, from the second call on in the same memory.
+
+        Args:
+            work: always the same; called with a function that it calls where recording is to begin.
+        """
         self.calls += 1
         if self.calls == 1:
-            return self.work(lambda: None)
+            return work(lambda: None)
         if self.calls == 2:
             with self.graph.recording() as begin:
-                self.result = self.work(begin)
+                self.result = work(begin)
             with slab.preserved():
                 self.seconds = seconds(self.graph.replay, slab.age.device)
         self.graph.replay()
@@ -182,7 +182,7 @@ class Group:
     def __init__(
         self,
         gate: Gate,
-        unpatched: Callable[[], AbstractContextManager],
+        unpatched: Callable,
         forward: Callable,
         bound: BoundArguments,
         states: list[StreamState],
@@ -202,12 +202,11 @@ class Group:
             self.decision = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.weights = Weights(gate.plan.anatomy.tower)
         self.pool = CudaGraph.new_pool()
-        self.decider = Recorded(self._decide, self.pool)
+        self.decider = Recorded(self.pool)
         self.gated: Gated | None = None
         self.encoders: dict[int, Recorded] = {}
         self.held_bytes = 0  # by its graphs
-        with unpatched():
-            self.dense_seconds = seconds(lambda: forward(*bound.args, **bound.kwargs), device)
+        self.dense_seconds = unpatched(seconds, lambda: forward(*bound.args, **bound.kwargs), device)
         self.patches = self.slab.age.numel()
         self.timed = gate.config.dense_above is None
         self.dense_above = 1.0 if self.timed else gate.config.dense_above
@@ -223,7 +222,7 @@ class Group:
         With None comes their surprise [S, N], or None as well, if it is to be dense.
         """
         self.frames.copy_(frames)
-        self.gated = self._run(self.decider)
+        self.gated = self._run(self.decider, self._decide)
         if self.frames.is_cuda:
             torch.cuda.current_stream(self.frames.device).synchronize()
         rung = self.decision.item()
@@ -232,9 +231,10 @@ class Group:
         if rung / self.patches > self.dense_above:
             return None, None
         if rung not in self.encoders:
-            self.encoders[rung] = Recorded(lambda begin: self._encode(rung, begin), self.pool)
+            self.encoders[rung] = Recorded(self.pool)
         encoder = self.encoders[rung]
-        output = tree_map_only(torch.Tensor, torch.clone, self._run(encoder).output)
+        retained = self._run(encoder, functools.partial(self._encode, rung))
+        output = tree_map_only(torch.Tensor, torch.clone, retained.output)
         if encoder.calls == 2 and self.timed:
             if self.decider.seconds + encoder.seconds >= self.dense_seconds:
                 self.dense_above = min(self.dense_above, (rung - 1) / self.patches)
@@ -242,8 +242,8 @@ class Group:
             self.gate.crossovers[size] = self.dense_above
         return output, None
 
-    def _run(self, recorded: Recorded) -> Any:
-        result = recorded(self.slab)
+    def _run(self, recorded: Recorded, work: Callable[[Callable[[], None]], Any]) -> Any:
+        result = recorded(self.slab, work)
         if recorded.calls == 2:
             self.held_bytes = CudaGraph.held_bytes(self.pool)
         return result
@@ -251,11 +251,7 @@ class Group:
     def _pass(self, choose: Callable[[StaticPass, torch.Tensor], torch.Tensor]) -> tuple[Any, StaticPass]:
         states = [ref() for ref in self.states]
         current = StaticPass(self.gate.plan, states, [self.grid] * len(states), self.slab, choose)
-        token = current_pass.set(current)
-        try:
-            return self.forward(*self.bound.args, **self.bound.kwargs), current
-        finally:
-            current_pass.reset(token)
+        return within(current_pass, current, self.forward, *self.bound.args, **self.bound.kwargs), current
 
     def _decide(self, begin: Callable[[], None]) -> Gated:
         """From the frames to what is active among their patches."""
@@ -315,13 +311,11 @@ class Graphs:
 
     Args:
         gate: of the tower.
-        unpatched: makes a context in which the tower runs as it would unpatched.
+        unpatched: calls a function where the tower runs as it would unpatched.
         warn: told what a user should know.
     """
 
-    def __init__(
-        self, gate: Gate, unpatched: Callable[[], AbstractContextManager], warn: Callable[[str], None]
-    ) -> None:
+    def __init__(self, gate: Gate, unpatched: Callable, warn: Callable[[str], None]) -> None:
         self.gate = gate
         self.unpatched = unpatched
         self.warn = warn

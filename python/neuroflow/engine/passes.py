@@ -6,8 +6,8 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Self
+from contextvars import ContextVar, copy_context
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
@@ -174,6 +174,8 @@ class Pass:
         self.order = order
         self.asked = asked
         self.nameless = nameless
+        self.entered: set[str] = set()  # methods of the tower
+        self.due: dict[int, KeyFrame | None] = {}  # by id of a state, why its next entry must be a key frame
         self.surprises: list[torch.Tensor] | None = None  # [N] of each entry, where they are known beforehand
         self.gaps = gaps or [False] * len(states)
         last = {id(state): entry for entry, state in enumerate(states)}
@@ -414,6 +416,14 @@ class Pass:
 
 
 current_pass: ContextVar[Pass | None] = ContextVar("neuroflow_pass", default=None)
+Result = TypeVar("Result")
+
+
+def within(variable: ContextVar, value: Any, work: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
+    """Call `work` where `variable` has `value`; nothing needs to be put back, which an interrupt could prevent."""
+    context = copy_context()
+    context.run(variable.set, value)
+    return context.run(work, *args, **kwargs)
 
 
 class Unrecordable(Exception):

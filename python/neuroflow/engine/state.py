@@ -67,16 +67,15 @@ class StreamState:
         return self.grid[0] * self.grid[1]
 
     def start_over(self, signature: tuple, grid: Grid, device: torch.device) -> None:
-        """Make room for a key frame of another size, dtype or device."""
-        self.signature, self.grid = signature, grid
-        self.tensors.clear()
-        self.slab = self.attention = None
-        patches = torch.zeros(self.patches, device=device)
-        self.age = copy_into(None, patches.int())
-        self.active = copy_into(None, patches.bool())
-        self.surprise = copy_into(None, patches)
+        """Make room for a key frame of another size, dtype or device, or after a failure."""
+        patches = torch.zeros(grid[0] * grid[1], device=device)
         skipped = torch.zeros(1, dtype=torch.float64) if self.skipped is None else self.skipped
-        self.skipped = copy_into(None, skipped.to(device))
+        fresh = {"signature": signature, "grid": grid, "tensors": {}, "slab": None, "attention": None}
+        fresh["age"] = copy_into(None, patches.int())
+        fresh["active"] = copy_into(None, patches.bool())
+        fresh["surprise"] = copy_into(None, patches)
+        fresh["skipped"] = copy_into(None, skipped.to(device))
+        vars(self).update(fresh)  # in one step, for other threads that look, and for what comes after an interrupt
 
     def put(self, name: Hashable, value: torch.Tensor) -> None:
         """Replace a cache in full; value [1, rows, D]."""

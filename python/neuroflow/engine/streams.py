@@ -1,8 +1,10 @@
 import ctypes
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from .state import StreamState
@@ -17,6 +19,22 @@ def give_back_memory() -> None:
     if sys.platform == "linux":
         with suppress(AttributeError):  # a libc without it
             ctypes.CDLL(None).malloc_trim(0)
+
+
+class Hold:
+    """What one thread has to itself in a `StreamCache`, or waits for, until it releases `running`.
+
+    A lock, since its release is one call that no interrupt can leave half done.
+    """
+
+    def __init__(self) -> None:
+        self.names: frozenset[Hashable] | None = frozenset()  # None: all there are, and passes of none too
+        self.thread = threading.get_ident()
+        self.running = threading.Lock()
+        self.running.acquire()
+
+    def excludes(self, other: "Hold") -> bool:
+        return self.names is None or other.names is None or not self.names.isdisjoint(other.names)
 
 
 class StreamCache:
@@ -47,8 +65,9 @@ class StreamCache:
         self.max_bytes = max_bytes
         self.idle_seconds = idle_seconds
         self._states: dict[Hashable, StreamState] = {}  # the least recently used first
-        self._busy: set[Hashable] = set()
-        self._changed = threading.Condition()
+        self._holds: list[Hold] = []  # in the order of their arrival
+        self._lock = threading.RLock()  # of what is above, for moments
+        _caches.add(self)
 
     def __getitem__(self, name: Hashable) -> StreamState:
         return self._states[name]
@@ -60,7 +79,7 @@ class StreamCache:
         return len(self._states)
 
     def items(self) -> list[tuple[Hashable, StreamState]]:
-        with self._changed:
+        with self._lock:
             return list(self._states.items())
 
     @property
@@ -74,51 +93,98 @@ class StreamCache:
             return self.max_bytes
         return self.max_streams * max((state.state_bytes for _, state in self.items()), default=0)
 
-    @contextmanager
-    def used(self, names: tuple[Hashable, ...], patches: list[int]) -> Iterator[list[StreamState]]:
-        """The states of the streams `names` for one pass of so many patches each, new ones where there are none.
+    def wait(self, hold: Hold, names: Iterable[Hashable] | None) -> None:
+        """Have streams to oneself, None: all, once those are through who asked for any of them before."""
+        with self._lock:
+            # What this thread held before, it lost to an interrupt.
+            self._holds = [each for each in self._holds if each.running.locked() and each.thread != hold.thread]
+            hold.names = None if names is None else frozenset(names)
+            ahead = [each for each in self._holds if hold.excludes(each)]
+            self._holds.append(hold)
+        for each in ahead:
+            with each.running:
+                pass
 
-        Waits while another thread encodes a frame of one of them. New ones are kept if the pass succeeds.
+    @contextmanager
+    def held(self, names: Iterable[Hashable] | None) -> Iterator[None]:
+        """A block that has streams to itself, None: all; for work that is no pass."""
+        hold = Hold()
+        try:
+            self.wait(hold, names)
+            yield
+        finally:
+            hold.running.release()
+
+    def take(self, hold: Hold, patches: Mapping[Hashable, int]) -> dict[Hashable, StreamState]:
+        """The states of streams for one pass of so many patches of each, new ones where there are none.
+
+        Waits while another thread encodes a frame of one of them. `keep` ends what begins here, if the pass succeeds.
 
         Raises:
             ValueError: more names than `max_streams`, or streams too large for `max_bytes`.
         """
-        if self.max_streams is not None and len(names) > self.max_streams:
-            raise ValueError(f"max_streams is {self.max_streams}; accepted is at least the {len(names)} of this pass")
-        with self._changed:
-            self._changed.wait_for(lambda: self._busy.isdisjoint(names))
-            self._busy.update(names)
-        try:
-            states = [self._states.get(name) or StreamState(name) for name in names]
-            with self._changed:
-                opened = any(state.name not in self._states for state in states)
-                self._make_room(states, patches)
-            yield states
-            with self._changed:
-                self._keep(states)
-            if opened:
-                give_back_memory()
-        finally:
-            with self._changed:
-                self._busy.difference_update(names)
-                self._changed.notify_all()
+        self._check_count(len(patches))
+        self.wait(hold, patches)
+        with self._lock:
+            states = {name: self._states.get(name) or StreamState(name) for name in patches}
+            self._make_room(states.values(), patches)
+        return states
+
+    def keep(self, states: Iterable[StreamState]) -> None:
+        """Take in the streams of a pass.
+
+        Raises:
+            ValueError: they are too large for `max_bytes`, and gone.
+        """
+        with self._lock:
+            opened = any(state.name not in self._states for state in states)
+            self._keep(states)
+        if opened:
+            give_back_memory()
 
     def put(self, states: list[StreamState]) -> None:
-        """Take in streams that were encoded elsewhere, in place of those of the same names."""
-        self.close([state.name for state in states])
-        with self._changed:
+        """Take in streams that were encoded elsewhere, in place of those of the same names.
+
+        Raises:
+            ValueError: they are beyond the limits; nothing is replaced.
+        """
+        self._check_count(len(states))
+        with self.held([state.name for state in states]), self._lock:
+            self._check_bytes(states)
+            for state in states:
+                if state.name in self._states:
+                    self._forget(state.name)
             self._keep(states)
+        give_back_memory()
+
+    def clear(self) -> None:
+        """Forget all streams, which the caller has to itself."""
+        with self._lock:
+            for name in list(self._states):
+                self._forget(name)
+        give_back_memory()
 
     def close(self, names: Iterable[Hashable]) -> None:
         """Forget streams, each once no thread encodes a frame of it."""
         for name in list(names):
-            with self._changed:
-                self._changed.wait_for(lambda name=name: name not in self._busy)
+            with self.held([name]), self._lock:
                 if name in self._states:
                     self._forget(name)
         give_back_memory()
 
-    def _make_room(self, states: list[StreamState], patches: list[int]) -> None:
+    def _check_count(self, count: int) -> None:
+        if self.max_streams is not None and count > self.max_streams:
+            raise ValueError(f"max_streams is {self.max_streams}; accepted is at least the {count} that come together")
+
+    def _check_bytes(self, states: Iterable[StreamState]) -> None:
+        own = [_bytes_of(state) for state in states]
+        if self.max_bytes is not None and sum(own) > self.max_bytes:
+            raise ValueError(
+                f"max_bytes is {self.max_bytes}; accepted is at least the {sum(own)} of the {len(own)} stream(s) that "
+                "come together"
+            )
+
+    def _make_room(self, states: Iterable[StreamState], patches: Mapping[Hashable, int]) -> None:
         if self.idle_seconds is not None:
             expired = time.monotonic() - self.idle_seconds
             for name in [name for name, state in self._states.items() if state.used < expired]:
@@ -129,30 +195,28 @@ class StreamCache:
         if self.max_bytes is not None:
             per_patch = max((state.state_bytes / state.patches for state in self._states.values()), default=0)
             growth = sum(
-                max(per_patch * count - state.state_bytes, 0)
-                for state, count in zip(states, patches, strict=True)
-                if count != state.patches
+                max(per_patch * patches[state.name] - state.state_bytes, 0)
+                for state in states
+                if patches[state.name] != state.patches
             )
             self._evict_while(lambda: self._held() + growth > self.max_bytes)
 
-    def _keep(self, states: list[StreamState]) -> None:
+    def _keep(self, states: Iterable[StreamState]) -> None:
         for state in states:
             self._states.pop(state.name, None)
             state.used = time.monotonic()
-            state.state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.held())
+            state.state_bytes = _bytes_of(state)
             self._states[state.name] = state
         if self.max_streams is not None:
             self._evict_while(lambda: len(self._states) > self.max_streams)
         if self.max_bytes is not None:
             self._evict_while(lambda: self._held() > self.max_bytes)
-            own = sum(state.state_bytes for state in states)
-            if own > self.max_bytes:
+            try:
+                self._check_bytes(states)
+            except ValueError:
                 for state in states:
                     self._forget(state.name)
-                raise ValueError(
-                    f"max_bytes is {self.max_bytes}; accepted is at least the {own} of the {len(states)} stream(s) of "
-                    "this pass"
-                )
+                raise
 
     def _held(self) -> int:
         return sum(state.state_bytes for state in self._states.values())
@@ -163,8 +227,26 @@ class StreamCache:
                 self._evict(name)
 
     def _evict(self, name: Hashable) -> None:
-        if name not in self._busy:
+        if not any(name in each.names for each in self._holds if each.names and each.running.locked()):
             self._forget(name)
 
     def _forget(self, name: Hashable) -> None:
         self._states.pop(name).slab = None  # so that graphs which use it give their memory back too
+
+
+def _bytes_of(state: StreamState) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.held())
+
+
+_caches: weakref.WeakSet[StreamCache] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """The other threads are gone, and with them whoever would release what they hold."""
+    for cache in _caches:
+        cache._lock = threading.RLock()
+        cache._holds = [hold for hold in cache._holds if hold.thread == threading.get_ident()]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
