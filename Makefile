@@ -5,6 +5,7 @@ LOCK := .ci/constraints.txt
 TORCH ?= torch==2.13.0 triton==3.7.1
 OUT ?= .benchmarks/gpu
 FUZZ_SECONDS ?= 60
+SOAK_MINUTES ?= 10
 BIN := .venv/bin
 INSTALL := pip install --quiet --constraint $(LOCK)
 SOURCES := $(wildcard $(addprefix csrc/,*.h cpu/*.* cuda/*.* include/neuroflow/*.*))
@@ -21,7 +22,7 @@ STRUCTURAL := tests/adapters tests/engine tests/ops/test_reference_vectors.py te
 # What takes one core about as long as everything else takes the other.
 KERNELS := $(addprefix tests/,ops/test_triton.py ops/test_cuda.py ops/test_cuda_on_host.py ops/test_attend_rows.py adapters/test_timm.py)
 
-.PHONY: demo test test-kernels test-others test-slow fuzz gpu lock compat $(COMPAT:%=compat-%) compat-torch \
+.PHONY: demo test test-kernels test-others test-slow fuzz soak gpu lock compat $(COMPAT:%=compat-%) compat-torch \
   $(COMPAT_TORCH:%=compat-torch-%) lint format bench clean always
 
 .venv/installed: pyproject.toml setup.py $(LOCK) $(SOURCES)
@@ -109,6 +110,10 @@ bench: .venv/installed
 	$(BIN)/python -m bench.run --out .benchmarks/run.json
 	$(BIN)/python -m bench.plot .benchmarks/run.json
 	$(BIN)/python -m bench.compare bench/results/run-cpu.json .benchmarks/run.json
+
+# Writes bench/results/soak.* where nothing is left to commit.
+soak: .venv/installed
+	$(BIN)/python -m bench.soak --minutes $(SOAK_MINUTES)
 
 # On a machine with a GPU, in the Python that has its torch: `make gpu PYTHON=python3`.
 gpu:

@@ -223,7 +223,8 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]], text: str = "") -> str:
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        plain = tensor.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
+        digest.update(plain.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

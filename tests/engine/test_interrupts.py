@@ -1,9 +1,13 @@
 """Interrupts at any point of a pass: the stream goes on as if the frame had come, as if it had not, or starts over."""
 
 import ast
+import contextlib
 import functools
 import random
+import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import neuroflow
@@ -88,3 +92,38 @@ def test_a_stream_survives_an_interrupt_anywhere(family, arch, case, sampled):
         assert current_pass.get() is engine.named.get() is engine.numbered.get() is None, caught.value
         found = encode(model, after)
         assert any(torch.allclose(found, each, rtol=0, atol=1e-10) for each in possible), caught.value
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers")
+def test_a_stream_survives_interrupts_at_any_time(one_thread):
+    """Of the operating system, wherever Python takes them, its library and torch too; other threads go on with it."""
+    model, chance = tiny("vit").double(), random.Random(0)
+    neuroflow.enable_cache(model, exact(threshold=1e-4))
+    engine, interrupted = engine_of(model), 0
+
+    def probe():
+        return encode(model, FRAMES[3:4]), encode(model, FRAMES[4:5])
+
+    fresh = encode(model, FRAMES[4:5])
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    start = time.perf_counter()
+    encode(model, FRAMES[:2])
+    seconds = time.perf_counter() - start
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            for _ in range(100):
+                with contextlib.suppress(KeyboardInterrupt):
+                    interrupted += 1
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, seconds))
+                    encode(model, FRAMES[1:3])
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    interrupted -= 1
+                assert current_pass.get() is engine.named.get() is engine.numbered.get() is None
+                for found in pool.submit(probe).result(20):
+                    assert found.isfinite().all()
+                neuroflow.reset_cache(model, "a")
+                assert torch.allclose(pool.submit(encode, model, FRAMES[4:5]).result(20), fresh, atol=1e-10)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 20
