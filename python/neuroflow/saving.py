@@ -83,9 +83,10 @@ def load_state(model: nn.Module, path: str | Path) -> list[Hashable]:
     device = next(engine.anatomy.tower.parameters()).device
     accepted = "accepted is a file that save_state wrote"
     try:
-        # Frames in inference mode or not go on to update what is loaded.
+        # Frames in inference mode or not go on to update what is loaded; what happens to the file is none of theirs.
         with torch.inference_mode(False), safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         checksum = metadata.pop("checksum", None)
         if checksum is None:
             raise ValueError("it has no checksum, as files of earlier releases")
@@ -129,8 +130,10 @@ def _state(engine: Engine, about: dict, tensors: dict[str, torch.Tensor], device
     frames, key_frames, since_key_frame, nonfinite = counts = [about[counter] for counter in COUNTERS]
     if not isinstance(name, str | int) or not isinstance(about["frame_id"], int | None):
         raise ValueError("its name or number is none")
-    if len(grid) != 2 or not all(type(count) is int for count in (*counts, *grid, dim)):
+    if not all(type(count) is int for count in (*counts, *grid, dim)) or not isinstance(about["valid"], bool):
         raise ValueError("what counts is no integer")
+    if len(grid) != 2 or min(*grid, dim) < 1:
+        raise ValueError("its grid is none")
     if not (0 < key_frames <= frames < 2**63 and 0 <= since_key_frame < frames and 0 <= nonfinite <= frames):
         raise ValueError("its frames do not add up")
     state = StreamState(name)

@@ -32,6 +32,7 @@ VALUES = (
     [1],
     [[6, 6]],
     [6, -6],
+    [-6, -6],
     [2**40, 2**40],
 )
 FRAMES = clip(frames=4).double()
@@ -44,7 +45,7 @@ def encode(model, number, name):
 
 def read(path):
     with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def change_tensors(chance, tensors, metadata):

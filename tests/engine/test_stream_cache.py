@@ -172,6 +172,26 @@ def test_a_loaded_stream_goes_on_where_it_was_saved(arch, tmp_path):
     assert int(streams[2].active.sum()) == 4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_any_family_saves_is_what_it_loads(family, tmp_path):
+    model, frames, path = tiny(family), clip(frames=3), tmp_path / "state"
+    for arch in FAMILIES[family].architectures:
+        neuroflow.enable_cache(model, exact(arch=arch, threshold=1e-4, reference="dual" if arch == "D" else "ema"))
+        with torch.inference_mode():
+            for name in (1, "b"):
+                for frame in frames[:2]:
+                    with neuroflow.cache_context(model, name):
+                        model(**inputs(family, frame[None]))
+            neuroflow.save_state(model, path)
+            neuroflow.load_state(model, path)
+            path.write_bytes(bytes(100))  # which is no longer the streams' concern
+            with neuroflow.cache_context(model, 1):
+                model(**inputs(family, frames[2:]))
+        (report,) = neuroflow.last_pass(model)
+        assert report.key_frame is None and neuroflow.summary(model).streams[1].frames == 3, arch
+        neuroflow.disable_cache(model)
+
+
 def test_one_stream_may_be_saved():
     model = patched()
     encode(model, clip(frames=2).double(), ["a", "b"])
