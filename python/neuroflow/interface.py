@@ -53,7 +53,8 @@ def _adopt(module: nn.Module) -> None:
             anatomy = describe(owner)
         except TypeError:
             continue
-        if module in anatomy.attentions and not is_patched(owner):
+        loaded_with = getattr(getattr(anatomy.tower, "config", None), "_attn_implementation", None)
+        if module in anatomy.attentions and loaded_with == ATTENTION and not is_patched(owner):
             config = os.environ.get("NEUROFLOW_CONFIG")
             enable_cache(owner, config)
             warnings.warn(

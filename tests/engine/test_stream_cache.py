@@ -10,6 +10,7 @@ import queue
 import random
 import re
 import signal
+import sys
 import threading
 import weakref
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -342,27 +343,31 @@ def test_a_model_may_be_patched_and_unpatched_while_threads_use_it(one_thread):
     with torch.inference_mode():
         dense = [model(pixel_values=frame[None]).pooler_output for frame in frames]
 
-    def use():
-        count = 0
+    def use(seed):
+        chance = random.Random(seed)
         with torch.inference_mode():
-            while not stop.is_set() or count < 4:
-                frame, expected = frames[count % 4], dense[count % 4]
-                torch.testing.assert_close(model(pixel_values=frame[None]).pooler_output, expected, rtol=0, atol=1e-10)
-                count += 1
+            while not stop.is_set():
+                number = chance.randrange(4)
+                found = model(pixel_values=frames[number][None]).pooler_output
+                assert torch.cosine_similarity(found, dense[number]) > 0.8
 
-    with ThreadPoolExecutor(5) as pool:
-        running = [pool.submit(use) for _ in range(3)]
-        try:
-            for _ in range(30):
-                toggled = [pool.submit(call, model) for call in (neuroflow.disable_cache,) * 2]
-                neuroflow.enable_cache(model, exact(threshold=0))
-                for each in toggled:
-                    each.result(20)
-        finally:
-            stop.set()
-        for each in running:
-            each.result(20)
-    neuroflow.disable_cache(model)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(5) as pool:
+            running = [pool.submit(use, seed) for seed in range(3)]
+            try:
+                for _ in range(60):
+                    neuroflow.enable_cache(model, exact(threshold=1e-4))
+                    twice = [pool.submit(neuroflow.disable_cache, model) for _ in range(2)]
+                    for each in twice:
+                        each.result(20)
+            finally:
+                stop.set()
+            for each in running:
+                each.result(20)
+    finally:
+        sys.setswitchinterval(interval)
     assert "forward" not in vars(describe(model).tower)
 
 
