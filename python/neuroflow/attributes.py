@@ -43,7 +43,8 @@ class Replaced:
                 value.release()
             if vars(module).get(name) is not value:
                 continue
-            delattr(module, name)
-            if was is not None:
-                setattr(module, name, was)
+            if was is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, was)  # other threads find one or the other
         self._undo.clear()
