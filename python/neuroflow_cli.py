@@ -87,14 +87,22 @@ def _add_commands(
 def _carry_out(arguments: argparse.Namespace) -> int:
     # Late, as all of the package is.
     from neuroflow.cli import CommandError
+    from neuroflow.cli.apart import require_apart
     from neuroflow.journal import JournalError
     from neuroflow.video.source import SourceError
 
     try:
+        require_apart(arguments)
         return arguments.function(arguments)
-    except (CommandError, JournalError, SourceError) as error:
-        print(f"neuroflow: error: {error}", file=sys.stderr)
-        return 2
+    # Names and files fail the system's calls in more ways than there are places where one is looked at.
+    except (CommandError, JournalError, SourceError, OSError) as error:
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        message = "there is not enough memory for this; give a smaller model, --size, --clip or --max-frames"
+    print(f"neuroflow: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    return 2
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

@@ -36,11 +36,68 @@ def test_a_budget_takes_the_place_of_the_threshold():
         ("ladder", ()),
         ("ladder", (8, 8)),
         ("ladder", (0, 8)),
+        ("ladder", "123"),
+        ("ladder", 8),
+        ("threshold", 1e39),
+        ("threshold", 10**39),
+        ("threshold", "0.1"),
+        ("budget", 3_000_000_000),
+        ("budget", "4"),
+        ("budget", float("nan")),
+        *((name, 2**31) for name in ("floor", "dilation", "max_age", "mid_layer", "pass_patches")),
+        ("ladder", (8, 2**31)),
+        ("max_age", 1.5),
+        ("cut_share", 0),
+        ("cut_surprise", 2.1),
+        ("blend", 0),
     ],
 )
 def test_values_outside_are_named(name, value):
     with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}; accepted is "):
         neuroflow.NeuroFlowConfig(**{name: value})
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(neuroflow.NeuroFlowConfig)])
+def test_no_field_takes_another_type(field, tmp_path):
+    """None, where nothing is meant by it; texts and numbers for True and False, and the other way around."""
+    config = neuroflow.NeuroFlowConfig()
+    own, optional = getattr(config, field), ("threshold", "budget", "ladder", "mid_layer", "dense_above")
+    others = [[0.5], {"a": 1}, float("nan"), float("inf"), "no", *([] if isinstance(own, bool) else [True])]
+    others += [] if own is None or field in ("threshold", "max_age", "cut_share", "cut_surprise") else [None]
+    others += [0, 1] if isinstance(own, bool | str) else []
+    for value in others:
+        with pytest.raises(ValueError, match=rf"^{field} is .*; accepted is ") as error:
+            neuroflow.NeuroFlowConfig(**{field: value})
+        assert "\n" not in str(error.value)
+    for value in (None,) * (field in optional):
+        assert getattr(neuroflow.NeuroFlowConfig(**{field: value}), field) == own
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "cannot be read .it is nested too deeply"),
+        ('{"threshold": NaN}', "cannot be read .NaN is no JSON"),
+        ('{"threshold": 1e999}', "threshold is inf"),
+        ('{"max_age": ' + "9" * 30 + "}", "max_age is 9{30}; accepted"),
+        ('{"normalise_motion": "no"}', "normalise_motion is 'no'; accepted is True or False"),
+        ("[]", "holds a list; accepted is a JSON object"),
+        ("null", "holds a NoneType"),
+        (b"\xff\xfe{}", "cannot be read"),
+        ("", "cannot be read"),
+    ],
+)
+def test_files_that_hold_no_configuration(text, words, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=rf"config .*config\.json: {words}") as error:
+        neuroflow.NeuroFlowConfig.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(OSError, match=r"config.json: cannot be written \(No such file"):
+        neuroflow.NeuroFlowConfig().save(tmp_path / "no" / "config.json")
 
 
 def test_threshold_and_budget_exclude_each_other():

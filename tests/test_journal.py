@@ -54,8 +54,7 @@ def test_without_a_file_nothing_is_written(tmp_path, monkeypatch):
 def test_another_run_is_refused(tmp_path, finished):
     path = tmp_path / "result.json"
     findings = found(path, "ab")
-    if finished:
-        findings.finish()
+    findings.finish() if finished else findings.close()
     name = "result.json" if finished else "result.json.journal"
     with pytest.raises(JournalError, match=rf"{name}: was made with sizes \[48, 80\], not \[48\]; use that"):
         Findings(path, SETTINGS | {"sizes": [48]}, resume=True)
@@ -63,11 +62,62 @@ def test_another_run_is_refused(tmp_path, finished):
         Findings(path, {key: value for key, value in SETTINGS.items() if key != "model"}, resume=True)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"settings": {}}\n[1, 2, 3]\n', '{"settings": {}}\n{"of": \n'])
-def test_a_damaged_journal_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]\n",
+        "null\n",
+        "{}\n",
+        '{"settings": null}\n',
+        '{"settings": [1]}\n',
+        '{"settings": {}}\n[1, 2, 3]\n',
+        '{"settings": {}}\n[1, {}]\n',
+        '{"settings": {}}\n["a", NaN]\n',
+        '{"settings": {}}\n["a", {"of": 1}]\n',
+        '{"settings": {}}\n{"of": \n',
+        "[" * 100_000 + "\n",
+        '{"settings": {}}\n' + "[" * 100_000 + "\n",
+        b'{"settings": {}}\n\xff\n',
+    ],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_is_damaged_is_refused_and_stays(tmp_path, content, finished):
+    path = tmp_path / ("result.json" if finished else "result.json.journal")
+    content = content if isinstance(content, bytes) else content.encode()
+    content = content.replace(b"{}}\n[", b'{}, "found": [[').replace(b"{}}\n", b"{}, ") if finished else content
+    path.write_bytes(content)
+    with pytest.raises(JournalError, match=rf"{path.name}: cannot be continued .*; remove it, or run without") as error:
+        Findings(tmp_path / "result.json", {}, resume=True, read=lambda found: found["name"])
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", ["", '{"settings": {"sizes"', "\0" * 99])
+def test_an_empty_or_torn_journal_starts_over(tmp_path, content):
     (tmp_path / "result.json.journal").write_text(content)
-    with pytest.raises(JournalError, match=r"result.json.journal: cannot be continued .*; remove it, or run without"):
-        Findings(tmp_path / "result.json", {}, resume=True)
+    findings = found(tmp_path / "result.json", "a", resume=True)
+    findings.finish()
+    assert json.loads((tmp_path / "result.json").read_text())["found"] == {"a": {"of": "a"}}
+
+
+def test_beside_an_empty_journal_a_finished_file_is_added_to(tmp_path):
+    found(tmp_path / "result.json", "ab").finish()
+    (tmp_path / "result.json.journal").touch()  # of a run that was killed before it found anything
+    findings = found(tmp_path / "result.json", "", resume=True)
+    assert list(findings.done) == ["a", "b"]
+    findings.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_nan_is_no_finding(tmp_path):
+    findings = found(tmp_path / "result.json", "a")
+    with pytest.raises(JournalError, match=r"result.json.journal: NaN or Inf in what is to be written"):
+        findings.append("b", {"of": [float("nan")]})
+    with pytest.raises(JournalError, match=r"result.json: NaN or Inf in what is to be written"):
+        findings.finish(table=float("inf"))
+    findings.close()
+    continued = Findings(tmp_path / "result.json", SETTINGS, resume=True)
+    assert list(continued.done) == ["a"] and not (tmp_path / "result.json").exists()
 
 
 def test_an_unfinished_run_is_not_continued_unasked(tmp_path):

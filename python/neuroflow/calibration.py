@@ -266,7 +266,8 @@ class LogitShift:
             raise ValueError(
                 f"{path}: cannot be read ({error}); accepted is a file that LogitShift.save wrote"
             ) from None
-        if list(tensors) != ["shift"] or tensors["shift"].ndim != 1:
+        fits = list(tensors) == ["shift"] and tensors["shift"].ndim == 1 and tensors["shift"].is_floating_point()
+        if not fits or not tensors["shift"].isfinite().all():
             found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-            raise ValueError(f"{path}: holds {found}; accepted is a file that LogitShift.save wrote")
+            raise ValueError(f"{path}: holds {found}; accepted is a file that LogitShift.save wrote, all finite")
         return cls(tensors["shift"])

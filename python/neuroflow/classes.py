@@ -1,6 +1,6 @@
 """Classes or texts that embeddings are compared with, and the files that hold them."""
 
-import json
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+
+from .files import from_json
 
 ACCEPTED = "embeddings [C, D] and C names, in .npz or .safetensors"
+MOST_BYTES = 2**31  # that an .npz may unpack to
 
 
 @dataclass(frozen=True)
@@ -43,24 +46,32 @@ def read_classes(path: Path) -> ClassHead:
     """
     try:
         if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(part.file_size for part in archive.infolist())
+            if unpacked > MOST_BYTES:
+                raise ValueError(f"it unpacks to {unpacked:,} bytes")
             with np.load(path) as file:
                 arrays = dict(file)
             names = tuple(map(str, arrays.pop("names")))
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         else:
             with safe_open(path, "pt") as file:
-                names = tuple(json.loads((file.metadata() or {})["names"]))
+                names = from_json((file.metadata() or {})["names"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("names is no list of texts")
         embeddings = tensors["embeddings"].float()
-        temperature = tensors["temperature"].item() if "temperature" in tensors else 1.0
+        temperature = tensors["temperature"].float().item() if "temperature" in tensors else 1.0
     except KeyError as error:
         raise ValueError(f"{path}: holds no {error.args[0]}; accepted are {ACCEPTED}") from None
-    # Another kind of file under such a name: each library has errors of its own for that.
-    except (OSError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile, SafetensorError) as error:
+    # A damaged file, or another kind under such a name: each library has errors of its own for that.
+    except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: cannot be read ({reason}); accepted are {ACCEPTED}") from None
-    fits = embeddings.ndim == 2 and len(embeddings) == len(names) > 0
+    fits = embeddings.ndim == 2 and len(embeddings) == len(names) and embeddings.numel() > 0
     if not fits or not embeddings.isfinite().all():
         found = f"embeddings {list(embeddings.shape)} and {len(names)} names"
         raise ValueError(f"{path}: holds {found}; accepted are {ACCEPTED}, all finite")
-    return ClassHead(names, embeddings, temperature)
+    if not math.isfinite(temperature):
+        raise ValueError(f"{path}: temperature is {temperature!r}; accepted is a finite number")
+    return ClassHead(tuple(names), embeddings, temperature)

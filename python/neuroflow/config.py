@@ -1,15 +1,16 @@
 import dataclasses
 import itertools
-import json
-import math
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .files import replacing
+from .files import from_json, replacing, to_json
 
 ARCHITECTURES = {"A": "mlp", "B": "active", "C": "dual", "D": "midlayer", "E": "context"}
 DEFAULT_THRESHOLD = {"staleness": 0.1, "surprise": 0.02}
 RENAMED = {"engine": "launch"}  # fields of files that were written before
+LARGEST = (2 - 2**-23) * 2.0**127  # float32
+MOST = 2**31 - 1  # int32
 
 Signal = Literal["patch", "embedding", "pixel"]
 Reference = Literal["refreshed", "ema", "previous", "dual"]
@@ -27,7 +28,17 @@ def _listed(kind: object) -> str:
 
 def _require(condition: bool, name: str, value: object, accepted: str) -> None:
     if not condition:
-        raise ValueError(f"{name} is {value!r}; accepted is {accepted}")
+        raise ValueError(f"{name} is {value!r:.200}; accepted is {accepted}")
+
+
+def is_number(value: object, low: float, high: float = LARGEST) -> bool:
+    """A real number from `low` to `high`; True and False are none, nor is NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_integer(value: object, low: int) -> bool:
+    """An integer from `low` to the largest of int32, as kernels count."""
+    return isinstance(value, int) and is_number(value, low, MOST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,40 +148,42 @@ class NeuroFlowConfig:
         }
         for name, kind in kinds.items():
             _require(getattr(self, name) in get_args(kind), name, getattr(self, name), "one of " + _listed(kind))
+        for name in ("share_budget", "normalise_motion"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         if self.budget is None and self.threshold is None:
             object.__setattr__(self, "threshold", DEFAULT_THRESHOLD[self.score])
         _require(self.budget is None or self.threshold is None, "budget", self.budget, "None beside a threshold")
-        ruled = self.threshold is None or 0 <= self.threshold < math.inf
-        _require(ruled, "threshold", self.threshold, "a finite number, 0 or more")
-        whole = isinstance(self.budget, int) or (self.budget is not None and float(self.budget).is_integer())
-        fits = self.budget is None or 0 < self.budget < 1 or (whole and self.budget >= 1)
-        _require(fits, "budget", self.budget, "a count of 1 or more, or a share between 0 and 1")
+        ruled = self.threshold is None or is_number(self.threshold, 0)
+        _require(ruled, "threshold", self.threshold, "a finite number of float32, 0 or more")
+        counted = is_number(self.budget, 0, MOST) and (0 < self.budget < 1 or self.budget == int(self.budget) > 0)
+        limits = f"a count from 1 to {MOST}, or a share between 0 and 1"
+        _require(self.budget is None or counted, "budget", self.budget, limits)
         shared = self.budget is not None or not self.share_budget
         _require(shared, "share_budget", self.share_budget, "False without a budget")
         for name in ("ema_decay", "fast_decay"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
-        for name in ("floor", "dilation"):
+            _require(is_number(getattr(self, name), 0, 1), name, getattr(self, name), "a number from 0 to 1")
+        for name, least in {"floor": 0, "dilation": 0, "pass_patches": 1}.items():
             value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 0, name, value, "an integer, 0 or more")
-        held = isinstance(self.pass_patches, int) and self.pass_patches >= 1
-        _require(held, "pass_patches", self.pass_patches, "a number of patches, 1 or more")
+            _require(is_integer(value, least), name, value, f"an integer from {least} to {MOST}")
         if self.ladder is not None:
+            listed = isinstance(self.ladder, list | tuple) and all(is_integer(rung, 1) for rung in self.ladder)
+            ascends = listed and self.ladder and all(low < high for low, high in itertools.pairwise(self.ladder))
+            _require(ascends, "ladder", self.ladder, f"None or ascending integers from 1 to {MOST}")
             object.__setattr__(self, "ladder", tuple(self.ladder))
-            whole = all(isinstance(rung, int) and rung > 0 for rung in self.ladder)
-            ascends = whole and self.ladder and all(low < high for low, high in itertools.pairwise(self.ladder))
-            _require(ascends, "ladder", self.ladder, "None or ascending integers above 0")
             _require(not self.dilation, "ladder", self.ladder, "None beside a dilation, which adds patches to it")
-        aged = self.max_age is None or (isinstance(self.max_age, int) and self.max_age >= 1)
-        _require(aged, "max_age", self.max_age, "None or a number of frames, 1 or more")
-        _require(self.cut_share is None or 0 < self.cut_share <= 1, "cut_share", self.cut_share, "None or 0 to 1")
-        cut = self.cut_surprise is None or 0 < self.cut_surprise <= 2
+        aged = self.max_age is None or is_integer(self.max_age, 1)
+        _require(aged, "max_age", self.max_age, f"None or a number of frames from 1 to {MOST}")
+        cut = self.cut_share is None or (is_number(self.cut_share, 0, 1) and self.cut_share > 0)
+        _require(cut, "cut_share", self.cut_share, "None or a share above 0, at most 1")
+        cut = self.cut_surprise is None or (is_number(self.cut_surprise, 0, 2) and self.cut_surprise > 0)
         _require(cut, "cut_surprise", self.cut_surprise, "None or a number above 0, at most 2")
-        bounded = self.dense_above is None or 0 <= self.dense_above <= 1
+        bounded = self.dense_above is None or is_number(self.dense_above, 0, 1)
         _require(bounded, "dense_above", self.dense_above, "None or a share from 0 to 1")
         packs = self.precision == "model" or self.arch != "mlp"
         _require(packs, "precision", self.precision, "'model' for arch 'mlp', whose attention runs on all patches")
-        _require(0 < self.blend <= 1, "blend", self.blend, "a number above 0, at most 1")
-        placed = self.mid_layer is None or (isinstance(self.mid_layer, int) and self.mid_layer >= 0)
+        blends = is_number(self.blend, 0, 1) and self.blend > 0
+        _require(blends, "blend", self.blend, "a number above 0, at most 1")
+        placed = self.mid_layer is None or is_integer(self.mid_layer, 0)
         _require(placed, "mid_layer", self.mid_layer, "None or the number of a block, counted from 0")
 
     @classmethod
@@ -205,27 +218,30 @@ class NeuroFlowConfig:
         """A configuration from its fields by name, as files hold them; those left out have their defaults.
 
         Raises:
-            ValueError: an unknown field, or a value out of range.
+            ValueError: no dict, an unknown field, or a value out of range.
         """
+        if not isinstance(fields, dict):
+            raise ValueError(f"holds a {type(fields).__name__}; accepted is a JSON object")
         fields = {RENAMED.get(name, name): value for name, value in fields.items()}
         unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"has no field {unknown[0]!r}; accepted are those of NeuroFlowConfig")
-        try:
-            return cls(**fields)
-        except TypeError as error:  # such as a number where text is accepted
-            raise ValueError(str(error)) from None
+        return cls(**fields)
 
     def tokens_per_frame(self, patches: int) -> int | None:
         """The budget as a count for a frame of `patches` patches, or None under a threshold."""
         if self.budget is None or self.budget >= 1:
-            return None if self.budget is None else int(self.budget)
+            return None if self.budget is None else min(int(self.budget), patches)
         return max(int(patches * self.budget), 1)
 
     def save(self, path: str | Path) -> None:
-        """Write the configuration as JSON, for `load`, `enable_cache` and `neuroflow run --config`."""
+        """Write the configuration as JSON, for `load`, `enable_cache` and `neuroflow run --config`.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         with replacing(Path(path)) as partial:
-            partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+            partial.write_text(to_json(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "NeuroFlowConfig":
@@ -235,11 +251,9 @@ class NeuroFlowConfig:
             ValueError: the file cannot be read, is no JSON object, or holds an unknown field or a value out of range.
         """
         try:
-            fields = json.loads(Path(path).read_text())
+            fields = from_json(Path(path).read_bytes())
         except (OSError, ValueError) as error:
             raise ValueError(f"config {path}: cannot be read ({error}); give a file that save wrote") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"config {path}: holds a {type(fields).__name__}; accepted is a JSON object")
         try:
             return cls.from_fields(fields)
         except ValueError as error:

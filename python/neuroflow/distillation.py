@@ -25,17 +25,19 @@ from torch import nn
 from .adapters import Anatomy, describe
 from .adapters.anatomy import by_name
 from .classes import ClassHead
-from .config import ARCHITECTURES, NeuroFlowConfig
+from .config import ARCHITECTURES, LARGEST, MOST, NeuroFlowConfig, is_integer, is_number
 from .embedding import frame_embeddings
 from .engine.engine import Engine
 from .engine.gate import Gate
 from .engine.passes import Pass, Plan, current_pass, split, within
 from .engine.state import StreamState
 from .engine.streams import StreamCache
+from .files import from_json
 from .patch import cache_context, disable_cache, install, is_patched, last_pass, reset_cache
 from .weights import copy_sharing_weights, distilled_modules, read, write
 
 STREAM = "clip"
+PARTS = ("weights", "average", "best")  # of a checkpoint
 TOGETHER = 16  # videos that an evaluation goes through at once
 WARM_UP = 30  # steps until the learning rate is reached
 AVERAGED = 0.99  # of the weights' moving average stays at a step, less at the first ones
@@ -86,21 +88,22 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         accepted = {
             "arch": (self.arch in [*ARCHITECTURES, *ARCHITECTURES.values()], "one of A to E or their names"),
-            "train": (re.fullmatch("head|all|last-[1-9][0-9]*", self.train), "'head', 'last-K' or 'all'"),
-            "epochs": (self.epochs >= 1, "1 or more"),
-            "rate": (0 < self.rate < math.inf, "above 0"),
-            "batch": (self.batch >= 2, "2 or more"),
-            "clips": (1 <= self.clips <= self.batch, "1 or more, up to the frames of a step"),
-            "strides": (self.strides >= 1, "1 or more"),
-            "thresholds": (0 < self.thresholds[0] <= self.thresholds[1] < math.inf, "two numbers above 0, ascending"),
-            "decays": (0 < self.decays[0] <= self.decays[1] <= 1, "two numbers above 0 and up to 1, ascending"),
-            "skip": (0 < self.skip < 1, "a share between 0 and 1"),
-            "forgetting": (0 <= self.forgetting <= 1, "a share from 0 to 1"),
-            "patience": (self.patience >= 1, "1 or more"),
+            "train": (re.fullmatch("head|all|last-[1-9][0-9]{0,8}", str(self.train)), "'head', 'last-K' or 'all'"),
+            "epochs": (is_integer(self.epochs, 1), f"an integer from 1 to {MOST}"),
+            "rate": (is_number(self.rate, 0) and self.rate > 0, "a finite number above 0"),
+            "batch": (is_integer(self.batch, 2), f"an integer from 2 to {MOST}"),
+            "clips": (is_integer(self.clips, 1) and self.clips <= self.batch, "1 or more, up to the frames of a step"),
+            "strides": (is_integer(self.strides, 1), f"an integer from 1 to {MOST}"),
+            "thresholds": (_ascend(self.thresholds, LARGEST), "two finite numbers above 0, ascending"),
+            "decays": (_ascend(self.decays, 1), "two numbers above 0 and up to 1, ascending"),
+            "skip": (is_number(self.skip, 0, 1) and 0 < self.skip < 1, "a share between 0 and 1"),
+            "forgetting": (is_number(self.forgetting, 0, 1), "a share from 0 to 1"),
+            "patience": (is_integer(self.patience, 1), f"an integer from 1 to {MOST}"),
+            "seed": (is_integer(self.seed, -MOST), f"an integer from {-MOST} to {MOST}"),
         }
         for name, (fits, what) in accepted.items():
             if not fits:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted is {what}")
+                raise ValueError(f"{name} is {getattr(self, name)!r:.200}; accepted is {what}")
         object.__setattr__(self, "arch", ARCHITECTURES.get(self.arch, self.arch))
 
     def gate(self, **rule: Any) -> NeuroFlowConfig:
@@ -444,19 +447,33 @@ class Distillation:
         tensors, metadata = read(path)
         if metadata.get("settings") != self._settings():
             raise ValueError(f"{path}: is of a distillation with other settings; accepted are the same")
-        weights = {name: tensors[f"weights.{name}"] for name in self.weights}
+        own = list(self.weights.values())
+        try:
+            parts = {part: {name: tensors[f"{part}.{name}"] for name in self.weights} for part in PARTS}
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for key, tensor in tensors.items():
+                if key.startswith("optimizer."):
+                    _, number, name = key.split(".")
+                    state.setdefault(int(number), {})[name] = tensor
+            history = [Epoch(**epoch) for epoch in from_json(metadata["history"])]
+            steps = int(metadata["steps"])
+            for part in parts.values():
+                _require_like(part.values(), own)
+            for number, moments in state.items():
+                _require_like([moments["exp_avg"], moments["exp_avg_sq"]], [own[number]] * 2)
+                _require_like([moments["step"]], [torch.zeros(())])
+            if any(type(value) not in (int, float, type(None)) for epoch in history for value in epoch) or not history:
+                raise ValueError("its history is none")
+        # What is damaged fails where it is read, in as many ways as it is.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{path}: is damaged ({reason}); accepted is what checkpoint wrote") from None
         for name, parameter in self.weights.items():
-            parameter.copy_(weights[name])
-            self.average[name].copy_(tensors[f"average.{name}"])
-            self.best[name] = tensors[f"best.{name}"].to(parameter)
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key.startswith("optimizer."):
-                _, number, name = key.split(".")
-                state.setdefault(int(number), {})[name] = tensor
+            parameter.copy_(parts["weights"][name])
+            self.average[name].copy_(parts["average"][name])
+            self.best[name] = parts["best"][name].to(parameter)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.history = [Epoch(**epoch) for epoch in json.loads(metadata["history"])]
-        self.steps = int(metadata["steps"])
+        self.history, self.steps = history, steps
 
     def _history(self) -> str:
         return json.dumps([epoch._asdict() for epoch in self.history])
@@ -556,6 +573,18 @@ def _together(frames: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(sizes := {tuple(pixels.shape[2:]) for pixels in frames}) > 1:
         raise ValueError(f"videos give frames of {sorted(sizes)}; accepted are those of one size")
     return torch.cat(frames)
+
+
+def _require_like(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:
+    for tensor, other in zip(found, expected, strict=True):
+        if tensor.shape != other.shape or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"a tensor {list(tensor.shape)} where finite numbers {list(other.shape)} are due")
+
+
+def _ascend(pair: object, most: float) -> bool:
+    """Two numbers above 0 and up to `most`, the second no less than the first."""
+    listed = isinstance(pair, list | tuple) and len(pair) == 2 and all(is_number(one, 0, most) for one in pair)
+    return listed and 0 < pair[0] <= pair[1]
 
 
 def _between(low: float, high: float, generator: torch.Generator) -> float:

@@ -1,14 +1,14 @@
 """What a run has found so far, kept beside the file that is written in the end, so that a run that stops can go on."""
 
 import contextlib
-import json
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .config import RENAMED
-from .files import replacing
+from .files import from_json, lock, replacing, to_json, writing
 
 # Where the package's own tower lay when journals were written before, and where it lies.
 OLD_STREET, STREET = "neuroflow/models/street", "neuroflow/street/weights"
@@ -21,7 +21,8 @@ class JournalError(ValueError):
 class Journal:
     """Lines of JSON in a file of their own, `.journal` added to the name of the one that is written in the end.
 
-    The first line pins what the run is made with. The others survive a kill, each once `append` has returned.
+    The first line pins what the run is made with. The others survive a kill, each once `append` has returned. From the
+    start to `close` or `remove` no other process can have it, nor after a kill what that left of a line.
 
     Args:
         path: the file that is written in the end.
@@ -32,27 +33,42 @@ class Journal:
     Attributes:
         path: the journal.
         settings: as JSON gives them back.
+        begun: it has its first line, of this run or of the one that is continued.
 
     Raises:
         JournalError: a journal that was made with other settings, or that cannot be read.
+        OutputError: it cannot be written, or another run is writing it.
     """
 
     def __init__(
         self, path: Path, settings: dict[str, Any], read: Callable[[Any], object], *, resume: bool = False
     ) -> None:
         self.path = path.with_name(f"{path.name}.journal")
-        self.settings = json.loads(json.dumps(settings))
-        self._file: BinaryIO | None = None
-        if resume and self.path.exists():
-            self._resume(read)
-        elif self.path.exists():
-            warnings.warn(f"the unfinished {self.path} is discarded: --resume was not given", stacklevel=3)
+        self.settings = from_json(to_json(settings))
+        self.begun = False
+        with writing(path):
+            self._file = lock(self.path)
+        try:
+            if resume:
+                self._resume(read)
+            elif self.path.stat().st_size:
+                warnings.warn(f"the unfinished {self.path} is discarded: --resume was not given", stacklevel=3)
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, line: Any) -> None:
-        """Add a line, of JSON's types."""
-        if self._file is None:
-            self._file = self.path.open("wb")
+        """Add a line, of JSON's types.
+
+        Raises:
+            JournalError: NaN or Inf in it.
+            OutputError: it cannot be written.
+        """
+        if not self.begun:
+            with writing(self.path):
+                self._file.truncate(0)
             self._write({"settings": self.settings})
+            self.begun = True
         self._write(line)
 
     def lines(self) -> Iterator[bytes]:
@@ -62,33 +78,45 @@ class Journal:
             yield from file
 
     def close(self) -> None:
-        """Leave the journal to be continued by a later run."""
-        if self._file is not None:
-            self._file.close()
+        """Leave the journal, if there is anything in it, to be continued by a later run."""
+        if not self._file.closed:
+            if not os.fstat(self._file.fileno()).st_size:
+                self.path.unlink(missing_ok=True)
+            # A line that there was no room for is tried once more; `append` has said so.
+            with contextlib.suppress(OSError):
+                self._file.close()
 
     def remove(self) -> None:
-        """Close and delete the journal: the file that it stood in for is written."""
-        self.close()
+        """Delete and close the journal: the file that it stood in for is written."""
         self.path.unlink(missing_ok=True)
+        self._file.close()
 
     def _write(self, line: Any) -> None:
-        self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
+        try:
+            text = to_json(line, separators=(",", ":"))
+        except ValueError as error:
+            raise JournalError(f"{self.path}: {error}; what came before is kept") from None
+        with writing(self.path):
+            self._file.write(text.encode() + b"\n")
+            self._file.flush()
 
     def _resume(self, read: Callable[[Any], object]) -> None:
-        with _continuing(self.path), self.path.open("rb") as file:
-            settings = json.loads(file.readline())["settings"]
-            end = file.tell()
-            for line in file:
-                # A kill can leave half a line behind.
+        with _continuing(self.path):
+            first = self._file.readline()
+            # A kill can leave half a line behind; where it is the first, nothing is there to be continued.
+            if not first.endswith(b"\n"):
+                self._file.seek(0)
+                return
+            _require_same(self.path, from_json(first)["settings"], self.settings)
+            end = self._file.tell()
+            for line in self._file:
                 if not line.endswith(b"\n"):
                     break
                 end += len(line)
-                read(json.loads(line))
-        _require_same(self.path, settings, self.settings)
-        self._file = self.path.open("r+b")
-        self._file.truncate(end)
-        self._file.seek(end)
+                read(from_json(line))
+            self._file.truncate(end)
+            self._file.seek(end)
+        self.begun = True
 
 
 class Findings:
@@ -98,28 +126,49 @@ class Findings:
         path: the JSON file to write; None writes nothing.
         settings: what the run is made with, of JSON's types.
         resume: continue an unfinished run, or add to the file of a finished one.
+        read: is called with what either has found of each name; where it raises, nothing is continued.
 
     Attributes:
         done: what has been found, by name.
 
     Raises:
         JournalError: a run that was made with other settings, or a file that cannot be read.
+        OutputError: the file cannot be written, or another run is writing it.
     """
 
-    def __init__(self, path: Path | None, settings: dict[str, Any], *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        settings: dict[str, Any],
+        *,
+        resume: bool = False,
+        read: Callable[[Any], object] = lambda found: None,
+    ) -> None:
         self.done: dict[str, Any] = {}
         self._path = path
+        self._read = read
         self._journal: Journal | None = None
         self._finished: list[tuple[str, Any]] = []  # what is in the file, until it is in the journal as well
         if path is None:
             return
-        self._journal = Journal(path, settings, lambda line: self.done.update([line]), resume=resume)
-        if resume and path.exists() and not self._journal.path.exists():
-            with _continuing(path):
-                content = json.loads(path.read_bytes())
-                settings, self.done = content["settings"], dict(content["found"])
-            _require_same(path, settings, self._journal.settings)
+        self._journal = Journal(path, settings, lambda line: self._take(*line), resume=resume)
+        if resume and path.exists() and not self._journal.begun:
+            try:
+                with _continuing(path):
+                    content = from_json(path.read_bytes())
+                    _require_same(path, content["settings"], self._journal.settings)
+                    for name, found in content["found"].items():
+                        self._take(name, found)
+            except JournalError:
+                self.close()
+                raise
             self._finished = list(self.done.items())
+
+    def _take(self, name: str, found: Any) -> None:
+        if not isinstance(name, str):
+            raise TypeError("a name in it is no text")
+        self._read(found)
+        self.done[name] = found
 
     def append(self, name: str, found: Any) -> None:
         """Note what came of `name`, of JSON's types. It survives a kill once this has returned."""
@@ -133,9 +182,13 @@ class Findings:
         """Write the file, `content` after the settings and before what was found, and remove the journal."""
         if self._journal is None:
             return
+        whole = {"settings": self._journal.settings, **content, "found": self.done}
+        try:
+            text = to_json(whole, indent=1)
+        except ValueError as error:
+            raise JournalError(f"{self._path}: {error}") from None
         with replacing(self._path) as partial:
-            whole = {"settings": self._journal.settings, **content, "found": self.done}
-            partial.write_text(json.dumps(whole, indent=1) + "\n")
+            partial.write_text(text + "\n")
         self._journal.remove()
 
     def close(self) -> None:
@@ -149,12 +202,18 @@ def _continuing(path: Path) -> Iterator[None]:
     """What is wrong with a file that is continued, as one line."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise JournalError(f"{path}: cannot be continued ({error}); remove it, or run without --resume") from None
+    except JournalError:
+        raise
+    # What is damaged fails where it is read, in as many ways as it is.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise JournalError(f"{path}: cannot be continued ({reason}); remove it, or run without --resume") from None
 
 
 def _require_same(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to continue a file whose settings differ, other than by what has been renamed since."""
+    if not isinstance(was, dict):
+        raise TypeError("it has no settings")
     was, now = _renamed(was), _renamed(now)
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):

@@ -31,6 +31,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attributes import Replaced
+from .config import LARGEST, is_number
 from .releases import warn_of_newer
 
 ATTENTION = "neuroflow_bypass"
@@ -89,8 +90,8 @@ class BypassConfig:
         _require(self.target in get_args(Target), "target", self.target, "one of 'attention', 'mlp'")
         outside = self.target == "mlp" or self.gate_layer not in self.cache_layers
         _require(outside, "cache_layers", self.cache_layers, f"layers other than the gate's, {self.gate_layer}")
-        number = isinstance(self.threshold, int | float) and math.isfinite(self.threshold)
-        _require(number, "threshold", self.threshold, "a finite number")
+        number = is_number(self.threshold, -LARGEST)
+        _require(number, "threshold", self.threshold, "a finite number of float32")
 
 
 @dataclasses.dataclass(frozen=True)

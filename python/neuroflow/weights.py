@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from torch import nn
 
 from .adapters import Anatomy
 from .config import NeuroFlowConfig
-from .files import replacing
+from .files import from_json, replacing, writing
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,6 +70,8 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, nn.Parameter]:
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:
             raise ValueError(f"{path}: has {name} {list(tensor.shape)}, and {type(model).__name__} has none such")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or Inf, or {tensor.dtype}; accepted are finite floats")
     return {name: nn.Parameter(tensor.to(own[name]), requires_grad=False) for name, tensor in tensors.items()}
 
 
@@ -87,12 +88,19 @@ def distilled_config(path: Path) -> NeuroFlowConfig:
 def _config(path: Path, metadata: dict[str, str]) -> NeuroFlowConfig:
     if "config" not in metadata:
         raise ValueError(f"{path}: holds no distilled weights; accepted is a file that neuroflow distill wrote")
-    return NeuroFlowConfig.from_fields(json.loads(metadata["config"]))
+    try:
+        return NeuroFlowConfig.from_fields(from_json(metadata["config"]))
+    except ValueError as error:
+        raise ValueError(f"{path}: its settings: {error}; accepted is a file that neuroflow distill wrote") from None
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Replace the file in one step."""
-    with replacing(path) as partial:
+    """Replace the file in one step.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with replacing(path) as partial, writing(path, SafetensorError):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
 
 

@@ -316,16 +316,24 @@ def test_classes_of_a_text_tower(neuroflow, folder, tmp_path, kind):
         assert answers[name]["answers"]["dense"]["top"] == [LABELS[index] for index in order]
 
 
-def test_prompts_are_lower_case_words(tmp_path, monkeypatch):
+def test_prompts_are_lower_case_words_and_no_code_of_the_models_runs(tmp_path, monkeypatch):
     whole_model(tmp_path / "model", "siglip")
-    prompts, load = [], eval_video.AutoTokenizer.from_pretrained
+    prompts, trusted, load = [], [], eval_video.AutoTokenizer.from_pretrained
 
-    def recording(name):
-        return lambda texts, **options: prompts.append(texts) or load(name)(texts, **options)
+    def recording(name, **options):
+        return lambda texts, **others: prompts.append(texts) or load(name, **options)(texts, **others)
+
+    def watch(loader):
+        load = loader.from_pretrained
+        noting = lambda name, **options: trusted.append(options.get("trust_remote_code")) or load(name, **options)  # noqa: E731
+        monkeypatch.setattr(loader, "from_pretrained", noting)
 
     monkeypatch.setattr(eval_video.AutoTokenizer, "from_pretrained", recording)
+    for loader in (eval_video.AutoConfig, eval_video.AutoTokenizer, eval_video.AutoModel):
+        watch(loader)
     eval_video.text_classes(str(tmp_path / "model"), ["ApplyEyeMakeup", "YoYo"], ["A video of {}.", "{}"], "cpu")
     assert prompts == [["a video of apply eye makeup.", "a video of yo yo."], ["apply eye makeup", "yo yo"]]
+    assert len(trusted) >= 3 and set(trusted) == {False}
 
 
 def test_the_published_table_is_one_command_and_no_table_depends_on_the_machines_speed(

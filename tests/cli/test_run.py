@@ -256,7 +256,7 @@ def test_bad_source_is_one_line_and_leaves_no_file(tmp_path, neuroflow_run, kind
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--out", "result.csv"], "not a known format"),
         (["--out", "no/where/result.npz"], "a directory that exists"),
-        (["--overlay", "overlay.gif"], "give an .mp4 file"),
+        (["--overlay", "overlay.gif"], "give a .mp4 file"),
         (["--resume"], "without --out"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],

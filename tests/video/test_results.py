@@ -80,12 +80,11 @@ def test_settings_travel_with_the_binary_formats(tmp_path):
 @pytest.mark.parametrize("torn", [b"", b'{"frame":2,"embedding":[' + b"0.125," * 200])
 def test_killed_run_is_continued(tmp_path, suffix, torn):
     path = tmp_path / f"result{suffix}"
-    killed = write(path, range(2))  # never closed: what was appended must be on disk by itself
+    write(path, range(2))  # never closed: what was appended must be on disk by itself
     with (tmp_path / f"result{suffix}.journal").open("ab") as journal:
         journal.write(torn)
     results = Results(path, SETTINGS, resume=True)
     assert results.resumed == [record(0), record(1)]
-    killed.close()
     results.append(record(2), embedding(2))
     results.finish()
     frame, _, _, vectors = read(path)

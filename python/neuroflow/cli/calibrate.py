@@ -16,7 +16,7 @@ import neuroflow
 from ..calibration import Of
 from ..video.source import Source
 from . import CommandError
-from .common import every, format_gate, gate_config, load_model
+from .common import every, format_gate, gate_config, load_model, require_writable
 from .options import add_frames, add_gate, add_model, share
 
 DESCRIPTION = """\
@@ -73,12 +73,12 @@ def calibrate(arguments: argparse.Namespace) -> int:
 
     Raises:
         CommandError: bad options, or a target out of reach.
+        OutputError: --out cannot be written.
         SourceError: the source gives no frames.
     """
     config = gate_config(arguments)
     out = arguments.out
-    if out.is_dir() or not out.parent.is_dir():
-        raise CommandError(f"--out {out}: cannot be written; give a file in a directory that exists")
+    require_writable("--out", out, None)
     with contextlib.closing(Source(arguments.source, max_pixels=arguments.max_pixels)) as source:
         if source.live:
             raise CommandError(f"{source.address}: a live source gives each frame once; record some, and give the file")
@@ -108,10 +108,7 @@ def calibrate(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise CommandError(str(error)) from None
     print(format_calibration(found, len(frames)))
-    try:
-        found.config.save(out)
-    except OSError as error:
-        raise CommandError(f"--out {out}: cannot be written ({error.strerror}); give another") from None
+    found.config.save(out)
     print(f"written           {out}, for neuroflow run --config")
     return 0
 

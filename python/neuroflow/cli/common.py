@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def torch_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which the meta device cannot
     # torch answers a device that is misspelt, not built in or not there with several classes.
     except Exception as error:
         reason = str(error).splitlines()[0]
@@ -184,26 +185,35 @@ def pinned_model(arguments: argparse.Namespace) -> str:
     return str(model.resolve()) if model.exists() else arguments.model
 
 
-def open_findings(arguments: argparse.Namespace, settings: dict[str, Any]) -> Findings:
-    """What goes into --out, or nowhere without it; `settings` are what a continued run must have in common with this.
+def open_findings(arguments: argparse.Namespace, settings: dict[str, Any], read: Callable[[Any], object]) -> Findings:
+    """What goes into --out, or nowhere without it.
+
+    Args:
+        arguments: with `out` and `resume`.
+        settings: what a continued run must have in common with this.
+        read: as of `Findings`; what is read of a finding later.
 
     Raises:
         CommandError: --out cannot be written, or --resume is given without.
         JournalError: the run that is continued was made with other settings, or cannot be read.
+        OutputError: --out cannot be written, or another run is writing it.
     """
     out = arguments.out
     if out is None and arguments.resume:
         raise CommandError("--resume: there is nothing to continue without --out; give the unfinished run's")
     if out is not None:
         require_writable("--out", out, ".json")
-    return Findings(out, settings, resume=arguments.resume)
+    return Findings(out, settings, resume=arguments.resume, read=read)
 
 
-def require_writable(option: str, path: Path, suffix: str) -> None:
-    """Refuse a path that is no file of such a suffix in a directory that exists.
+def require_writable(option: str, path: Path, suffix: str | None) -> None:
+    """Refuse a path that is no file of such a suffix, if there is to be one, in a directory that can be written to.
 
     Raises:
         CommandError: it is none.
     """
-    if path.suffix != suffix or path.is_dir() or not path.parent.is_dir():
-        raise CommandError(f"{option} {path}: cannot be written; give a {suffix} file in a directory that exists")
+    if suffix not in (None, path.suffix) or path.is_dir() or not path.parent.is_dir():
+        kind = "file" if suffix is None else f"{suffix} file"
+        raise CommandError(f"{option} {path}: cannot be written; give a {kind} in a directory that exists")
+    if not os.access(path.parent, os.W_OK):
+        raise CommandError(f"{option} {path}: cannot be written; give a directory that can be written to")

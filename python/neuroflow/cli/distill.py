@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ..distillation import Distillation, DistillationConfig, Epoch, Outside
+from ..files import lock, writing
 from ..street import STREET, load_classes
 from ..video.clips import VIDEO_SUFFIXES
 from ..video.preprocess import Preprocessor
@@ -115,10 +116,19 @@ def distill(arguments: argparse.Namespace) -> int:
 
     Raises:
         CommandError: bad options.
+        OutputError: --out cannot be written, or another run is writing it.
         SourceError: a video gives no frames.
     """
     out, checkpoint = arguments.out, arguments.out.with_name(f"{arguments.out.name}.checkpoint")
     require_writable("--out", out, ".safetensors")
+    held = out.with_name(f"{out.name}.lock")
+    with writing(out), contextlib.ExitStack() as stack:
+        stack.enter_context(lock(held))
+        stack.callback(held.unlink, missing_ok=True)
+        return _distill(arguments, out, checkpoint)
+
+
+def _distill(arguments: argparse.Namespace, out: Path, checkpoint: Path) -> int:
     if arguments.resume and not checkpoint.exists():
         raise CommandError(f"--resume: there is no unfinished {out}; run without it")
     paths = _videos(arguments.videos)
@@ -151,8 +161,6 @@ def distill(arguments: argparse.Namespace) -> int:
         distillation.save(out)
     except ValueError as error:
         raise CommandError(str(error)) from None
-    except OSError as error:
-        raise CommandError(f"--out {out}: cannot be written ({error.strerror}); give another") from None
     except KeyboardInterrupt:
         if checkpoint.exists():
             print("finished epochs are kept: the same command with --resume continues", file=sys.stderr)

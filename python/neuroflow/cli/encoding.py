@@ -57,7 +57,9 @@ def encode_video(
         overlay: an MP4 to write, of the frames beside their active patches.
 
     Raises:
-        CommandError: a configuration that does not fit the model.
+        CommandError: a configuration that does not fit the model, or no frame is left for the overlay.
+        JournalError: an embedding with NaN or Inf.
+        OutputError: results or overlay cannot be written.
         SourceError: no frame.
     """
     dense = copy_sharing_weights(model) if compare else None
@@ -120,15 +122,15 @@ def encode_video(
     except KeyboardInterrupt:
         print(f"interrupted after {len(records)} frames", file=sys.stderr)
         return INTERRUPTED
-    finally:
-        if results is not None:
-            results.close()
     if not records:
         raise SourceError(f"{source.address}: {source.stopped or 'it ended before a frame was encoded'}; try again")
     if source.stopped:
         print(f"warning: {source.address}: {source.stopped}; the frames before are kept", file=sys.stderr)
     if results is not None:
         results.finish()
+    if overlay is not None and not stages:
+        message = "is not written: the run that is continued left no frame for it; run without --resume"
+        raise CommandError(f"--overlay {overlay}: {message}")
     height, width = preprocess.height, preprocess.width
     rows, columns = (size // patch for size, patch in zip((height, width), pair(model.config.patch_size), strict=True))
     dtype = str(model.dtype).removeprefix("torch.")

@@ -86,7 +86,7 @@ def eval_laws(arguments: argparse.Namespace) -> int:
     with contextlib.closing(Source(arguments.source, max_pixels=arguments.max_pixels)) as source:
         if source.live:
             raise CommandError(f"{source.address}: a live source gives each frame once; record some, and give the file")
-        findings = open_findings(arguments, settings)
+        findings = open_findings(arguments, settings, lambda rows: _law_table({"": rows}))
         model, preprocess = load_model(arguments)
         sizes = _sizes(model, preprocess, arguments.sizes)
         chosen = itertools.islice(every(source, arguments.stride), arguments.max_frames)

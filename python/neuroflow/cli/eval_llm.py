@@ -15,6 +15,7 @@ from ..llm import DECODERS, BypassConfig, disable_bypass, enable_bypass
 from ..llm_evaluation import cut_windows, evaluate, pair_of
 from . import CommandError
 from .common import INTERRUPTED, KEPT, open_findings, pinned_model, torch_device
+from .model import require_finite
 from .options import count
 
 DESCRIPTION = """\
@@ -94,7 +95,7 @@ def _layers(text: str) -> tuple[int, tuple[int, ...]]:
 
 
 def _window(text: str) -> int:
-    tokens = int(text)
+    tokens = count(text)
     if tokens < 4:
         raise argparse.ArgumentTypeError(f"{text} is not 4 or more")
     return tokens
@@ -108,7 +109,7 @@ def eval_llm(arguments: argparse.Namespace) -> int:
         JournalError: the unfinished run was made with other settings, or cannot be read.
     """
     texts = _read_texts(arguments.text)
-    findings = open_findings(arguments, _settings(arguments, texts))
+    findings = open_findings(arguments, _settings(arguments, texts), lambda row: format_rows([row]))
     model, tokenizer = load_language_model(
         arguments.model, torch_device(arguments.device), getattr(torch, arguments.dtype)
     )
@@ -169,6 +170,7 @@ def load_language_model(
     if missing:
         message = f"model {name}: {len(missing)} weights are missing, {min(missing)} first; give a whole checkpoint"
         raise CommandError(message)
+    require_finite(name, model)
     return model.eval().to(device), tokenizer
 
 

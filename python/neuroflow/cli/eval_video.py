@@ -112,7 +112,7 @@ def eval_video(arguments: argparse.Namespace) -> int:
         "classes": None if arguments.classes is None else str(arguments.classes.resolve()),
         "template": arguments.template,
     }
-    findings = open_findings(arguments, settings)
+    findings = open_findings(arguments, settings, lambda record: tabulate([_answers(record, configs)]))
     model, preprocess = load_model(arguments)
     project = None
     if classes is None:
@@ -147,10 +147,7 @@ def eval_video(arguments: argparse.Namespace) -> int:
     records = [findings.done[clip.name] for clip in clips if clip.name in findings.done]
     if not records:
         raise CommandError(f"{arguments.source}: none of its {len(clips)} clips can be read, {clips[0].name} first")
-    rows = tabulate(
-        (record["label"], {system: Answer(**record["answers"][system]) for system in (DENSE, *configs)})
-        for record in records
-    )
+    rows = tabulate(_answers(record, configs) for record in records)
     findings.finish(
         machine=machine(model.device), table=[row._asdict() for row in rows], left_out=left_out, classes=classes.names
     )
@@ -186,14 +183,14 @@ def text_classes(
         CommandError: there is no text tower, or model or tokenizer cannot be loaded.
     """
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
+        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         if kind not in WITH_TEXT:
             raise CommandError(
                 f"model {name}: its type, {kind}, has no text tower; give --classes FILE of class embeddings, or a "
                 f"whole model of type {' or '.join(WITH_TEXT)}"
             )
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False).eval()
     except CommandError:
         raise
     # Hub, tokenizer and weights each fail in their own ways.
@@ -236,6 +233,11 @@ def format_rows(rows: list[Row]) -> str:
             for row in rows
         ],
     )
+
+
+def _answers(record: dict, configs: Iterable[str]) -> tuple[str, dict[str, Answer]]:
+    """A clip's label, and what each system made of it, of what was noted of it."""
+    return record["label"], {system: Answer(**record["answers"][system]) for system in (DENSE, *configs)}
 
 
 def _patched(model: nn.Module, config: neuroflow.NeuroFlowConfig) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import huggingface_hub
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -87,7 +88,19 @@ def load_tower(name: str, device: torch.device, dtype: torch.dtype) -> transform
     if missing:
         message = f"model {name}: {len(missing)} weights are missing, {min(missing)} first; give a whole checkpoint"
         raise CommandError(message)
+    require_finite(name, tower)
     return tower.eval().to(device)
+
+
+def require_finite(name: str, model: nn.Module) -> None:
+    """Refuse a model with NaN or Inf among its weights, of which nothing would come but NaN.
+
+    Raises:
+        CommandError: it has.
+    """
+    for parameter, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise CommandError(f"model {name}: {parameter} holds NaN or Inf; give an undamaged checkpoint")
 
 
 def _load(
@@ -114,6 +127,7 @@ def _load(
         dtype=dtype,
         key_mapping={prefix: "" for prefix in prefixes if prefix is not None},
         output_loading_info=True,
+        trust_remote_code=False,
         **({"add_pooling_layer": False} if TOWERS[kind].pools else {}),
     )
     return tower, loading["missing_keys"]

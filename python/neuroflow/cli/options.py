@@ -4,6 +4,10 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from ..config import MOST
+
+MOST_PIXELS = 178_956_970  # of a frame, and of the model's input
+
 
 def add_model(
     parser: argparse.ArgumentParser, source: str = "SOURCE", source_help: str = "file, directory, webcam or address"
@@ -74,9 +78,9 @@ def add_frames(parser: argparse.ArgumentParser, most: int | None, most_help: str
     frames.add_argument(
         "--max-pixels",
         type=count,
-        default=178_956_970,
+        default=MOST_PIXELS,
         metavar="N",
-        help="refuse frames of more pixels (default: 178956970)",
+        help=f"refuse frames of more pixels (default: {MOST_PIXELS})",
     )
     return frames
 
@@ -90,10 +94,12 @@ def share(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """An integer, 1 or more."""
+    """An integer, 1 or more, as far as int32 goes."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    if number > MOST:
+        raise argparse.ArgumentTypeError(f"{text:.40} is more than {MOST}")
     return number
 
 
@@ -101,5 +107,7 @@ def size(text: str) -> tuple[int, int]:
     """Width and height."""
     sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
     if len(sides) > 2 or 0 in sides:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give 448 or 640x384")
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no size; give 448 or 640x384")
+    if sides[0] * sides[-1] > MOST_PIXELS:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} has more than {MOST_PIXELS} pixels; give 448 or 640x384")
     return sides[0], sides[-1]

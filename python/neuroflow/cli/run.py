@@ -14,7 +14,7 @@ from ..street import load_classes
 from ..video.results import Results
 from ..video.source import Source
 from . import CommandError
-from .common import INTERRUPTED, KEPT, gate_config, load_model, pinned_model
+from .common import INTERRUPTED, KEPT, gate_config, load_model, pinned_model, require_writable
 from .encoding import encode_video
 from .options import add_frames, add_gate, add_model, count
 
@@ -82,20 +82,23 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         CommandError: bad options.
         JournalError: --out cannot be written or continued.
+        OutputError: an output cannot be written, or another run is writing it.
         SourceError: the source gives no frames.
     """
     config = gate_config(arguments)
     if arguments.resume and arguments.out is None:
         raise CommandError("--resume: there is nothing to continue without --out; give that of the unfinished run")
     overlay = arguments.overlay
-    if overlay is not None and (overlay.suffix != ".mp4" or overlay.is_dir() or not overlay.parent.is_dir()):
-        raise CommandError(f"--overlay {overlay}: cannot be written; give an .mp4 file in a directory that exists")
-    with contextlib.closing(Source(arguments.source, max_pixels=arguments.max_pixels)) as source:
+    if overlay is not None:
+        require_writable("--overlay", overlay, ".mp4")
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(contextlib.closing(Source(arguments.source, max_pixels=arguments.max_pixels)))
         if arguments.resume and source.live:
             raise CommandError("--resume: a live source cannot be continued; run without it")
         results = None
         if arguments.out is not None:
             results = Results(arguments.out, _settings(arguments, config), resume=arguments.resume)
+            stack.callback(results.close)
         model, preprocess = load_model(arguments)
         code = encode_video(
             source,

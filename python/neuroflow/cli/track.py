@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import itertools
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import neuroflow
 from ..classes import ClassHead, read_classes
 from ..embedding import encode_frames
 from ..engine.scores import AROUND_WEIGHT
-from ..files import replacing
+from ..files import replacing, to_json
 from ..objects import Track, Tracker, box_in_pixels, component_embeddings, components, motion, nearest
 from ..street import load_classes
 from ..video.ahead import Prepared, ReadAhead, prepare
@@ -98,11 +97,18 @@ def track(arguments: argparse.Namespace) -> int:
 
     Raises:
         CommandError: bad options.
+        OutputError: an output cannot be written, or another run is writing it.
         SourceError: the source gives no frames.
     """
     for option, path, suffix in (("--out", arguments.out, ".json"), ("--overlay", arguments.overlay, ".mp4")):
         if path is not None:
             require_writable(option, path, suffix)
+    with contextlib.nullcontext() if arguments.out is None else replacing(arguments.out) as out:
+        return _track(arguments, out)
+
+
+def _track(arguments: argparse.Namespace, out: Path | None) -> int:
+    """Follow what moves, and write it to `out`."""
     with contextlib.closing(Source(arguments.source, max_pixels=arguments.max_pixels)) as source:
         model, preprocess = load_model(arguments)
         labels = _labels(arguments)
@@ -140,13 +146,15 @@ def track(arguments: argparse.Namespace) -> int:
         raise SourceError(f"{source.address}: {source.stopped or 'it ended before a frame was encoded'}; try again")
     if source.stopped:
         print(f"warning: {source.address}: {source.stopped}; the frames before are used", file=sys.stderr)
-    if arguments.out is not None:
+    if out is not None:
         height, width = tracked.frame.size
         settings = {"source": arguments.source, "model": arguments.model, "size": [width, height]}
         settings |= {"threshold": arguments.threshold, "ema_decay": arguments.ema_decay}
         content = settings | {"frames": lines, "tracks": list(found.values())}
-        with replacing(arguments.out) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+        try:
+            out.write_text(to_json(content, indent=1) + "\n")
+        except ValueError as error:
+            raise CommandError(f"--out {arguments.out}: {error}; give --dtype float32 or other weights") from None
     print(_report(lines, list(found.values()), neuroflow.summary(model).streams[STREAM].skipped))
     return 0
 

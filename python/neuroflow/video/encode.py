@@ -10,7 +10,7 @@ from typing import Self
 import av
 import numpy as np
 
-from ..files import replacing
+from ..files import OutputError, replacing, writing
 
 TICKS = 60_000  # a second: whole numbers of them at the usual rates, NTSC's too, and no more than MPEG-4 takes
 
@@ -24,6 +24,9 @@ class VideoWriter:
     Args:
         path: the file to write.
         rate: frames per second, of those that are written without a time.
+
+    Raises:
+        OutputError: it cannot be written, or another process is writing it. So do `write` and the end of the block.
     """
 
     def __init__(self, path: Path, rate: Fraction) -> None:
@@ -35,9 +38,12 @@ class VideoWriter:
         self._frames = 0
         self._begin = 0.0  # time of the first frame
         self._tick = -1  # of the last one
-        self._file = contextlib.ExitStack()
-        self._partial = self._file.enter_context(replacing(path))
-        self._container = av.open(str(self._partial), "w", format="mp4")
+        self._path = path
+        with contextlib.ExitStack() as stack:
+            self._partial = stack.enter_context(replacing(path))
+            with writing(path, av.FFmpegError):
+                self._container = av.open(f"file:{self._partial}", "w", format="mp4")
+            self._file = stack.pop_all()
         self._stream = self._container.add_stream(codec, rate=self._rate)
         self._stream.codec_context.time_base = Fraction(1, TICKS)
         self._stream.pix_fmt = "yuv420p"
@@ -63,7 +69,8 @@ class VideoWriter:
         picture = av.VideoFrame.from_ndarray(image, format="rgb24")
         picture.pts, picture.time_base = self._tick, Fraction(1, TICKS)
         picture.duration = round(TICKS / self._rate)
-        self._container.mux(self._stream.encode(picture))
+        with writing(self._path, av.FFmpegError):
+            self._container.mux(self._stream.encode(picture))
 
     def __enter__(self) -> Self:
         return self
@@ -73,8 +80,13 @@ class VideoWriter:
     ) -> None:
         complete = kind is None and self._frames > 0
         with self._file:
-            with self._container:
+            try:
+                with writing(self._path, av.FFmpegError), self._container:
+                    if complete:
+                        self._container.mux(self._stream.encode())
+            except OutputError:
+                # What cannot be written is said; but not in the place of what ended the block.
                 if complete:
-                    self._container.mux(self._stream.encode())
+                    raise
             if not complete:
                 self._partial.unlink(missing_ok=True)

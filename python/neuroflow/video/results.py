@@ -2,13 +2,15 @@
 
 import importlib.util
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args, get_type_hints
 
 import numpy as np
 
-from ..files import replacing
+from ..config import LARGEST
+from ..files import from_json, replacing
 from ..journal import Journal, JournalError
 
 SUFFIXES = (".jsonl", ".npz", ".parquet")
@@ -50,14 +52,16 @@ class Results:
 
     Args:
         path: the file to write, .jsonl, .npz or .parquet.
-        settings: what the run was made with, of JSON's types.
+        settings: what the run was made with, of JSON's types; `stride`, which is 1 where it is not among them, says how
+            far apart the frames of a run that is continued are.
         resume: continue the journal that an unfinished run left.
 
     Attributes:
         resumed: the records of the run that is continued.
 
     Raises:
-        JournalError: a path that cannot be written, or a journal that was made with other settings.
+        JournalError: a path that cannot be written, or a journal that was made with other settings or is damaged.
+        OutputError: a path that cannot be written, or that another run is writing.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool = False) -> None:
@@ -69,16 +73,27 @@ class Results:
             raise JournalError(f"{path}: parquet needs pyarrow; install it, or end the name in .jsonl or .npz")
         self.resumed: list[Record] = []
         self._path = path
-        self._journal = Journal(path, settings, lambda line: self.resumed.append(_record(line)), resume=resume)
+        self._stride = settings.get("stride", 1)
+        self._dimension: int | None = None
+        self._journal = Journal(path, settings, self._take, resume=resume)
 
     def append(self, record: Record, embedding: np.ndarray) -> None:
-        """Note a frame and its embedding, [D] float32. They survive a kill once this has returned."""
+        """Note a frame and its embedding, [D] float32. They survive a kill once this has returned.
+
+        Raises:
+            JournalError: NaN or Inf in it, or another D than that of the frames before.
+            OutputError: it cannot be written.
+        """
+        self._require_dimension(len(embedding))
         # Through float32's own shortest text, which float64's would triple.
         self._journal.append({**asdict(record), "embedding": [float(str(value)) for value in embedding]})
 
     def finish(self) -> None:
-        """Write the file asked for in full, then remove the journal. At least one frame has been appended."""
-        self.close()
+        """Write the file asked for in full, then remove the journal. At least one frame has been appended.
+
+        Raises:
+            OutputError: it cannot be written; the journal stays.
+        """
         write = {".jsonl": self._write_jsonl, ".npz": self._write_npz, ".parquet": self._write_parquet}
         with replacing(self._path) as partial, partial.open("wb") as file:
             write[self._path.suffix](file)
@@ -88,10 +103,27 @@ class Results:
         """Leave the journal to be continued by a later run."""
         self._journal.close()
 
+    def _take(self, row: Any) -> None:
+        """A row of the run that is continued."""
+        record, embedding = _record(row), row["embedding"]
+        expected = len(self.resumed) * self._stride
+        if record.frame != expected:
+            raise ValueError(f"it has frame {record.frame} where {expected} is due")
+        if not embedding or not all(type(value) is float and abs(value) <= LARGEST for value in embedding):
+            raise ValueError(f"the embedding of frame {record.frame} is no list of finite numbers")
+        self._require_dimension(len(embedding))
+        self.resumed.append(record)
+
+    def _require_dimension(self, dimension: int) -> None:
+        if dimension != (self._dimension or dimension):
+            message = f"embeddings have {self._dimension} dimensions, and the next frame's has {dimension}"
+            raise JournalError(f"{self._path}: {message}; give the model of the frames before")
+        self._dimension = dimension
+
     def _columns(self) -> tuple[list[Record], np.ndarray]:
         records, embeddings = [], []
         for line in self._journal.lines():
-            row = json.loads(line)
+            row = from_json(line)
             embeddings.append(np.array(row["embedding"], np.float32))
             records.append(_record(row))
         return records, np.stack(embeddings)
@@ -104,6 +136,8 @@ class Results:
         columns = {}
         for field in fields(Record):
             values = [getattr(record, field.name) for record in records]
+            if any(isinstance(value, str) for value in values):
+                values = [value or "" for value in values]
             columns[field.name] = np.array(values, float if None in values else None)
         np.savez(file, **columns, embedding=embedding, settings=json.dumps(self._journal.settings))
 
@@ -119,4 +153,15 @@ class Results:
 
 
 def _record(row: dict) -> Record:
+    """The record in a journal's row.
+
+    Raises:
+        ValueError: a value that none has.
+    """
+    for name, kind in get_type_hints(Record).items():
+        kinds = get_args(kind) or (kind,)
+        value = row[name]
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
+        if not fits or (type(value) is float and not math.isfinite(value)) or (type(value) is int and value < 0):
+            raise ValueError(f"{name} is {value!r:.40}")
     return Record(**{field.name: row[field.name] for field in fields(Record)})
