@@ -19,6 +19,7 @@ from .patch import (
     is_patched,
     last_pass,
     reset_cache,
+    stream,
     summary,
 )
 from .saving import load_state, save_state
@@ -46,6 +47,7 @@ __all__ = [
     "register_adapter",
     "reset_cache",
     "save_state",
+    "stream",
     "summary",
     "supported_models",
 ]

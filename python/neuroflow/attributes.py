@@ -1,5 +1,6 @@
 """Attributes of modules that are replaced in place, and put back."""
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -33,18 +34,36 @@ class Replaced:
         in_front.__signature__ = inspect.signature(original)  # by which callers choose what they pass
         self.set(module, method, in_front)
 
-    def undo(self) -> None:
+    def undo(self) -> list[tuple[nn.Module, str]]:
         """Put everything back, the last first; a class's own method comes back by removing the instance's.
 
         What something else has wrapped since stays wrapped, and what was put in front of the method inside is gone.
+
+        Returns:
+            the modules and names of what is no longer as it was set: wrapped, replaced or taken away since.
         """
+        others = []
         for module, name, value, was in reversed(self._undo):
             if isinstance(value, _InFront):
                 value.release()
             if vars(module).get(name) is not value:
+                others.append((module, name))
                 continue
             if was is None:
                 delattr(module, name)
             else:
                 setattr(module, name, was)  # other threads find one or the other
         self._undo.clear()
+        return list(dict.fromkeys(others))
+
+    def undo_in_copies(self, memo: dict[int, Any]) -> None:
+        """As `undo`, in what `copy.deepcopy` made of the modules, which is by their id in `memo`."""
+        were: dict[tuple[int, str], Any] = {}
+        for module, name, value, was in reversed(self._undo):
+            key = id(module), name
+            if key[0] in memo and were.get(key, vars(module).get(name)) is value:
+                were[key] = was
+        for (module, name), was in were.items():
+            del vars(memo[module])[name]
+            if was is not None:
+                vars(memo[module])[name] = copy.deepcopy(was, memo)

@@ -33,7 +33,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     current = current_pass.get()
-    if current is not None:
+    if current is not None and module in current.plan.layer_of:
         return attend(current, module, query, key, value, attention_mask, **kwargs)
     if module not in _asked:
         _asked.add(module)

@@ -4,11 +4,15 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import copy_context
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -200,8 +204,9 @@ def enable_cache(
     not returned for partial frames (an "eager" attention implementation becomes "sdpa"). Hidden states and feature maps
     are of all patches: those that a frame does not encode keep what their last encoding gave there. Each block that is
     asked for is a cache more, and a stream that is asked for others than in its last frame begins anew with a key
-    frame. Under "active" (B) hidden states are of the active tokens alone, as the output is: [S, most active, D],
-    padded with zeros, which what averages them outside of the tower has to leave out.
+    frame. So does every stream when weights change; `reset_cache` says which changes go unnoticed. Under "active" (B)
+    hidden states are of the active tokens alone, as the output is: [S, most active, D], padded with zeros, which what
+    averages them outside of the tower has to leave out.
 
     Args:
         model: a model with a vision tower of one of `supported_models()`, in evaluation mode.
@@ -214,7 +219,7 @@ def enable_cache(
             that is not runs as before. `summary`, `save_state` and `load_state` take one tower then, not the model.
 
     Raises:
-        TypeError: a model that no adapter knows.
+        TypeError: a model that no adapter knows, or an attention with a `forward` of its own that would not be called.
         AttributeError: its adapter names a method that is not there.
         RuntimeError: the model is patched with another configuration, other limits or other weights.
         ValueError: an architecture or a `mid_layer` that the model cannot have, a file that holds no configuration,
@@ -227,7 +232,7 @@ def enable_cache(
         config = NeuroFlowConfig.load(config)
     if not isinstance(config, NeuroFlowConfig):
         accepted = "a neuroflow.NeuroFlowConfig, or the path of a saved one"
-        raise TypeError(f"config is {config!r} ({type(config).__name__}); accepted is {accepted}")
+        raise TypeError(f"config is a {type(config).__name__}; accepted is {accepted}")
     anatomy = describe(model, tower)
     for library in ("torch", type(anatomy.tower).__module__.partition(".")[0]):
         warn_of_newer(library)
@@ -262,23 +267,43 @@ def install(engine: Engine) -> None:
         # The tower's entries come last: until then, frames of other threads run as they did.
         for module, method, function in sorted(points, key=lambda point: point[:2] in entries):
             replaced.put_in_front(module, method, function)
+        replaced.set(anatomy.tower, "__deepcopy__", functools.partial(_copied, anatomy.tower))
     except BaseException:
         _take_out(engine)
         raise
 
 
-def _take_out(engine: Engine) -> None:
+def _take_out(engine: Engine) -> list[tuple[nn.Module, str]]:
+    """Undo `install`; the modules and names of what is no longer as that set it."""
     tower = engine.anatomy.tower
-    vars(tower)[_REPLACED].undo()
+    others = vars(tower)[_REPLACED].undo()
     delattr(tower, _ENGINE)
     delattr(tower, _REPLACED)
+    return others
+
+
+def _copied(tower: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What `copy.deepcopy` makes of a patched tower: one that is patched likewise, with streams of its own."""
+    engine, replaced = vars(tower)[_ENGINE], vars(tower)[_REPLACED]
+    copied = memo[id(tower)] = type(tower).__new__(type(tower))
+    attributes = {name: value for name, value in vars(tower).items() if name not in (_ENGINE, _REPLACED)}
+    vars(copied).update(copy.deepcopy(attributes, memo))
+    others = copy.deepcopy(list(engine.distilled.values()), memo)
+    distilled = {memo[id(module)]: other for module, other in zip(engine.distilled, others, strict=True)}
+    replaced.undo_in_copies(memo)
+    limits = engine.streams
+    streams = StreamCache(limits.max_streams, limits.max_bytes, limits.idle_seconds)
+    twin = type(engine)(describe(copied), engine.config, streams, distilled)
+    twin.weights = engine.weights
+    install(twin)
+    return copied
 
 
 def disable_cache(model: nn.Module) -> None:
     """Undo `enable_cache`, for every tower of the model, and drop every stream.
 
-    Does nothing to a model that is not patched. A method that something else has wrapped since stays wrapped, and the
-    engine inside is gone.
+    Does nothing to a model that is not patched. A method that something else has wrapped since stays wrapped, which a
+    warning names, and the engine inside is gone.
 
     Raises:
         TypeError: a model that no adapter knows.
@@ -290,9 +315,37 @@ def disable_cache(model: nn.Module) -> None:
         with engine.streams.held(None), _patching:
             if vars(engine.anatomy.tower).get(_ENGINE) is engine:  # no other thread was faster
                 engine.removed = True
-                _take_out(engine)
+                _warn_of_wrapped(model, _take_out(engine))
                 engine.streams.clear()
         engine.reported.set(())
+
+
+def _warn_of_wrapped(model: nn.Module, others: list[tuple[nn.Module, str]]) -> None:
+    wrapped = [(module, name) for module, name in others if _is_other(module, name)]
+    if wrapped:
+        module, name = wrapped[0]
+        names = {part: path for path, part in model.named_modules()}
+        method = f"{names.get(module) or type(module).__name__}.{name}"
+        warnings.warn(
+            f"neuroflow: {method} stays wrapped by {_description(vars(module)[name])}"
+            + (f", and {len(wrapped) - 1} more by what came after enable_cache" if len(wrapped) > 1 else ""),
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _is_other(module: nn.Module, name: str) -> bool:
+    """Whether a module has something else than its class's under a name."""
+    value = vars(module).get(name)
+    return value is not None and getattr(value, "__func__", value) is not getattr(type(module), name, None)
+
+
+def _description(value: Any) -> str:
+    """Where a function was written, or the class of anything else."""
+    function = value.func if isinstance(value, functools.partial) else value
+    if not hasattr(function, "__code__"):
+        return f"a {type(value).__name__}"
+    return f"{function.__globals__['__name__']}.{function.__code__.co_qualname}"  # its own name may be a copy
 
 
 @contextlib.contextmanager
@@ -305,10 +358,12 @@ def cache_context(model: nn.Module, *streams: Hashable) -> Iterator[None]:
     streams of its own, and is dealt the names by itself.
 
     Without a context one frame belongs to the stream "default"; `NeuroFlowConfig.batch` says what several are. Contexts
-    are local to a thread or task.
+    are local to a thread or task. A generator is not: while it waits at a `yield` in such a block, the names are in
+    force for whoever called it. `stream` is for use there.
 
     Raises:
-        RuntimeError: the model is not patched.
+        RuntimeError: the model is not patched; or the block was held over a `yield`, and other frames came in between.
+        TypeError: a name that is a tensor, or that cannot be a key of a dict.
         ValueError: no name; or the block ends in the middle of its names.
 
     Example:
@@ -318,15 +373,69 @@ def cache_context(model: nn.Module, *streams: Hashable) -> Iterator[None]:
     engines = engines_of(model)
     if not streams:
         raise ValueError("streams is (); accepted is at least one name")
-    deals = [Deal(streams) for _ in engines]
-    with contextlib.ExitStack() as stack:
-        for engine, deal in zip(engines, deals, strict=True):
-            stack.callback(engine.named.reset, engine.named.set(deal))
+    for name in streams:
+        _check_name(name)
+    deals: list[Deal] = []
+    generator, mixed = _generator(sys._getframe(1)), False
+    try:
+        for engine in engines:
+            deals.append(Deal(streams, engine.named.get(), generator))
+            engine.named.set(deals[-1])
         yield
+    finally:
+        for engine, deal in zip(engines, deals, strict=False):
+            in_force, outer = engine.named.get() is deal, deal.close()
+            mixed |= not in_force or len(deal.callers) > 1
+            if in_force:
+                engine.named.set(outer)
+    if mixed:
+        raise RuntimeError(
+            f"the block that names {streams!r} was held over a yield, and other frames came in between; some may have "
+            "gone to the wrong stream. In a generator, call neuroflow.stream(model, name) in place of the model"
+        )
     for deal in deals:
         if deal.dealt % len(streams):
             accepted = f"a multiple of {len(streams)}, so that each name has as many"
             raise ValueError(f"streams is {streams!r}, and {deal.dealt} frames were encoded; accepted is {accepted}")
+
+
+def _check_name(stream: Hashable) -> None:
+    if isinstance(stream, torch.Tensor) or not isinstance(stream, Hashable):
+        raise TypeError(f"a stream's name is a {type(stream).__name__}; accepted are strings, integers and the like")
+
+
+def _generator(frame: FrameType | None) -> FrameType | None:
+    """The generator that a block stands in which `frame` opens, unless it makes a context manager of its own."""
+    while frame is not None and frame.f_globals.get("__name__") == "contextlib":
+        frame = frame.f_back
+    if frame is None or not frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
+        return None
+    caller = frame.f_back
+    return None if caller is not None and caller.f_globals.get("__name__") == "contextlib" else frame
+
+
+def stream(model: nn.Module, name: Hashable) -> Callable[..., Any]:
+    """The model as one stream calls it: each call is a `cache_context` of its own.
+
+    It can be handed to what knows nothing of streams, and called anywhere: in generators, and in threads and tasks that
+    do not inherit contexts.
+
+    Raises:
+        RuntimeError: the model is not patched, now or when it is called.
+        TypeError: a name that is a tensor, or that cannot be a key of a dict.
+
+    Example:
+        camera = neuroflow.stream(model, "cam-7")
+        embeddings = (camera(pixel_values=frame).pooler_output for frame in frames)
+    """
+    engines_of(model)
+    _check_name(name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with cache_context(model, name):
+            return model(*args, **kwargs)
+
+    return call
 
 
 def encode(
@@ -376,8 +485,9 @@ def encode(
 def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
     """Forget one stream, or all of them, and give back their memory: the next frame is a key frame.
 
-    Without `stream`, what was derived from the weights is forgotten too. That happens by itself when they change, but
-    not when they are written through `.data`, as some adapters are merged: torch does not count such changes.
+    Without `stream`, what was derived from the weights is forgotten too. Both happen by themselves when weights change,
+    but not when they are written through `.data`, nor in place where they were made in inference mode: torch does not
+    count such changes. Nor can a scale be seen that an adapter keeps outside of the model.
 
     Raises:
         RuntimeError: the model is not patched, or this is called within a pass, as by a hook.

@@ -159,6 +159,7 @@ def _state(engine: Engine, about: dict, tensors: dict[str, torch.Tensor], device
     elif caches:
         raise ValueError("it holds caches that do not count")
     finite = all(bool(tensor.isfinite().all()) for tensor in caches.values())
+    state.conditions = engine.conditions(device.type)
     state.key_frame_due = None if about["valid"] and finite else "failed"
     for part in KINDS:
         setattr(state, part, None if getattr(state, part) is None else getattr(state, part).to(device))

@@ -147,9 +147,9 @@ def test_a_frame_that_fails_half_way_makes_the_next_a_key_frame():
 
 def test_bad_arguments_cost_nothing():
     model, frames = tiny("vit"), clip(frames=3)
+    model.embeddings.mask_token = torch.nn.Parameter(torch.zeros(1, 1, 64))
     neuroflow.enable_cache(model, exact(threshold=1e-4))
     pooled(model, "vit", frames[:1], ["a"])
-    model.embeddings.mask_token = torch.nn.Parameter(torch.zeros(1, 1, 64))
     with pytest.raises(ValueError, match="bool_masked_pos is given"), neuroflow.cache_context(model, "a"):
         model(frames[1:2], bool_masked_pos=torch.zeros(1, 36, dtype=torch.bool))
     pooled(model, "vit", frames[2:], ["a"])

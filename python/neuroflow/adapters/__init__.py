@@ -88,7 +88,8 @@ def register_adapter(tower: type[nn.Module], adapter: Adapter) -> None:
         TypeError: `tower` is no class of modules.
     """
     if not (isinstance(tower, type) and issubclass(tower, nn.Module)):
-        raise TypeError(f"tower is {tower!r}; accepted is a subclass of torch.nn.Module")
+        given = tower.__name__ if isinstance(tower, type) else f"a {type(tower).__name__}"
+        raise TypeError(f"tower is {given}; accepted is a subclass of torch.nn.Module")
     _registered[tower] = Family(tower.__name__, tower.__module__.partition(".")[0], (tower.__name__,), adapter)
 
 
@@ -99,7 +100,7 @@ def towers(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
         TypeError: `model` is no module, or has no such tower.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {model!r} ({type(model).__name__}); accepted is a torch.nn.Module")
+        raise TypeError(f"model is a {type(model).__name__}; accepted is a torch.nn.Module")
     found: dict[str, tuple[nn.Module, Family]] = {}
     for name, module in model.named_modules():
         if any(_is_in(name, outer) for outer in found):

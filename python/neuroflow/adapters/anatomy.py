@@ -76,6 +76,12 @@ class Anatomy:
     reads: Callable[[dict[str, Any]], Iterable[int]] = _none
 
 
+def convolution_of(projection: nn.Module) -> nn.Module:
+    """The convolution that maps patches: `projection` itself, or what an adapter of its weights has wrapped."""
+    convolutions = (part for part in projection.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
+    return next(convolutions, projection)
+
+
 def is_patch_projection(module: nn.Module) -> bool:
     """Whether `module` is a convolution over windows that tile the image or clip, and so a matrix product of each."""
     return (
@@ -87,26 +93,42 @@ def is_patch_projection(module: nn.Module) -> bool:
     )
 
 
+def is_ordinary(weight: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether a kernel can read `weight` beside `like`: a plain tensor of the same dtype, whose memory is there.
+
+    Those that are offloaded, sharded or quantized are others.
+    """
+    return (
+        type(weight) in (nn.Parameter, torch.Tensor)
+        and weight.dtype == like.dtype
+        and weight.device == like.device
+        and weight.layout == torch.strided
+        and weight.data_ptr() != 0
+    )
+
+
 def is_foldable(head: nn.Module) -> bool:
     """Whether `head` pools as SigLIP's does, by one learned probe that attends to all tokens."""
     return hasattr(head, "probe") and isinstance(getattr(head, "attention", None), nn.MultiheadAttention)
 
 
-def grids_of_images(projection: nn.Conv2d, *refused: str) -> Callable[[dict[str, Any]], list[Grid]]:
+def grids_of_images(projection: nn.Module, *refused: str) -> Callable[[dict[str, Any]], list[Grid]]:
     """`Anatomy.grids` of towers whose first argument holds frames [S, C, H, W], which a convolution maps to patches.
 
     Args:
         refused: other arguments of the tower that a sparse frame has no place for.
     """
 
+    convolution = convolution_of(projection)
+
     def grids(arguments: dict[str, Any]) -> list[Grid]:
         refuse(arguments, *refused)
         name, pixels = next(iter(arguments.items()))
         if pixels.ndim != 4:
-            accepted = f"[S, {projection.in_channels}, H, W]"
+            accepted = f"[S, {convolution.in_channels}, H, W]"
             raise ValueError(f"{name} has shape {list(pixels.shape)}; accepted is {accepted}")
-        padding = (0, 0) if projection.padding == "valid" else projection.padding
-        sides = zip(pixels.shape[2:], padding, projection.kernel_size, projection.stride, strict=True)
+        padding = (0, 0) if convolution.padding == "valid" else convolution.padding
+        sides = zip(pixels.shape[2:], padding, convolution.kernel_size, convolution.stride, strict=True)
         rows, columns = ((length + 2 * around - kernel) // stride + 1 for length, around, kernel, stride in sides)
         return [(rows, columns)] * pixels.shape[0]
 

@@ -3,7 +3,7 @@ from typing import Any
 
 from torch import nn
 
-from .anatomy import Anatomy, Grid, refuse
+from .anatomy import Anatomy, Grid, convolution_of, refuse
 from .vit import vit
 
 
@@ -15,7 +15,8 @@ def tubelets(tower: nn.Module) -> Anatomy:
     of the next pass for neighbours.
     """
     anatomy = vit(tower)
-    channels, (frames, height, width) = anatomy.projection.in_channels, anatomy.projection.kernel_size
+    convolution = convolution_of(anatomy.projection)
+    channels, (frames, height, width) = convolution.in_channels, convolution.kernel_size
 
     def grids(arguments: dict[str, Any]) -> list[Grid]:
         refuse(arguments, "attention_mask", "head_mask")

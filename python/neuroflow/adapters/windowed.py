@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .anatomy import Anatomy, Grid, grids_of_images, with_stages
+from .anatomy import Anatomy, Grid, grids_of_images, is_ordinary, with_stages
 
 
 def sam(tower: nn.Module) -> Anatomy:
@@ -172,9 +172,8 @@ def _in_windows(
         index = place[index]
         bias = bias.masked_fill(((index < 0) & ~outside)[:, None, None], -torch.inf)
         index = index.clamp_min(0)
-    biases = (0.0,) * 3 if module.qkv.bias is None else module.qkv.bias.to(key.dtype).view(3, key.shape[1], -1)
     of_windows = []
-    for heads, padding in zip((key, value), biases[1:], strict=True):
+    for heads, padding in zip((key, value), _padding(module.qkv, key), strict=True):
         of_window = heads[0].transpose(0, 1)[index]  # [W, size * size, heads, head_dim]
         of_window[outside] = padding
         of_windows.append(of_window.transpose(1, 2))
@@ -182,6 +181,20 @@ def _in_windows(
     result = attended.new_empty(1, at.numel(), *attended.shape[2:])
     result[0, order] = attended[torch.arange(slots.shape[1], device=device) < counts[:, None]]
     return result
+
+
+def _padding(qkv: nn.Module, key: torch.Tensor) -> torch.Tensor:
+    """What `qkv` makes of a token that is zero: its key and value, [2, heads, head_dim]."""
+    _, heads, _, head_dim = key.shape
+    projected = qkv.bias
+    is_bias = isinstance(qkv, nn.Linear) and not qkv._forward_hooks and not qkv._forward_pre_hooks
+    if projected is None and is_bias:
+        return key.new_zeros(2, heads, head_dim)
+    dtype = key.dtype if projected is None else projected.dtype
+    zero = key.new_zeros(1, heads * head_dim, dtype=dtype)
+    if not is_bias or not is_ordinary(projected, zero):
+        projected = qkv(zero)
+    return projected.to(key.dtype).view(3, heads, head_dim)[1:]
 
 
 def _position_bias(

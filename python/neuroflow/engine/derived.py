@@ -1,14 +1,22 @@
 """What is computed of weights, and kept until they change."""
 
+import itertools
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import nn
 
+_pointer, _version = torch._C.TensorBase.data_ptr, operator.attrgetter("_version")
+# Modules from elsewhere may be adapters, whose result depends on which of them is active, at which scale.
+_FIXED = ("torch", "transformers", "timm")
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
 
 class Weights:
-    """Notices that the weights of a module changed or moved, or that a part of it was replaced.
+    """Notices that the weights of a module changed or moved, that a part of it was replaced, or that an adapter in it
+    was switched. What is written through `.data` leaves no trace.
 
     Attributes:
         countable: every change is noticed; in inference mode tensors do not count those in place.
@@ -16,21 +24,69 @@ class Weights:
 
     def __init__(self, module: nn.Module) -> None:
         parts = list(module.modules())
-        self._tensors = [held for part in parts for held in (part._parameters, part._buffers)]
-        self._parts = [(part._modules, dict(part._modules)) for part in parts]
-        self._before = self._now()
-        self.countable = all(version is not None for _, version in self._before)
+        held = [tensors for part in parts for tensors in (part._parameters, part._buffers)]
+        self._tensors = [tensors for tensors in held if tensors]
+        self._parts = [part._modules for part in parts if part._modules]
+        self._empty = [tensors for tensors in held if not tensors]
+        self._empty += [part._modules for part in parts if not part._modules]
+        self._adapters = [part for part in parts if type(part).__module__.partition(".")[0] not in _FIXED]
+        self._parts_before, self._before = _all(self._parts), self._now()
+        self.countable = None not in self._before[1]
+        self.settle()
 
-    def _now(self) -> list[tuple[int, int | None]]:
-        return [
-            (tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
-            for held in self._tensors
-            for tensor in held.values()
-            if tensor is not None
-        ]
+    def settle(self) -> None:
+        """Take for granted what modules have noted about themselves since, as some do whenever they are called."""
+        self._settings_before = [_settings(part) for part in self._adapters]
 
     def changed(self) -> bool:
-        return any(now != before for now, before in self._parts) or self._now() != self._before
+        return (
+            any(self._empty)
+            or _all(self._parts) != self._parts_before
+            or self._now() != self._before
+            or [_settings(part) for part in self._adapters] != self._settings_before
+        )
+
+    def _now(self) -> tuple[list[int], list[int | None]]:
+        tensors = [tensor for tensor in _all(self._tensors) if tensor is not None]
+        try:
+            return list(map(_pointer, tensors)), list(map(_version, tensors))
+        except (RuntimeError, NotImplementedError):  # some of another kind
+            return [_place(tensor) for tensor in tensors], [_count(tensor) for tensor in tensors]
+
+
+def _all(dictionaries: list[dict[str, Any]]) -> list[Any]:
+    return list(itertools.chain.from_iterable(map(dict.values, dictionaries)))
+
+
+def _place(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):  # it has no memory of its own, as those that wrap others
+        return id(tensor)
+
+
+def _count(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _settings(part: nn.Module) -> dict[str, Any]:
+    """The plain values that a module has as attributes."""
+    own = vars(part).items()
+    return {name: _copied(value) for name, value in own if name not in _OF_EVERY_MODULE and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 class Derived:

@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from ..adapters.anatomy import Anatomy, Grid, by_name, is_foldable
 from ..config import NeuroFlowConfig
 from . import crossover, linear, pooling, projection
-from .attention import attend
-from .derived import Derived
+from .attention import ATTENTION, attend
+from .derived import Derived, Weights
 from .gate import Gate
 from .graphs import Graphs
 from .linear import is_linear
@@ -51,13 +52,34 @@ DEFAULT_STREAM = "default"
 class Deal:
     """Names of streams, which are dealt to frames in order, from the first again behind the last.
 
+    Args:
+        names: of streams.
+        outer: the deal in force around the block that opens this one.
+        generator: the frame of the generator that this block stands in, if it does in one.
+
     Attributes:
         dealt: how many names went to frames that were encoded.
+        open: its block was not left yet.
+        callers: whether the generator was running when names were dealt: True, False, or both.
     """
 
-    def __init__(self, names: tuple[Hashable, ...]) -> None:
+    def __init__(
+        self, names: tuple[Hashable, ...], outer: "Deal | None" = None, generator: FrameType | None = None
+    ) -> None:
         self.names = names
+        self.outer = outer
+        self.generator = generator
         self.dealt = 0
+        self.open = True
+        self.callers: set[bool] = set()
+
+    def close(self) -> "Deal | None":
+        """The deal in force behind its block."""
+        self.open, self.generator = False, None
+        outer = self.outer
+        while outer is not None and not outer.open:
+            outer = outer.outer
+        return outer
 
     def next(self, count: int) -> tuple[Hashable, ...]:
         return tuple(self.names[(self.dealt + number) % len(self.names)] for number in range(count))
@@ -76,6 +98,7 @@ class Engine:
         distilled: modules of the tower -> what partial frames go through in their place.
 
     Raises:
+        TypeError: an attention has a `forward` of its own where the engine's is to run in its place.
         ValueError: a configuration that the tower cannot have.
     """
 
@@ -86,6 +109,7 @@ class Engine:
         streams: StreamCache,
         distilled: Mapping[nn.Module, nn.Module] | None = None,
     ) -> None:
+        _refuse_other_methods(anatomy)
         self.anatomy = anatomy
         self.config = config
         self.plan = Plan.of(anatomy, config)
@@ -105,6 +129,11 @@ class Engine:
         self.graphs = Graphs(self.gate, self.run_unpatched, self.warn_once) if config.launch == "graph" else None
         self.reported: ContextVar[tuple[FrameReport, ...]] = ContextVar("neuroflow_reports", default=())
         self.removed = False
+        parts = {module for module, _, _ in self.points() if not is_linear(module)}.union(anatomy.attentions)
+        if config.arch == "mlp":
+            parts = parts.union(*anatomy.mlps)
+        self._places = {name: part for name, part in anatomy.tower.named_modules() if part in parts}
+        self._current_weights = Weights(anatomy.tower)
 
     def _gate_of_clips(self) -> Gate:
         """The gate of clips without names, in which frames that have nothing in common always cut."""
@@ -156,6 +185,15 @@ class Engine:
             points.append((anatomy.last, "forward", self.on_last))
         return points
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
+        return self  # what is copied by itself is a part of a tower; `patch.py` copies towers
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a patched model cannot be pickled or saved as a whole; call neuroflow.disable_cache first, or save its "
+            "state_dict"
+        )
+
     @torch.compiler.disable(reason="which patches are encoded, and so every shape, is decided frame by frame")
     def on_tower(self, entry: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         outer = current_pass.get()
@@ -173,18 +211,22 @@ class Engine:
                 "neuroflow.disable_cache first"
             )
         self.reported.set(())
+        self._check_attention()
         signature = self.signatures[entry]
         bound = signature.bind(*args, **kwargs)
         arguments = by_name(bound)
         name = next(iter(signature.parameters))
         if not isinstance(arguments.get(name), torch.Tensor):
-            raise ValueError(f"{name} is {arguments.get(name)!r}; accepted is a tensor of frames")
+            given = "None" if arguments.get(name) is None else f"a {type(arguments[name]).__name__}"
+            raise ValueError(f"{name} is {given}; accepted is a tensor of frames")
         grids, read = self.anatomy.grids(arguments), frozenset(self.anatomy.reads(arguments))
         if self.config.arch == "active" and read:
             self.warn_once("arch 'active' has no feature maps of all patches; calls that ask for them run unpatched")
             return self.run_unpatched(forward, *args, **kwargs)
         times = [1] * len(grids) if self.anatomy.times is None else self.anatomy.times(arguments)
         deal = self.named.get()
+        if deal is not None and deal.generator is not None:
+            deal.callers.add(deal.generator.f_back is not None)  # a generator that waits was called by nobody
         if deal is None and len(grids) > 1 and self.config.batch == "dense":
             self.warn_once(f"{name} holds {len(grids)} frames without names, and batch is 'dense'; they run unpatched")
             return self.run_unpatched(forward, *args, **kwargs)
@@ -203,6 +245,7 @@ class Engine:
                 return self.run_unpatched(forward, *args, **kwargs)
             with torch.no_grad():
                 gaps = self._gaps(states, times)
+                self._note_conditions(states, arguments[name].device.type)
                 self._note_asked(states, asked)
                 for these in self._passes(arguments, grids):
                     part = args, kwargs
@@ -214,6 +257,7 @@ class Engine:
                     outputs.append(self._encode(entry, forward, *part, bound, current))
                     reports += current.reports
                     self.reported.set(tuple(reports))
+            self._current_weights.settle()
             self.streams.keep(held)
         finally:
             hold.running.release()
@@ -322,6 +366,48 @@ class Engine:
             seen.add(id(state))
             state.frame_id = number
         return gaps
+
+    def conditions(self, device: str) -> tuple[Weights, torch.dtype | None]:
+        """What the caches of frames on a kind of device go by: the weights as they are, and the autocast in force.
+
+        Raises:
+            RuntimeError: a part of the tower that the engine stands in front of is no longer in its place.
+        """
+        if self._current_weights.changed():
+            now = dict(self.anatomy.tower.named_modules())
+            for name, part in self._places.items():
+                if now.get(name) is not part:
+                    tower = type(self.anatomy.tower).__name__
+                    raise RuntimeError(
+                        f"{name} of {tower} was replaced or wrapped while the tower was patched; call "
+                        "neuroflow.disable_cache and then enable_cache again"
+                    )
+            self._current_weights = Weights(self.anatomy.tower)
+        return self._current_weights, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    def _check_attention(self) -> None:
+        for module in self.plan.configs:
+            name = module.config._attn_implementation
+            if name != ATTENTION:
+                tower = type(self.anatomy.tower).__name__
+                raise RuntimeError(
+                    f"the attention of {tower} was switched to {name!r} while the tower was patched; call "
+                    "neuroflow.disable_cache and then enable_cache again"
+                )
+
+    def _note_conditions(self, states: list[StreamState], device: str) -> None:
+        """A frame of other weights or under another autocast than the last of its stream is a key frame."""
+        conditions = self.conditions(device)
+        for state in states:
+            if state.conditions not in (None, conditions):
+                other = state.conditions[0] is not conditions[0]
+                self.warn_once(
+                    f"stream {state.name!r}: "
+                    + ("the weights of the tower changed" if other else "autocast was switched")
+                    + " since its last frame; it starts over with a key frame"
+                )
+                state.forget("weights" if other else "size")
+            state.conditions = conditions
 
     def _note_asked(self, states: list[StreamState], asked: frozenset[int]) -> None:
         """A frame of which other blocks' output is wanted than of the last one of its stream is a key frame."""
@@ -444,6 +530,22 @@ def _warn_once(warned: set[str], message: str) -> None:
     if message not in warned:
         warned.add(message)
         warnings.warn(f"neuroflow: {message}", RuntimeWarning, stacklevel=2)
+
+
+def _refuse_other_methods(anatomy: Anatomy) -> None:
+    """Raise where something else has replaced a method that the engine never calls, as it has another in its place."""
+    replaced = {module for module, method, _ in anatomy.overrides if method == "forward"}
+    if anatomy.attention is not None:
+        replaced.update(anatomy.attentions)
+    for name, module in anatomy.tower.named_modules():
+        own = vars(module)
+        # Hooks of accelerate move inputs and the module's own weights, and its parts have hooks too.
+        harmless = "_hf_hook" in own and all(weight is None for weight in module._parameters.values())
+        if module in replaced and "forward" in own and not harmless:
+            raise TypeError(
+                f"{name} has a forward of its own, which would not be called; accepted is that of its class, "
+                f"{type(module).__name__}, or one that is set after enable_cache"
+            )
 
 
 def _states_of_clips(times: list[int], grids: list[Grid]) -> list[StreamState]:

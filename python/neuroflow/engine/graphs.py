@@ -26,7 +26,6 @@ from neuroflow_kernels import gather_rows, scatter_rows_
 
 from ..adapters.anatomy import Grid, by_name
 from . import crossover, scores
-from .derived import Weights
 from .gate import Gate, is_recordable
 from .passes import Pass, StaticPass, Unrecordable, current_pass, within
 from .state import Slab, StreamState, copy_into
@@ -200,7 +199,6 @@ class Group:
         device = self.frames.device
         with torch.inference_mode(False):
             self.decision = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.weights = Weights(gate.plan.anatomy.tower)
         self.pool = CudaGraph.new_pool()
         self.decider = Recorded(self.pool)
         self.gated: Gated | None = None
@@ -378,13 +376,12 @@ class Graphs:
             return None
         group = self.groups.pop(key, None)
         if group is not None and group.valid:
-            if group.weights.changed():
-                return None
-        else:
-            self.prune()
-            while len(self.groups) >= GROUPS:
-                del self.groups[next(iter(self.groups))]
-            group = Group(self.gate, self.unpatched, forward, bound, states, grid)
+            self.groups[key] = group
+            return group
+        self.prune()
+        while len(self.groups) >= GROUPS:
+            del self.groups[next(iter(self.groups))]
+        group = Group(self.gate, self.unpatched, forward, bound, states, grid)
         self.groups[key] = group
         return group
 

@@ -8,11 +8,13 @@ from torch import nn
 
 from neuroflow_kernels import linear_rows
 
+from ..adapters.anatomy import is_ordinary
 from .derived import Derived
 from .passes import Pass
 
 # Up to here reading the weights takes a good part of the time; from here on torch's own products are as fast.
 FEW_ROWS = 512
+_OF_TORCH = (nn.Linear.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.MultiheadAttention.forward)
 
 
 def are_few(tokens: torch.Tensor) -> bool:
@@ -25,6 +27,21 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
+def is_plain(module: nn.Module, forward: Callable, tokens: torch.Tensor) -> bool:
+    """Whether `forward`, that of `module`, does what torch's own does of weights that kernels can read beside `tokens`.
+
+    Else only the module knows what it computes: one with an adapter in front of its method, or weights that are
+    computed, offloaded or quantized. Its hooks are not looked at: they are of calls of the module.
+    """
+    weights = module._parameters
+    return (
+        getattr(forward, "__func__", None) in _OF_TORCH
+        and ("weight" in weights or "in_proj_weight" in weights)  # else it is computed
+        and all(weight is None or is_ordinary(weight, tokens) for weight in weights.values())
+        and not torch.is_autocast_enabled(tokens.device.type)
+    )
+
+
 def in_bfloat16(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Its weight, and its bias where it has one."""
     return linear.weight.bfloat16(), None if linear.bias is None else linear.bias.bfloat16()
@@ -33,11 +50,14 @@ def in_bfloat16(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
 def multiply(
     current: Pass, derived: Derived, module: nn.Linear, forward: Callable, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """A linear layer of a tower, or its `forward` where that is faster; rounded for the rows of partial frames."""
-    if current.packed and current.rounded:
-        return map_each(current, forward, lambda rows: _multiply_rounded(current, derived, module, rows), tokens)
-    if not current.row_kernels or not are_few(tokens):
+    """A linear layer of a tower, or its `forward` where that is faster, or knows more; rounded for the rows of partial
+    frames.
+    """
+    rounds = current.packed and current.rounded
+    if not (rounds or (current.row_kernels and are_few(tokens))) or not is_plain(module, forward, tokens):
         return forward(tokens)
+    if rounds:
+        return map_each(current, forward, lambda rows: _multiply_rounded(current, derived, module, rows), tokens)
     return linear_rows(tokens.flatten(0, -2), module.weight, module.bias).unflatten(0, tokens.shape[:-1])
 
 

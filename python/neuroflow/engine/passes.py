@@ -102,10 +102,11 @@ class FrameReport:
     Args:
         stream: the name of its stream.
         key_frame: why every patch was encoded, and the caches filled anew; None of a frame that relied on them.
-            "first": its stream's first. "gap": it did not follow the last one. "size": another size, dtype or device
-            than before. "outputs": other hidden states or feature maps were asked for than before. "failed": the one
-            before did not come through the tower. "nonfinite": the one before held NaN or Inf. "age": `max_age` was
-            reached. "cut": it shows another scene. "dense": so much changed that this was faster.
+            "first": its stream's first. "gap": it did not follow the last one. "size": another size, dtype, autocast or
+            device than before. "weights": the model's have changed. "outputs": other hidden states or feature maps were
+            asked for than before. "failed": the one before did not come through the tower. "nonfinite": the one before
+            held NaN or Inf. "age": `max_age` was reached. "cut": it shows another scene. "dense": so much changed that
+            this was faster.
         active: bool [rows, columns], the patches that were encoded.
         surprise: float32 [rows, columns], 1 - cosine of each patch to its reference, inf at patches with NaN; NaN
             throughout in a key frame, which starts with new references.

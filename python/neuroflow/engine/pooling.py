@@ -13,6 +13,7 @@ from neuroflow_kernels import linear_rows, row_kernels_serve
 
 from ..adapters.anatomy import is_foldable
 from .derived import Derived
+from .linear import is_plain
 from .passes import Pass
 
 
@@ -68,7 +69,7 @@ def attention_pool(
     weights = scores.softmax(2)
     mixed = weights @ tokens  # [S, heads, D]
     values = torch.einsum("shd,hkd->shk", mixed, folded.value_weight).flatten(1) + folded.value_bias
-    pooled = out_proj(values.to(out_proj.weight.dtype))
+    pooled = out_proj.forward(values.to(out_proj.weight.dtype))  # attention does not run its hooks either
     return pooled + head.mlp(head.layernorm(pooled)), weights.mean(1)
 
 
@@ -112,13 +113,15 @@ def _pool(
     current: Pass,
     derived: Derived,
     head: nn.Module,
-    forward: Callable,
+    forward: functools.partial,
     tokens: torch.Tensor,
     lengths: list[int] | None,
     first: int,
 ) -> torch.Tensor:
-    """Pooled [S, D] of all tokens [S, T, D] of the streams from `first` on, by a head whose forward is given."""
-    if is_foldable(head):
+    """Pooled [S, D] of all tokens [S, T, D] of the streams from `first` on, by a head whose forward is given, with the
+    arguments after the tokens.
+    """
+    if is_foldable(head) and _is_plain(head, forward.func, tokens):
         folded = derived(head, (head, "folded"), lambda: fold_head(head))
         pooled, attention = attention_pool(head, folded, tokens, lengths)
         if current.plan.config.score == "staleness" and current.plan.config.arch != "active":
@@ -129,3 +132,17 @@ def _pool(
         return forward(tokens)
     own = [tokens[stream : stream + 1, :length] for stream, length in enumerate(lengths)]
     return torch.cat([forward(each) for each in own])
+
+
+def _is_plain(head: nn.Module, forward: Callable, tokens: torch.Tensor) -> bool:
+    """Whether SigLIP's head, whose forward is given, computes the same where it does not call its attention."""
+    attention, out_proj = head.attention, head.attention.out_proj
+    # Attention never calls its last linear layer, in front of which the engine stands: it reads the weights.
+    method = getattr(out_proj.forward, "args", (out_proj.forward,))[-1]
+    return (
+        getattr(forward, "__func__", None) is type(head).forward
+        and is_plain(attention, attention.forward, tokens)
+        and is_plain(out_proj, method, tokens)
+        and not attention._forward_hooks
+        and not attention._forward_pre_hooks
+    )

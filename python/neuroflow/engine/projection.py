@@ -8,9 +8,9 @@ from torch import nn
 
 from neuroflow_kernels import linear_rows, row_kernels_serve
 
-from ..adapters.anatomy import is_patch_projection
+from ..adapters.anatomy import convolution_of, is_patch_projection
 from .derived import Derived
-from .linear import are_few
+from .linear import are_few, is_plain
 from .passes import Pass
 from .state import LastFrame, StreamState, copy_into
 
@@ -61,12 +61,17 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
         pixels: as the projection takes them.
     """
     projection = current.plan.anatomy.projection
-    if not is_patch_projection(projection):
+    convolution = convolution_of(projection)
+    is_bare = convolution is projection
+    if not is_patch_projection(convolution) or not (is_bare or pixels.ndim == 2 + len(convolution.kernel_size)):
         current.projected, current.pixels = forward(pixels), pixels
         return current.projected
-    windows = [patch_windows(projection, image) for image in pixels.split(1)]  # [1, N, values] each
+    windows = [patch_windows(convolution, image) for image in pixels.split(1)]  # [1, N, values] each
     if current.plan.config.signal == "pixel":
         current.pixels = torch.cat(windows)
+    if not is_plain(projection, forward, pixels):
+        current.projected = forward(pixels)
+        return current.projected
     if pixels.device.type == "cpu":
         weights = derived(projection, "projection", object)  # another object for other weights
         found: dict[int, torch.Tensor] = {}  # by entry
@@ -77,7 +82,8 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
         rows = [found[entry] for entry in range(len(windows))]
     else:  # it would be waited for, and loses little by projecting all
         rows = [project_windows(projection, own) for own in windows]
-    projected = rows[0] if len(rows) == 1 else torch.cat(rows)
+    shared = len(rows) == 1 and not projection._forward_hooks  # which may change it in place
+    projected = rows[0] if shared else torch.cat(rows)
     counts = [length // size for length, size in zip(pixels.shape[2:], projection.kernel_size, strict=True)]
     current.projected = projected.transpose(1, 2).unflatten(2, counts)
     return current.projected

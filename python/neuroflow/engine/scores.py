@@ -36,7 +36,7 @@ def staleness(surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor
     bounded = surprise.clamp_max(MOST_SURPRISE)
     around = F.avg_pool2d(bounded.unflatten(1, grid), 3, stride=1, padding=1, count_include_pad=False).flatten(1)
     drift = surprise.sqrt() + AROUND_WEIGHT * around.sqrt() + FRAME_WEIGHT * bounded.mean(1, keepdim=True).sqrt()
-    score = drift.square() * (1 + age).sqrt()
+    score = drift.square() * (1 + age).to(drift.dtype).sqrt()
     return score if attention is None else score * attention.sqrt()
 
 

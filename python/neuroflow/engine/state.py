@@ -9,7 +9,7 @@ import torch
 from ..adapters.anatomy import Grid
 
 # Why a frame encodes all of its patches; `neuroflow.FrameReport` says what each means.
-KeyFrame = Literal["first", "gap", "size", "outputs", "failed", "nonfinite", "age", "cut", "dense"]
+KeyFrame = Literal["first", "gap", "size", "weights", "outputs", "failed", "nonfinite", "age", "cut", "dense"]
 PATCHES = ("age", "active", "surprise", "attention")  # attributes of a state, one value for each patch
 
 
@@ -43,6 +43,7 @@ class StreamState:
         # Why its next frame must be a key frame; "failed" while one is being encoded, in case that it fails half-way.
         self.key_frame_due: KeyFrame | None = "first"
         self.signature: tuple | None = None
+        self.conditions: Hashable = None  # what else of the model its tensors go by
         self.grid: Grid = (0, 0)
         self.tensors: dict[Hashable, torch.Tensor] = {}
         self.hidden: frozenset[int] = frozenset()  # numbers of the blocks whose output it keeps
@@ -68,7 +69,7 @@ class StreamState:
 
     def start_over(self, signature: tuple, grid: Grid, device: torch.device) -> None:
         """Make room for a key frame of another size, dtype or device, or after a failure."""
-        patches = torch.zeros(grid[0] * grid[1], device=device)
+        patches = torch.zeros(grid[0] * grid[1], dtype=torch.float32, device=device)
         skipped = torch.zeros(1, dtype=torch.float64) if self.skipped is None else self.skipped
         fresh = {"signature": signature, "grid": grid, "tensors": {}, "slab": None, "attention": None}
         fresh["age"] = copy_into(None, patches.int())
@@ -76,6 +77,12 @@ class StreamState:
         fresh["surprise"] = copy_into(None, patches)
         fresh["skipped"] = copy_into(None, skipped.to(device))
         vars(self).update(fresh)  # in one step, for other threads that look, and for what comes after an interrupt
+
+    def forget(self, due: KeyFrame) -> None:
+        """Drop all that the next frame could rely on, which is a key frame for the reason given."""
+        self.key_frame_due = due
+        self.tensors.clear()
+        self.slab = self.attention = self.last_frame = None
 
     def put(self, name: Hashable, value: torch.Tensor) -> None:
         """Replace a cache in full; value [1, rows, D]."""
