@@ -224,7 +224,8 @@ def redrawn(model):
 
 def exact(**settings):
     """A configuration under which just those patches are active whose surprise lies above the threshold."""
-    plain = {"score": "surprise", "max_age": None, "cut_share": None, "cut_surprise": None, "dense_above": 1.0}
+    plain = {"score": "surprise", "max_age": None, "dense_above": 1.0}
+    plain |= {"cut_share": None, "cut_surprise": None, "cut_light": None}
     return neuroflow.NeuroFlowConfig(**plain | settings)
 
 

@@ -49,6 +49,7 @@ def test_a_budget_takes_the_place_of_the_threshold():
         ("max_age", 1.5),
         ("cut_share", 0),
         ("cut_surprise", 2.1),
+        ("cut_light", 0),
         ("blend", 0),
     ],
 )
@@ -63,7 +64,9 @@ def test_no_field_takes_another_type(field, tmp_path):
     config = neuroflow.NeuroFlowConfig()
     own, optional = getattr(config, field), ("threshold", "budget", "ladder", "mid_layer", "dense_above")
     others = [[0.5], {"a": 1}, float("nan"), float("inf"), "no", *([] if isinstance(own, bool) else [True])]
-    others += [] if own is None or field in ("threshold", "max_age", "cut_share", "cut_surprise") else [None]
+    others += (
+        [] if own is None or field in ("threshold", "max_age", "cut_share", "cut_surprise", "cut_light") else [None]
+    )
     others += [0, 1] if isinstance(own, bool | str) else []
     for value in others:
         with pytest.raises(ValueError, match=rf"^{field} is .*; accepted is ") as error:

@@ -75,6 +75,10 @@ class NeuroFlowConfig:
             once, but encodes them beside what is stale itself, so that errors fade and do not end.
         cut_share: a frame with more than this share of its patches active becomes a key frame; None: never.
         cut_surprise: so does one whose mean surprise lies above this; None: never.
+        cut_light: so does one in another light: since they were encoded, the contrast or the saturation of the patches
+            that it would not encode changed by more than this, as the natural logarithm of a ratio, be it at once, as
+            when a camera turns to infrared, or little by little, as when fog lifts. A patch by itself shows too little
+            of that. Of towers that map whole RGB frames to patches by a convolution; None: never.
         dense_above: a pass with more than this share of the patches of all its streams active runs dense, each stream
             with a key frame, as partial frames would take longer; 1: none does. None: the share is measured on the
             machine, in about half the time of a dense pass after the first one of a size and dtype. Hooks on parts of
@@ -123,6 +127,7 @@ class NeuroFlowConfig:
     refresh: Refresh = "key"
     cut_share: float | None = 0.5
     cut_surprise: float | None = 0.25
+    cut_light: float | None = 0.12
     dense_above: float | None = None
     blend: float = 1.0
     mid_layer: int | None = None
@@ -177,6 +182,8 @@ class NeuroFlowConfig:
         _require(cut, "cut_share", self.cut_share, "None or a share above 0, at most 1")
         cut = self.cut_surprise is None or (is_number(self.cut_surprise, 0, 2) and self.cut_surprise > 0)
         _require(cut, "cut_surprise", self.cut_surprise, "None or a number above 0, at most 2")
+        cut = self.cut_light is None or (is_number(self.cut_light, 0, 10) and self.cut_light > 0)
+        _require(cut, "cut_light", self.cut_light, "None or a number above 0, at most 10")
         bounded = self.dense_above is None or is_number(self.dense_above, 0, 1)
         _require(bounded, "dense_above", self.dense_above, "None or a share from 0 to 1")
         packs = self.precision == "model" or self.arch != "mlp"
@@ -209,6 +216,7 @@ class NeuroFlowConfig:
             "max_age": None,
             "cut_share": None,
             "cut_surprise": None,
+            "cut_light": None,
             "dense_above": 1.0,
         }
         return cls(arch=arch, **gate | settings)

@@ -186,14 +186,18 @@ def _check_caches(engine: Engine, state: StreamState, caches: dict[Hashable, tor
         expected.add("output")
     if config.arch == "context":
         expected |= {(name, layer) for name in ("key", "value") for layer in range(depth)}
+    optional = {"colours"} if config.cut_light is not None else set()
     hidden = {("hidden", layer) for layer in engine.plan.kept(frozenset(range(depth)))}
-    if not expected <= set(caches) <= expected | hidden:
+    if not expected <= set(caches) <= expected | hidden | optional:
         raise ValueError(f"it holds {sorted(map(_text, caches))}")
     wide = torch.promote_types(dtype, torch.float32) if 0 < engine.gate.decay < 1 else dtype
     kinds: dict[str, torch.Tensor] = {}
     for key, tensor in caches.items():
         if key in ("reference", "fast"):
             _checked(key, tensor, [1, state.patches, dim], wide)
+            continue
+        if key == "colours":
+            _checked(key, tensor, [1, state.patches, 3], torch.float32)
             continue
         name = key if isinstance(key, str) else key[0]
         kind = kinds.setdefault("key" if name == "value" else name, tensor)

@@ -175,6 +175,7 @@ def background_gate(threshold: float, ema_decay: float) -> neuroflow.NeuroFlowCo
         dilation=1,
         refresh="rolling",
         cut_share=None,
+        cut_light=None,
         dense_above=1.0,
     )
 

@@ -100,6 +100,8 @@ class Gate:
             if not finite:
                 self.warn(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
             self._refresh(state, h, index)
+            if current.colours is not None:
+                self._note_colours(state, current.colours[entry], index)
             state.account(index, surprise, finite)
             current.due[id(state)] = None if finite else "nonfinite"
             current.finite[entry] = finite
@@ -179,8 +181,15 @@ class Gate:
             if config.dilation:
                 active = [scores.dilated(each, grid, config.dilation) for each in active]
             counts = torch.tensor([each.numel() for each in active], device=surprise.device)
-            cuts = scores.is_cut(surprise, counts, config.cut_share, config.cut_surprise).tolist()
-            for entry, each, cut in zip(alike, active, cuts, strict=True):
+            cuts = scores.is_cut(surprise, counts, config.cut_share, config.cut_surprise)
+            if current.colours is not None and all("colours" in state.tensors for state in states):
+                chosen_ones = torch.zeros_like(surprise, dtype=torch.bool)
+                for row, each in zip(chosen_ones, active, strict=True):
+                    row[each] = True
+                now = torch.cat([current.colours[entry] for entry in alike])
+                held = torch.cat([state.tensors["colours"] for state in states])
+                cuts |= scores.light_change(now, held, chosen_ones) > config.cut_light
+            for entry, each, cut in zip(alike, active, cuts.tolist(), strict=True):
                 chosen[entry] = None if cut else each
         return chosen
 
@@ -234,3 +243,10 @@ class Gate:
         elif self.config.reference == "refreshed":
             ends = torch.tensor([0, index.numel()], dtype=torch.int32, device=index.device)
             scatter_rows_(state.tensors["reference"], gather_rows(h, index, ends, index.numel()), index, ends)
+
+    def _note_colours(self, state: StreamState, colours: torch.Tensor, index: torch.Tensor | None) -> None:
+        """Keep the colours [1, N, 3] of the patches that a frame encodes."""
+        if index is None:
+            state.put("colours", colours)
+        elif "colours" in state.tensors:
+            state.tensors["colours"][:, index] = colours[:, index]

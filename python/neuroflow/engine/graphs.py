@@ -147,7 +147,7 @@ class Recorded:
 
 class Gated(NamedTuple):
     """What the gate leaves for the graphs that encode: tokens in front of the first block, patches [S, N, D], their
-    surprise [S, N], and the active ones as `compact` returns them.
+    surprise [S, N], the active ones as `compact` returns them, and the patches' colours [S, N, 3].
     """
 
     tokens: torch.Tensor
@@ -155,6 +155,7 @@ class Gated(NamedTuple):
     surprise: torch.Tensor
     index: torch.Tensor
     cu_seqlens: torch.Tensor
+    colours: torch.Tensor | None
 
 
 class Retained(NamedTuple):
@@ -262,8 +263,15 @@ class Group:
             index, cu_seqlens = gate.active(gate.score(surprise, slab.age, slab.attention, self.grid))
             other = scores.is_cut(surprise, cu_seqlens.diff(), config.cut_share, config.cut_surprise)
             other |= ~surprise.amax(1).isfinite()
+            colours = None
+            if current.colours is not None and "colours" in slab.caches:
+                colours = torch.cat(current.colours)
+                active = torch.zeros(surprise.numel() + 1, dtype=torch.bool, device=index.device)
+                active.index_fill_(0, index.long().masked_fill(index < 0, surprise.numel()), True)
+                light = scores.light_change(colours, slab.caches["colours"], active[:-1].view_as(surprise))
+                other |= light > config.cut_light
             self.decision.copy_(cu_seqlens[-1:].masked_fill(other.any(), -1), non_blocking=True)
-            raise Decided(Gated(tokens, patches, surprise, index, cu_seqlens))
+            raise Decided(Gated(tokens, patches, surprise, index, cu_seqlens, colours))
 
         begin()
         try:
@@ -302,6 +310,9 @@ class Group:
         if self.gate.config.reference == "refreshed":
             packed = gather_rows(gated.patches, index, gated.cu_seqlens, index.numel())
             scatter_rows_(slab.caches["reference"], packed, index, gated.cu_seqlens)
+        if gated.colours is not None:
+            active = slab.active[..., None]
+            slab.caches["colours"].copy_(torch.where(active, gated.colours, slab.caches["colours"]))
 
 
 class Graphs:

@@ -105,7 +105,8 @@ class FrameReport:
             "first": its stream's first. "gap": it did not follow the last one. "size": another size, dtype, autocast or
             device than before. "weights": the model's have changed. "outputs": other hidden states or feature maps were
             asked for than before. "failed": the one before did not come through the tower. "nonfinite": the one before
-            held NaN or Inf. "age": `max_age` was reached. "cut": it shows another scene. "dense": so much changed that
+            held NaN or Inf. "age": `max_age` was reached. "cut": it shows another scene, or its own in another
+            light. "dense": so much changed that
             this was faster.
         active: bool [rows, columns], the patches that were encoded.
         surprise: float32 [rows, columns], 1 - cosine of each patch to its reference, inf at patches with NaN; NaN
@@ -186,6 +187,7 @@ class Pass:
         self.counts = [plan.anatomy.prefix + count for count in self.patches]  # of tokens
         self.projected: torch.Tensor | None = None
         self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
+        self.colours: list[torch.Tensor] | None = None  # [1, N, 3] of each entry, the means of its patches
         self.positions: tuple[Any, Any] | None = None  # of the last block's: for all tokens, for the packed ones
         self.blocks = 0  # that it went through so far
         self.last_shown: tuple[torch.Tensor, torch.Tensor] | None = None  # by `shown`, and packed

@@ -69,6 +69,8 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
     windows = [patch_windows(convolution, image) for image in pixels.split(1)]  # [1, N, values] each
     if current.plan.config.signal == "pixel":
         current.pixels = torch.cat(windows)
+    if current.plan.config.cut_light is not None and convolution.in_channels == 3:
+        current.colours = [own.unflatten(2, (3, -1)).mean(3, dtype=torch.float32) for own in windows]
     if not is_plain(projection, forward, pixels):
         current.projected = forward(pixels)
         return current.projected

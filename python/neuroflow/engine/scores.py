@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from ..adapters.anatomy import Grid
 
 MOST_SURPRISE = 2.0  # of a patch without NaN or Inf
+LEAST_LIGHT = 1e-4  # a variance of brightness that is noise, in units of normalised pixels
+LEAST_COLOUR = 0.01  # a variance of colours that is noise, in that of brightness
 AROUND_WEIGHT = 0.8
 FRAME_WEIGHT = 0.5
 
@@ -89,6 +91,35 @@ def is_cut(
     if mean_surprise is not None:
         cut |= surprise.clamp_max(MOST_SURPRISE).mean(1) > mean_surprise
     return cut
+
+
+def light_change(colours: torch.Tensor, held: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    """How much the light of what a frame does not encode has changed since that was encoded.
+
+    Contrast is the deviation of the patches' brightness, saturation their mean distance from grey; the change is that
+    of whichever changed more, as the absolute logarithm of its ratio. What moves in a part of the picture changes
+    neither in the rest.
+
+    Args:
+        colours: mean red, green and blue of each patch, [S, N, 3] float32.
+        held: the same as of the last encoding of each.
+        active: bool [S, N].
+
+    Returns:
+        [S] float32.
+    """
+    count = (~active).sum(1, keepdim=True).clamp_min(1)
+    lights, saturations = [], []
+    for seen in (colours, held):
+        red, green, blue = seen.masked_fill(active[..., None], 0).unbind(2)  # [S, N] each
+        brightness, hues = (red + green + blue) / 3, (red - green, (red + green) / 2 - blue)
+        deviation = (brightness - brightness.sum(1, keepdim=True) / count).masked_fill(active, 0)
+        lights.append(deviation.square().sum(1) / count[:, 0])
+        saturations.append(sum(hue.square().sum(1) for hue in hues) / count[:, 0])
+    noise = LEAST_COLOUR * (lights[0] * lights[1]).sqrt() + LEAST_LIGHT
+    contrast = ((lights[0] + LEAST_LIGHT) / (lights[1] + LEAST_LIGHT)).log().abs()
+    saturation = ((saturations[0] + noise) / (saturations[1] + noise)).log().abs()
+    return torch.maximum(contrast, saturation) / 2
 
 
 def cls_attention(query: torch.Tensor, keys: torch.Tensor, scaling: float, prefix: int) -> torch.Tensor:
