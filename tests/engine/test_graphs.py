@@ -83,6 +83,19 @@ def compare(family, arch, frames, names=("default",), **settings):
     return recorded[4]
 
 
+@pytest.mark.parametrize("kind", ["grey", "lifting"])
+def test_another_light_is_seen_by_recorded_frames_too(clock, kind):
+    """Where most patches are never encoded; and a slow change where each is in its turn, which is none to the rest."""
+    day = 0.8 * clip(frames=1).expand(8, -1, -1, -1)
+    if kind == "grey":
+        frames, settings = torch.cat((day, day.mean(1, keepdim=True).expand_as(day))), {"threshold": 100.0}
+    else:
+        frames = day[:1] * torch.linspace(0.5, 0.74, 12)[:, None, None, None]
+        settings = {"threshold": None, "budget": 16, "score": "staleness"}
+    found = compare("siglip", "E", frames[:, None], cut_light=0.12, **settings)
+    assert [each.calls for group in found.groups.values() for each in group.encoders.values()]
+
+
 @pytest.mark.parametrize(("family", "arch"), [("siglip", "B"), ("siglip", "C"), ("vit", "E")])
 def test_partial_frames_have_weights_of_their_own(clock, family, arch, tmp_path):
     model, frames = tiny(family).double(), clip(frames=6)[:, None].double()
