@@ -96,8 +96,9 @@ class Frames:
 
 def test_frames_may_be_any_iterable_that_starts_over():
     model, frames = tiny("vit"), Frames()
-    result = calibrate(model, frames, skip=0.7)
-    assert result == calibrate(model, drift(), skip=0.7)
+    config = NeuroFlowConfig(cut_light=None)
+    result = calibrate(model, frames, config, skip=0.7)
+    assert result == calibrate(model, drift(), config, skip=0.7)
     assert frames.passes == 1 + len(result.trials)
 
 

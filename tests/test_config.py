@@ -132,7 +132,10 @@ def test_the_published_gate():
     published = neuroflow.NeuroFlowConfig.published()
     assert (published.arch, published.signal, published.reference) == ("dual", "embedding", "ema")
     assert (published.score, published.threshold) == ("surprise", 0.02)
-    assert published.max_age is published.cut_share is published.cut_surprise is None and published.dense_above == 1
+    assert (
+        published.max_age is published.cut_share is published.cut_surprise is published.cut_light is None
+        and published.dense_above == 1
+    )
     other = neuroflow.NeuroFlowConfig.published("B", threshold=0.1, signal="patch")
     assert (other.arch, other.threshold, other.signal, other.reference) == ("active", 0.1, "patch", "ema")
 

@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adapters import Anatomy, describe
-from .adapters.anatomy import by_name
+from .adapters.anatomy import by_name, convolution_of, is_patch_projection
 from .classes import ClassHead
 from .config import ARCHITECTURES, LARGEST, MOST, NeuroFlowConfig, is_integer, is_number
 from .embedding import frame_embeddings
 from .engine.engine import Engine
 from .engine.gate import Gate
 from .engine.passes import Pass, Plan, current_pass, split, within
+from .engine.projection import note_colours, patch_windows
 from .engine.state import StreamState
 from .engine.streams import StreamCache
 from .files import from_json
@@ -249,6 +250,9 @@ class Student(Engine):
         current, projected = current_pass.get(), forward(pixels)
         if current is not None:
             current.projected = projected
+            convolution = convolution_of(self.anatomy.projection)
+            if is_patch_projection(convolution):
+                note_colours(current, convolution, [patch_windows(convolution, image) for image in pixels.split(1)])
         return projected
 
     @torch.no_grad()
@@ -261,6 +265,7 @@ class Student(Engine):
                 order = None if current.order is None else current.order[this]
                 own = Pass(video.gate.plan, [video.state], [current.grids[number]], order)
                 own.projected = None if current.projected is None else current.projected[this]
+                own.colours = None if current.colours is None else [current.colours[number]]
                 rows += video.gate(own, tokens[this])
                 own.complete()
         return rows

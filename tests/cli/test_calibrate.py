@@ -111,7 +111,7 @@ def test_a_preset_is_the_published_gate_under_what_is_given(neuroflow, calibrate
         assert code == 0
         return next(line for line in table.splitlines() if line.startswith("NeuroFlow  ")).split(None, 1)[1]
 
-    rest = "cut_share None, cut_surprise None, dense_above 1.0"
+    rest = "cut_share None, cut_surprise None, cut_light None, dense_above 1.0"
     gate = "signal embedding, reference ema 0.01"
     assert setting() == f"dual, threshold 0.02, floor 4, {gate}, score surprise, {rest}"
     assert (

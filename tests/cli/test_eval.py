@@ -345,6 +345,7 @@ def test_the_published_table_is_one_command_and_no_table_depends_on_the_machines
     assert neuroflow("eval", "video", folder, "--model", model, "--classes", classes, "--preset", "published")[0] == 130
     gate = {"signal": "embedding", "reference": "ema", "ema_decay": 0.01, "score": "surprise", "max_age": None}
     always = {"arch": "C", "cut_share": None, "cut_surprise": None, "dense_above": 1.0, "floor": 4}
+    always["cut_light"] = None
     assert configs == {t: NeuroFlowConfig(threshold=t, **gate, **always) for t in (0.05, 0.1, 0.2)}
     assert neuroflow("eval", "video", folder, "--model", model, "--classes", classes, "--threshold", 0.3)[0] == 130
     assert configs[0.3] == NeuroFlowConfig(arch="C", threshold=0.3, dense_above=1.0)

@@ -211,7 +211,6 @@ class Engine:
                 "neuroflow.disable_cache first"
             )
         self.reported.set(())
-        self._check_attention()
         signature = self.signatures[entry]
         bound = signature.bind(*args, **kwargs)
         arguments = by_name(bound)
@@ -243,6 +242,7 @@ class Engine:
             held, states = self._states(hold, names, times, grids)
             if self.removed:  # while this waited
                 return self.run_unpatched(forward, *args, **kwargs)
+            self._check_attention()
             with torch.no_grad():
                 gaps = self._gaps(states, times)
                 self._note_conditions(states, arguments[name].device.type)

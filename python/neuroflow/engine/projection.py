@@ -53,6 +53,12 @@ def changed(before: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
     return (before.view(words) != windows.view(words)).any(2)[0].nonzero()[:, 0].int()
 
 
+def note_colours(current: Pass, convolution: nn.Module, windows: list[torch.Tensor]) -> None:
+    """Keep the mean red, green and blue of the patches of each entry, [1, N, values], if the gate reads them."""
+    if current.plan.config.cut_light is not None and convolution.in_channels == 3:
+        current.colours = [own.unflatten(2, (3, -1)).mean(3, dtype=torch.float32) for own in windows]
+
+
 def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
     """What the tower's projection gives of the frames' pixels; kept for the gate, and the pixels too if it reads them.
 
@@ -69,8 +75,7 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
     windows = [patch_windows(convolution, image) for image in pixels.split(1)]  # [1, N, values] each
     if current.plan.config.signal == "pixel":
         current.pixels = torch.cat(windows)
-    if current.plan.config.cut_light is not None and convolution.in_channels == 3:
-        current.colours = [own.unflatten(2, (3, -1)).mean(3, dtype=torch.float32) for own in windows]
+    note_colours(current, convolution, windows)
     if not is_plain(projection, forward, pixels):
         current.projected = forward(pixels)
         return current.projected
