@@ -100,7 +100,7 @@ class Gate:
             if not finite:
                 self.warn(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
             self._refresh(state, h, index)
-            if current.colours is not None:
+            if self.config.cut_light is not None and current.colours is not None:
                 self._note_colours(state, current.colours[entry], index)
             state.account(index, surprise, finite)
             current.due[id(state)] = None if finite else "nonfinite"
@@ -182,7 +182,8 @@ class Gate:
                 active = [scores.dilated(each, grid, config.dilation) for each in active]
             counts = torch.tensor([each.numel() for each in active], device=surprise.device)
             cuts = scores.is_cut(surprise, counts, config.cut_share, config.cut_surprise)
-            if current.colours is not None and all("colours" in state.tensors for state in states):
+            known = current.colours is not None and all("colours" in state.tensors for state in states)
+            if config.cut_light is not None and known:
                 chosen_ones = torch.zeros_like(surprise, dtype=torch.bool)
                 for row, each in zip(chosen_ones, active, strict=True):
                     row[each] = True
