@@ -250,4 +250,4 @@ class Gate:
         if index is None:
             state.put("colours", colours)
         elif "colours" in state.tensors:
-            state.tensors["colours"][:, index] = colours[:, index]
+            state.tensors["colours"].index_copy_(1, index.long(), colours.index_select(1, index))

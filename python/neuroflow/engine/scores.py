@@ -108,18 +108,17 @@ def light_change(colours: torch.Tensor, held: torch.Tensor, active: torch.Tensor
     Returns:
         [S] float32.
     """
-    count = (~active).sum(1, keepdim=True).clamp_min(1)
-    lights, saturations = [], []
-    for seen in (colours, held):
-        red, green, blue = seen.masked_fill(active[..., None], 0).unbind(2)  # [S, N] each
-        brightness, hues = (red + green + blue) / 3, (red - green, (red + green) / 2 - blue)
-        deviation = (brightness - brightness.sum(1, keepdim=True) / count).masked_fill(active, 0)
-        lights.append(deviation.square().sum(1) / count[:, 0])
-        saturations.append(sum(hue.square().sum(1) for hue in hues) / count[:, 0])
-    noise = LEAST_COLOUR * (lights[0] * lights[1]).sqrt() + LEAST_LIGHT
-    contrast = ((lights[0] + LEAST_LIGHT) / (lights[1] + LEAST_LIGHT)).log().abs()
-    saturation = ((saturations[0] + noise) / (saturations[1] + noise)).log().abs()
-    return torch.maximum(contrast, saturation) / 2
+    count = (~active).sum(1).clamp_min(1)
+    seen = torch.stack((colours, held)).masked_fill(active[..., None], 0)
+    red, green, blue = seen.unbind(3)  # [2, S, N] each
+    brightness = (red + green + blue) / 3
+    mean = brightness.sum(2) / count
+    light = brightness.square().sum(2) / count - mean.square()  # [2, S]
+    saturation = ((red - green).square() + ((red + green) / 2 - blue).square()).sum(2) / count
+    light = light.clamp_min(0) + LEAST_LIGHT
+    noise = LEAST_COLOUR * light.prod(0).sqrt()
+    contrast, colour = (torch.log(now / before).abs() for now, before in (light, saturation + noise))
+    return torch.maximum(contrast, colour) / 2
 
 
 def cls_attention(query: torch.Tensor, keys: torch.Tensor, scaling: float, prefix: int) -> torch.Tensor:
