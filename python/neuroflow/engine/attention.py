@@ -59,7 +59,7 @@ def attend(
         attended = current.attend_versions(layer, query, key, value, kwargs.get("scaling"))
         for entry, state in enumerate(current.states):
             if watched and not current.followed[entry]:
-                keys = state.tensors["key", layer].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
+                keys = _by_head(state.tensors["key", layer], key)
                 current.add_cls_attention(query[:, :, current.offsets[entry]], keys, kwargs["scaling"], entry)
         return attended, None
     parts = [current.heads(heads) for heads in (query, key, value)]
@@ -82,8 +82,7 @@ def attend(
         if brought is not None:  # in turn, so that each entry finds those before it
             current.store_heads(layer, entry, *(each[entry] for each in brought))
         if context and partial:
-            keys = state.tensors["key", layer].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
-            values = state.tensors["value", layer].unflatten(2, (value.shape[1], -1)).transpose(1, 2)
+            keys, values = (_by_head(state.tensors[name, layer], key) for name in ("key", "value"))
             key_rows = None
         if watched and not current.followed[entry] and (context or not partial):
             current.add_cls_attention(queries[:, :, 0], keys, kwargs["scaling"], entry)
@@ -97,3 +96,8 @@ def attend(
             attended = attention(module, queries, keys, values, None, **kwargs)[0]
         outputs.append(attended.to(query.dtype))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None
+
+
+def _by_head(cache: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """A cache [1, T, heads * head_dim] as [1, heads, T, head_dim], with as many heads as `heads` [*, heads, *, *]."""
+    return cache.unflatten(2, (heads.shape[1], -1)).transpose(1, 2)

@@ -105,9 +105,8 @@ class FrameReport:
             "first": its stream's first. "gap": it did not follow the last one. "size": another size, dtype, autocast or
             device than before. "weights": the model's have changed. "outputs": other hidden states or feature maps were
             asked for than before. "failed": the one before did not come through the tower. "nonfinite": the one before
-            held NaN or Inf. "age": `max_age` was reached. "cut": it shows another scene, or its own in another
-            light. "dense": so much changed that
-            this was faster.
+            held NaN or Inf. "age": `max_age` was reached. "cut": it shows another scene, or its own in another light.
+            "dense": so much changed that this was faster.
         active: bool [rows, columns], the patches that were encoded.
         surprise: float32 [rows, columns], 1 - cosine of each patch to its reference, inf at patches with NaN; NaN
             throughout in a key frame, which starts with new references.
