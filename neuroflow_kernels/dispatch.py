@@ -127,15 +127,22 @@ def without_row_kernels() -> str | None:
     return None if capability == "AVX512" else f"they are written for AVX512, and torch finds {capability}"
 
 
-def row_kernels_serve(rows: torch.Tensor) -> bool:
-    """Whether `linear_rows` and `attend_rows`, which have no gradient, have fast kernels for such rows here."""
+def is_choice(rows: torch.Tensor) -> bool:
+    """Whether products of such rows can go one of the `ways`: no gradient goes through them, nor autocast, and no
+    backend was asked for that has a way of its own.
+    """
     return (
         not torch.is_grad_enabled()
         and rows.device.type == "cpu"
         and rows.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_autocast_enabled("cpu")
-        and without_row_kernels() is None
+        and _requested_backend() in (None, "cpp")
     )
+
+
+def row_kernels_serve(rows: torch.Tensor) -> bool:
+    """Whether `linear_rows` and `attend_rows`, which have no gradient, have fast kernels for such rows here."""
+    return is_choice(rows) and without_row_kernels() is None
 
 
 @functools.cache

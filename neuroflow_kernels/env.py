@@ -9,9 +9,13 @@ from pathlib import Path
 import torch
 
 from .dispatch import BACKENDS, unavailable, without_row_kernels
+from .ways import LINEAR, LinearWeights, linear_ways, seconds_of
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "neuroflow")
 VARIABLES = ("NEUROFLOW_", "TRITON_", "TORCH_", "ATEN_", "TORCHINDUCTOR_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES")
+
+LAYERS = 4  # of a shape, so that weights do not all come from the cache
+ROWS = (7, 32, 128)
 
 
 def _version(package: str) -> str:
@@ -51,6 +55,29 @@ def describe() -> dict[str, str]:
     return facts | {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
 
 
+@torch.no_grad()
+def measure_linear() -> dict[str, str]:
+    """What the ways through linear layers of a ViT-B take here, by dtype, layer and rows."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for width, inner in ((768, 768), (3072, 768), (768, 3072)):
+            layers = [LinearWeights(torch.ones(width, inner, dtype=dtype), None) for _ in range(LAYERS)]
+            for layer in layers if "packed" in linear_ways(dtype) else ():
+                layer.pack()
+            for rows in ROWS:
+                tokens = torch.ones(rows, inner, dtype=dtype)
+                ways = {
+                    way: lambda turn, way=way, tokens=tokens, layers=layers: LINEAR[way](tokens, layers[turn % LAYERS])
+                    for way in linear_ways(dtype)
+                }
+                taken = ", ".join(f"{way} {1e3 * seconds:.3f}" for way, seconds in seconds_of(ways).items())
+                name = f"linear {inner} -> {width}, {str(dtype).removeprefix('torch.')}, {rows} rows"
+                found[name] = f"{taken} ms"
+    return found
+
+
 if __name__ == "__main__":
     for name, value in describe().items():
         print(f"{name + ':':20} {value}")
+    for name, value in measure_linear().items():
+        print(f"{name + ':':40} {value}")

@@ -223,8 +223,10 @@ def redrawn(model):
 
 
 def exact(**settings):
-    """A configuration under which just those patches are active whose surprise lies above the threshold."""
-    plain = {"score": "surprise", "max_age": None, "dense_above": 1.0}
+    """A configuration under which just those patches are active whose surprise lies above the threshold, and equal
+    frames give equal bits.
+    """
+    plain = {"kernels": "rows", "score": "surprise", "max_age": None, "dense_above": 1.0}
     plain |= {"cut_share": None, "cut_surprise": None, "cut_light": None}
     return neuroflow.NeuroFlowConfig(**plain | settings)
 

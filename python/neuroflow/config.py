@@ -20,6 +20,7 @@ Batch = Literal["clip", "streams", "dense"]
 Reuse = Literal["nearest", "last"]
 Launch = Literal["graph", "eager"]
 Precision = Literal["model", "bfloat16"]
+Kernels = Literal["measured", "rows", "torch"]
 
 
 def _listed(kind: object) -> str:
@@ -89,6 +90,11 @@ class NeuroFlowConfig:
             model's linear layers and attention multiply in bfloat16, and the caches hold keys and values in it. Sums,
             the residual stream and passes of whole frames stay float32. Takes half the weights' memory more and half
             the keys' and values' less. Models of other dtypes stay as they are.
+        kernels: what multiplies the rows of partial frames on a CPU. "measured": for each shape, dtype and power of two
+            of rows the fastest of our own kernels, torch's, and oneDNN's with weights that it has packed, which takes
+            their memory again; measured after the first frame that has them, and told by `summary`. "rows": our own
+            alone, where a row's last bits depend neither on the rows that come with it nor on what was faster. "torch":
+            torch's own functions.
         batch: what several frames in one call are, where no context names their streams. "clip": one clip, in order of
             time, which begins with a key frame and leaves nothing behind, so that the same call gives the same twice;
             frames that have nothing in common are key frames, and cost what they cost dense. "streams": a frame of each
@@ -132,6 +138,7 @@ class NeuroFlowConfig:
     blend: float = 1.0
     mid_layer: int | None = None
     precision: Precision = "model"
+    kernels: Kernels = "measured"
     batch: Batch = "clip"
     reuse: Reuse = "nearest"
     pass_patches: int = 2**16
@@ -147,6 +154,7 @@ class NeuroFlowConfig:
             "score": Score,
             "refresh": Refresh,
             "precision": Precision,
+            "kernels": Kernels,
             "batch": Batch,
             "reuse": Reuse,
             "launch": Launch,

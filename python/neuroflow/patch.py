@@ -24,6 +24,7 @@ from .config import NeuroFlowConfig
 from .engine.attention import ATTENTION
 from .engine.crossover import Size
 from .engine.engine import Deal, Engine
+from .engine.kernels import Case
 from .engine.passes import FrameReport, current_pass
 from .engine.streams import StreamCache
 from .releases import warn_of_newer
@@ -83,6 +84,10 @@ class Summary:
             was measured; a size is (frames, (rows, columns) of the largest, dtype, device).
         pass_patches: how many patches a pass holds at most; longer clips are encoded in several.
         graph_bytes: what recorded CUDA graphs hold beside the streams.
+        kernels: on a CPU, the fastest way through linear layers and attention of partial frames, by case, as far as
+            that was measured: "rows" (`linear_rows` and `attend_rows`), "torch", "packed" or "products".
+        kernel_seconds: that measuring them took.
+        packed_bytes: of weights that were packed for them, beside the model's own.
     """
 
     arch: str
@@ -91,6 +96,9 @@ class Summary:
     crossovers: dict[Size, float]
     pass_patches: int
     graph_bytes: int = 0
+    kernels: dict[Case, str] = dataclasses.field(default_factory=dict)
+    kernel_seconds: float = 0.0
+    packed_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -112,6 +120,10 @@ class Summary:
             f"  {size}: " + (f"dense above {share:.1%} active" if share < 1 else "never dense")
             for size, share in self.crossovers.items()
         ]
+        if self.kernels:
+            packed = f", {self.packed_bytes / 2**20:.1f} MiB of packed weights" if self.packed_bytes else ""
+            lines.append(f"  kernels, measured in {self.kernel_seconds:.2f} s{packed}:")
+            lines += [f"    {case}: {way}" for case, way in self.kernels.items()]
         return "\n".join(lines)
 
 
@@ -502,6 +514,7 @@ def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
         engine.streams.close(names if stream is None else [stream])
         if stream is None:
             engine.derived.clear()
+            engine.kernels.forget()
         if engine.graphs is not None:
             engine.graphs.prune()
 
@@ -551,4 +564,7 @@ def summary(model: nn.Module) -> Summary:
         crossovers=dict(engine.gate.crossovers),
         pass_patches=engine.config.pass_patches,
         graph_bytes=0 if engine.graphs is None else engine.graphs.held_bytes,
+        kernels=engine.kernels.fastest(),
+        kernel_seconds=engine.kernels.seconds,
+        packed_bytes=engine.kernels.packed_bytes,
     )

@@ -6,9 +6,8 @@ import neuroflow
 import pytest
 import torch
 from models import assert_close, clip, exact, outputs, tiny
-from neuroflow.engine import attention, linear
 
-from neuroflow_kernels import use_backend, without_row_kernels
+from neuroflow_kernels import use_backend, ways, without_row_kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -192,13 +191,14 @@ def test_layers_used_by_themselves_behave_as_before():
 def test_partial_frames_go_through_the_row_kernels(monkeypatch, dtype, backend, autocast, served):
     """Where they are the faster ones, and autocast has no say; a key frame runs as the unpatched model does."""
     model, frames = tiny("siglip").to(dtype), clip(frames=2).to(dtype)
-    linears, attentions = mock.Mock(wraps=linear.linear_rows), mock.Mock(wraps=attention.attend_rows)
-    monkeypatch.setattr(linear, "linear_rows", linears)
-    monkeypatch.setattr(attention, "attend_rows", attentions)
+    linears, attentions = mock.Mock(wraps=ways.LINEAR["rows"]), mock.Mock(wraps=ways.ATTENTION["rows"])
+    monkeypatch.setitem(ways.LINEAR, "rows", linears)
+    monkeypatch.setitem(ways.ATTENTION, "rows", attentions)
     neuroflow.enable_cache(model, exact(threshold=1e-4))
     with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs(model, "siglip", frames[:1])
-        assert (linears.call_count, attentions.call_count) == (0, 0)
+        assert (linears.call_count, attentions.call_count) == (int(served), 0)  # the projection
+        linears.reset_mock()
         outputs(model, "siglip", frames[1:])
-    # In each of 4 blocks queries, keys, values, their mix and the two of the MLP; the head's last three.
-    assert (linears.call_count, attentions.call_count) == ((4 * 6 + 3, 4) if served else (0, 0))
+    # The projection; in each of 4 blocks queries, keys, values, their mix and the two of the MLP; the head's last 3.
+    assert (linears.call_count, attentions.call_count) == ((1 + 4 * 6 + 3, 4) if served else (0, 0))

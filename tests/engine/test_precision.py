@@ -1,17 +1,19 @@
 """precision="bfloat16": that what is encoded in part is multiplied in bfloat16, and nothing else is."""
 
+import functools
+
 import neuroflow
 import pytest
 import torch
 import torch.nn.functional as F
 from models import FAMILIES, clip, exact, inputs, tiny
 from neuroflow.adapters import describe
-from neuroflow.engine import attention, linear, pooling
+from neuroflow.engine import kernels
 from neuroflow.patch import engine_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from neuroflow_kernels import use_backend
+from neuroflow_kernels import use_backend, ways
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ARCHITECTURES = ("B", "C", "D", "E")
@@ -48,12 +50,10 @@ def test_frames_in_part_are_rounded_and_key_frames_are_not(family, arch):
     assert caches.get("output", rounded).dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("few", [512, 0])
-def test_products_are_of_bfloat16_factors(monkeypatch, few, backend):
+@pytest.mark.parametrize("way", ["rows", "torch", "packed", None])
+def test_products_are_of_bfloat16_factors(monkeypatch, way):
     """Every linear layer and attention of a frame in part, as the operator got them, whichever way it multiplies."""
     model, frames = tiny("siglip"), clip(frames=2)[:, None]
-    monkeypatch.setattr(linear, "FEW_ROWS", few)
     seen = []
 
     class Watch(TorchFunctionMode):
@@ -62,20 +62,27 @@ def test_products_are_of_bfloat16_factors(monkeypatch, few, backend):
                 seen.append([each.dtype for each in args if isinstance(each, torch.Tensor)])
             return function(*args, **kwargs or {})
 
-    for module, name in ((linear, "linear_rows"), (pooling, "linear_rows"), (attention, "attend_rows")):
-        kernel = getattr(module, name)
+    def by_kernel(tokens, layer, kernel):
+        seen.append([tokens.dtype, layer.weight.dtype, layer.bias.dtype])
+        return kernel(tokens, layer)
 
-        def watched(*tensors, kernel=kernel):
-            seen.append([each.dtype for each in tensors if isinstance(each, torch.Tensor)])
-            return kernel(*tensors)
+    def attending(*heads, kernel):
+        seen.append([each.dtype for each in heads[:3]])
+        return kernel(*heads)
 
-        monkeypatch.setattr(module, name, watched)
+    for name in ("rows", "packed"):
+        monkeypatch.setitem(ways.LINEAR, name, functools.partial(by_kernel, kernel=ways.LINEAR[name]))
+    monkeypatch.setitem(ways.ATTENTION, "rows", functools.partial(attending, kernel=ways.ATTENTION["rows"]))
+    attention = "rows" if way == "rows" else "torch"
+    monkeypatch.setattr(kernels, "linear_ways", lambda dtype: [way])
+    monkeypatch.setattr(kernels, "attention_ways", lambda dtype, scores: [attention])
+    monkeypatch.setattr(kernels.Kernels, "measure", lambda self: None)
     between = []
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda module, given, made: between.append((given[0].dtype, made.dtype)))
     neuroflow.enable_cache(model, exact(threshold=1e-4, precision="bfloat16"))
-    with use_backend(backend), Watch():
+    with use_backend("auto" if way else "reference"), Watch():
         model(pixel_values=frames[0])
         assert seen and all(dtype == torch.float32 for dtypes in seen for dtype in dtypes)
         seen.clear()
@@ -117,10 +124,16 @@ def test_new_weights_take_effect_at_once():
 
 def test_weights_are_rounded_once(monkeypatch):
     model, rounded = tiny("siglip"), []
-    in_bfloat16 = linear.in_bfloat16
-    monkeypatch.setattr(linear, "in_bfloat16", lambda module: rounded.append(module) or in_bfloat16(module))
+
+    class Counted(kernels.Layer):
+        def __init__(self, weight, *others):
+            super().__init__(weight, *others)
+            if weight.dtype == torch.bfloat16:
+                rounded.append(weight)
+
+    monkeypatch.setattr(kernels, "Layer", Counted)
     run(model, "siglip", clip(frames=4)[:, None], precision="bfloat16")
-    assert len(rounded) == len(set(rounded)) == 4 * 6 + 3
+    assert len(rounded) == 4 * 6 + 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

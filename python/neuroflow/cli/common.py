@@ -42,6 +42,7 @@ GATE_OPTIONS = (  # named as the fields of NeuroFlowConfig that they set
     "dilation",
     "normalise_motion",
     "precision",
+    "kernels",
 )
 
 

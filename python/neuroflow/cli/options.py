@@ -67,6 +67,9 @@ def add_gate(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     gate.add_argument(
         "--precision", help="of what is encoded in part of a float32 model: model or bfloat16 (default: model)"
     )
+    gate.add_argument(
+        "--kernels", help="of partial frames on a CPU: measured, the fastest of all; rows; or torch (default: measured)"
+    )
     return gate
 
 

@@ -7,8 +7,6 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from neuroflow_kernels import attend_rows
-
 from .passes import Pass, StaticPass, Unrecordable
 
 ATTENTION = "neuroflow"  # what transformers knows it by
@@ -89,9 +87,9 @@ def attend(
         # Packed tokens of one entry only see tokens of its stream, none of which is padding.
         if product is not None:
             attended = product(queries, keys, values, rows, key_rows, current.grids[entry])
-        elif partial and current.row_kernels:
+        elif partial and current.measured:
             of_rows = (each[0].transpose(0, 1) for each in (queries, keys, values))  # [*, heads, head_dim]
-            attended = attend_rows(*of_rows, kwargs.get("scaling"))[None]
+            attended = current.kernels.attend(*of_rows, kwargs.get("scaling"), current.threads)[None]
         else:
             attended = attention(module, queries, keys, values, None, **kwargs)[0]
         outputs.append(attended.to(query.dtype))

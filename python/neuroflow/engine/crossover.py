@@ -113,7 +113,10 @@ def measure(current: Pass, tokens: torch.Tensor, block: Callable[[torch.Tensor],
     states = [StreamState(state.name) for state in current.states]
     # Dense comes first: partial frames update the caches that it fills.
     choices = [[None] * len(states), *map(spread, SHARES)]
-    passes = [(Pass(plan, states, current.grids, current.order), active) for active in choices]
+    passes = [(Pass(plan, states, current.grids, current.order, kernels=current.kernels), active) for active in choices]
+    for scratch, active in passes:  # so that their kernels are known
+        within(current_pass, scratch, seconds, scratch, active)
+    current.kernels.measure()
     times = []
     for _ in range(max(depth // 5, RUNS)):
         for scratch, active in passes:

@@ -12,10 +12,11 @@ hidden states or feature maps). An architecture is a choice of points:
     context   as dual; each block's keys and values of all tokens are kept and attended to
 
 With every patch active nothing is packed and the tower runs as it would unpatched, while the caches are filled. On a
-CPU packed tokens go through `linear_rows` and `attend_rows` where those have fast kernels.
+CPU packed tokens go through the fastest of several `kernels`.
 
-A frame's way through the files of this folder: `gate` chooses its patches, `projection`, `attention`, `linear` and
-`pooling` are what its active tokens meet, `passes` brings what comes of them into the caches in `state`.
+A frame's way through the files of this folder: `gate` chooses its patches; `projection`, `attention`, `linear` and
+`pooling` are what its active tokens meet, through the `kernels` that are the fastest; `passes` brings what comes of
+them into the caches in `state`.
 """
 
 import dataclasses
@@ -41,6 +42,7 @@ from .attention import ATTENTION, attend
 from .derived import Derived, Weights
 from .gate import Gate
 from .graphs import Graphs
+from .kernels import Kernels
 from .linear import is_linear
 from .passes import FrameReport, Pass, Plan, StaticPass, blocks_of_hidden_states, current_pass, within
 from .state import StreamState
@@ -118,6 +120,7 @@ class Engine:
         self.gate = Gate(self.plan, self.warn_once)
         self.gate_of_clips = self._gate_of_clips()
         self.derived = Derived()
+        self.kernels = Kernels(config.kernels)
         self.streams = streams
         self.distilled = distilled or {}
         self.weights: Path | None = None  # where those of `distilled` are from
@@ -133,7 +136,10 @@ class Engine:
         if config.arch == "mlp":
             parts = parts.union(*anatomy.mlps)
         self._places = {name: part for name, part in anatomy.tower.named_modules() if part in parts}
-        self._current_weights = Weights(anatomy.tower)
+        self._current_weights = self._weights_now()
+
+    def _weights_now(self) -> Weights:
+        return Weights(nn.ModuleList([self.anatomy.tower, *self.distilled.values()]))
 
     def _gate_of_clips(self) -> Gate:
         """The gate of clips without names, in which frames that have nothing in common always cut."""
@@ -253,7 +259,9 @@ class Engine:
                         part = self._part(args, kwargs, signature, these)
                         bound = signature.bind(*part[0], **part[1])
                     own = None if order is None else order[these]
-                    current = Pass(self.plan, states[these], grids[these], own, asked, gaps[these], nameless)
+                    current = Pass(
+                        self.plan, states[these], grids[these], own, asked, gaps[these], nameless, self.kernels
+                    )
                     outputs.append(self._encode(entry, forward, *part, bound, current))
                     reports += current.reports
                     self.reported.set(tuple(reports))
@@ -320,6 +328,7 @@ class Engine:
         for state, attention in zip(current.states, current.attention, strict=True):
             if attention is not None:
                 state.note_attention(attention)
+        self.kernels.measure()
         if current.unmeasured is not None:
             self.gate.crossovers[current.unmeasured] = crossover.measure(current, *current.first_block)
         return output
@@ -373,7 +382,8 @@ class Engine:
         Raises:
             RuntimeError: a part of the tower that the engine stands in front of is no longer in its place.
         """
-        if self._current_weights.changed():
+        unchanged = not self._current_weights.changed()
+        if not unchanged:
             now = dict(self.anatomy.tower.named_modules())
             for name, part in self._places.items():
                 if now.get(name) is not part:
@@ -382,7 +392,10 @@ class Engine:
                         f"{name} of {tower} was replaced or wrapped while the tower was patched; call "
                         "neuroflow.disable_cache and then enable_cache again"
                     )
-            self._current_weights = Weights(self.anatomy.tower)
+            self._current_weights = self._weights_now()
+        self.kernels.countable = self._current_weights.countable
+        if not (unchanged and self.kernels.countable):
+            self.kernels.forget()
         return self._current_weights, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def _check_attention(self) -> None:
@@ -483,7 +496,7 @@ class Engine:
         current = current_pass.get()
         if current is None:
             return forward(tokens)
-        return linear.multiply(current, self.derived, module, forward, tokens)
+        return linear.multiply(current, self.kernels, module, forward, tokens)
 
     def on_distilled(self, distilled: Callable, forward: Callable, tokens: torch.Tensor) -> torch.Tensor:
         current = current_pass.get()

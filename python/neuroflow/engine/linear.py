@@ -6,40 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neuroflow_kernels import linear_rows
-
-from ..adapters.anatomy import is_ordinary
-from .derived import Derived
+from .kernels import Kernels, Layer
 from .passes import Pass
-
-# Up to here reading the weights takes a good part of the time; from here on torch's own products are as fast.
-FEW_ROWS = 512
-_OF_TORCH = (nn.Linear.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.MultiheadAttention.forward)
-
-
-def are_few(tokens: torch.Tensor) -> bool:
-    """Whether tokens [..., D] are so few rows that `linear_rows` is the faster way."""
-    return tokens.numel() <= FEW_ROWS * tokens.shape[-1]
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` computes what `linear_rows` does."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
-def is_plain(module: nn.Module, forward: Callable, tokens: torch.Tensor) -> bool:
-    """Whether `forward`, that of `module`, does what torch's own does of weights that kernels can read beside `tokens`.
-
-    Else only the module knows what it computes: one with an adapter in front of its method, or weights that are
-    computed, offloaded or quantized. Its hooks are not looked at: they are of calls of the module.
-    """
-    weights = module._parameters
-    return (
-        getattr(forward, "__func__", None) in _OF_TORCH
-        and ("weight" in weights or "in_proj_weight" in weights)  # else it is computed
-        and all(weight is None or is_ordinary(weight, tokens) for weight in weights.values())
-        and not torch.is_autocast_enabled(tokens.device.type)
-    )
 
 
 def in_bfloat16(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -48,25 +21,33 @@ def in_bfloat16(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def multiply(
-    current: Pass, derived: Derived, module: nn.Linear, forward: Callable, tokens: torch.Tensor
+    current: Pass, kernels: Kernels, module: nn.Linear, forward: Callable, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """A linear layer of a tower, or its `forward` where that is faster, or knows more; rounded for the rows of partial
-    frames.
+    """A linear layer of a tower: the rows of partial frames by the fastest kernel, rounded where that was asked for;
+    others by its `forward`, and all where only that knows what it computes.
     """
     rounds = current.packed and current.rounded
-    if not (rounds or (current.row_kernels and are_few(tokens))) or not is_plain(module, forward, tokens):
+    if not (rounds or current.measured):
+        return forward(tokens)
+    layer = kernels.layer(module, forward, tokens, torch.bfloat16 if rounds else tokens.dtype)
+    if layer is None:
         return forward(tokens)
     if rounds:
-        return map_each(current, forward, lambda rows: _multiply_rounded(current, derived, module, rows), tokens)
-    return linear_rows(tokens.flatten(0, -2), module.weight, module.bias).unflatten(0, tokens.shape[:-1])
+        return map_each(current, forward, lambda rows: _multiply_rounded(current, kernels, module, layer, rows), tokens)
+    return kernels.multiply(layer, tokens, current.threads)
 
 
-def _multiply_rounded(current: Pass, derived: Derived, module: nn.Linear, tokens: torch.Tensor) -> torch.Tensor:
-    rows = tokens.flatten(0, -2).bfloat16()
-    weight, bias = derived(module, (module, "rounded"), lambda: in_bfloat16(module))
-    few = current.row_kernels and are_few(tokens)
-    product = linear_rows(rows, weight, bias) if few else F.linear(rows, weight, bias)
-    return product.to(tokens.dtype).unflatten(0, tokens.shape[:-1])
+def _multiply_rounded(
+    current: Pass, kernels: Kernels, module: nn.Linear, layer: Layer, tokens: torch.Tensor
+) -> torch.Tensor:
+    rows = tokens.bfloat16()
+    if current.measured:
+        product = kernels.multiply(layer, rows, current.threads)
+    elif torch.is_grad_enabled():
+        product = F.linear(rows, *in_bfloat16(module))
+    else:
+        product = F.linear(rows, layer.weight, layer.bias)
+    return product.to(tokens.dtype)
 
 
 def map_each(current: Pass, forward: Callable, distilled: Callable, tokens: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,12 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import nn
 
-from neuroflow_kernels import attend_rows, attend_versions, gather_rows, row_kernels_serve, scatter_kv_, scatter_rows_
+from neuroflow_kernels import attend_rows, attend_versions, gather_rows, scatter_kv_, scatter_rows_
+from neuroflow_kernels.dispatch import is_choice
 
 from ..adapters.anatomy import Anatomy, Grid
 from ..config import NeuroFlowConfig
+from .kernels import Kernels
 from .scores import cls_attention
 from .state import KeyFrame, Slab, StreamState
 
@@ -157,6 +159,7 @@ class Pass:
         asked: numbers of the blocks whose output is wanted of all tokens.
         gaps: of each entry, whether frames are missing before it.
         nameless: its streams are clips that end with the call.
+        kernels: those of the tower, that outlive the pass.
     """
 
     def __init__(
@@ -168,6 +171,7 @@ class Pass:
         asked: frozenset[int] = frozenset(),
         gaps: list[bool] | None = None,
         nameless: bool = False,
+        kernels: Kernels | None = None,
     ) -> None:
         self.plan = plan
         self.states = states
@@ -175,6 +179,7 @@ class Pass:
         self.order = order
         self.asked = asked
         self.nameless = nameless
+        self.kernels = kernels or Kernels(plan.config.kernels)
         self.entered: set[str] = set()  # methods of the tower
         self.due: dict[int, KeyFrame | None] = {}  # by id of a state, why its next entry must be a key frame
         self.surprises: list[torch.Tensor] | None = None  # [N] of each entry, where they are known beforehand
@@ -202,7 +207,8 @@ class Pass:
         self.padded = False  # some rows of the batch are no tokens
         self.partial = False  # some of its rows are not encoded
         self.packed = False  # the residual stream holds active tokens only
-        self.row_kernels = False  # what is partial is multiplied by the kernels for few rows
+        self.measured = False  # what is partial goes through `kernels`
+        self.threads = torch.get_num_threads()
         self.rounded = False  # what is packed is multiplied in bfloat16
         self.part: bool | None = None  # whether the entries at hand are whole; None: some may be, and some not
         self.unmeasured: Hashable = None  # its size, if the crossover is to be measured after it
@@ -222,7 +228,7 @@ class Pass:
         if not self.partial:
             return
         self.active = active
-        self.row_kernels = row_kernels_serve(tokens)
+        self.measured = self.chooses(tokens)
         device = tokens.device
         self.rows = [
             torch.arange(count, dtype=torch.int32, device=device) if chosen is None else chosen
@@ -269,6 +275,10 @@ class Pass:
 
     def _rounds(self, tokens: torch.Tensor) -> bool:
         return self.plan.config.precision == "bfloat16" and tokens.dtype == torch.float32
+
+    def chooses(self, tokens: torch.Tensor) -> bool:
+        """Whether products of such tokens go through `kernels`."""
+        return self.plan.config.kernels != "torch" and is_choice(tokens)
 
     def runs(self, rows: int) -> list[tuple[bool, int]]:
         """Of so many rows, those of all tokens or of the active ones: how many in turn are of whole frames and not."""
@@ -461,7 +471,6 @@ class StaticPass(Pass):
         self.rounded = self._rounds(tokens)
         self.partial = True
         self.whole = [False] * streams
-        self.row_kernels = row_kernels_serve(tokens)
         self.cu_seqlens, self.index = cu_seqlens, index
         if prefix:
             numbers = torch.arange(streams + 1, dtype=torch.int32, device=index.device)

@@ -13,7 +13,7 @@ from neuroflow_kernels import linear_rows, row_kernels_serve
 
 from ..adapters.anatomy import is_foldable
 from .derived import Derived
-from .linear import is_plain
+from .kernels import is_plain
 from .passes import Pass
 
 

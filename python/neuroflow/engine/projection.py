@@ -6,11 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neuroflow_kernels import linear_rows, row_kernels_serve
-
 from ..adapters.anatomy import convolution_of, is_patch_projection
 from .derived import Derived
-from .linear import are_few, is_plain
+from .kernels import is_plain
 from .passes import Pass
 from .state import LastFrame, StreamState, copy_into
 
@@ -41,10 +39,7 @@ def project_windows(convolution: nn.Conv2d | nn.Conv3d, windows: torch.Tensor) -
     The rows are contiguous, which is the order that the gate and the blocks read; a convolution leaves the channels
     outermost.
     """
-    weight = convolution.weight.flatten(1)
-    if are_few(windows) and row_kernels_serve(windows):
-        return linear_rows(windows.flatten(0, -2), weight, convolution.bias).unflatten(0, windows.shape[:-1])
-    return F.linear(windows, weight, convolution.bias)
+    return F.linear(windows, convolution.weight.flatten(1), convolution.bias)
 
 
 def changed(before: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
@@ -79,16 +74,23 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
     if not is_plain(projection, forward, pixels):
         current.projected = forward(pixels)
         return current.projected
+
+    def product(windows: torch.Tensor) -> torch.Tensor:
+        if not current.chooses(windows):
+            return project_windows(projection, windows)
+        layer = current.kernels.layer(projection, forward, windows, windows.dtype)
+        return current.kernels.multiply(layer, windows, current.threads)
+
     if pixels.device.type == "cpu":
         weights = derived(projection, "projection", object)  # another object for other weights
         found: dict[int, torch.Tensor] = {}  # by entry
         for state in dict.fromkeys(current.states):
             own = [entry for entry, of in enumerate(current.states) if of is state]
-            projected = _project_changed(projection, weights, state, [windows[entry] for entry in own])
+            projected = _project_changed(product, weights, state, [windows[entry] for entry in own])
             found |= zip(own, projected, strict=True)
         rows = [found[entry] for entry in range(len(windows))]
     else:  # it would be waited for, and loses little by projecting all
-        rows = [project_windows(projection, own) for own in windows]
+        rows = [product(own) for own in windows]
     shared = len(rows) == 1 and not projection._forward_hooks  # which may change it in place
     projected = rows[0] if shared else torch.cat(rows)
     counts = [length // size for length, size in zip(pixels.shape[2:], projection.kernel_size, strict=True)]
@@ -97,12 +99,13 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
 
 
 def _project_changed(
-    projection: nn.Conv2d | nn.Conv3d, weights: object, state: StreamState, frames: list[torch.Tensor]
+    product: Callable[[torch.Tensor], torch.Tensor], weights: object, state: StreamState, frames: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     """A stream's next frames, patches [1, N, values] each, projected to [1, N, D]; those with the pixels of the frame
     before were already.
 
     Args:
+        product: the projection, of patches [*, values] -> [*, D].
         weights: stands for those of the projection.
     """
     last, state.last_frame = state.last_frame, None
@@ -118,7 +121,7 @@ def _project_changed(
     fresh = [frame[0] if rows is None else frame[0, rows] for frame, rows in zip(frames, differing, strict=True)]
     lengths = [len(each) for each in fresh]
     if any(lengths):
-        products = project_windows(projection, torch.cat(fresh)[None])[0].split(lengths)
+        products = product(torch.cat(fresh)).split(lengths)
     kept, projected, results = last.windows, last.projected, []
     for number, (rows, length) in enumerate(zip(differing, lengths, strict=True)):
         if rows is None:
