@@ -1,6 +1,9 @@
 """What setup.py decides to build: never by a GPU, which a machine that builds need not have."""
 
+import importlib.util
+import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +90,22 @@ def test_nothing_but_python_is_needed_to_look(tmp_path):
     environment = {"PYTHONPATH": str(tmp_path), "PATH": ""}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.stdout == "{}\n" and "torch is not importable here (install torch first" in run.stderr
+
+
+def test_the_cpp_kernels_compile_for_aarch64(setup, tmp_path):
+    if shutil.which("aarch64-linux-gnu-g++"):
+        compiler = ["aarch64-linux-gnu-g++"]
+    elif importlib.util.find_spec("ziglang"):
+        compiler = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu"]
+    else:
+        pytest.skip("there is no compiler for it: no aarch64-linux-gnu-g++ on PATH, and ziglang is not installed")
+    csrc, cpp = SETUP.parent / "csrc", setup["extensions"]()["ext_modules"][0]
+    without_torch = tmp_path / "headers.cpp"
+    headers = sorted(csrc.glob("include/neuroflow/*.h"))
+    without_torch.write_text("".join(f'#include "neuroflow/{header.name}"\n' for header in headers))
+    flags = [*cpp.extra_compile_args, *(f"-I{path}" for path in cpp.include_dirs), "-O2"]
+    environment = os.environ | {"ZIG_GLOBAL_CACHE_DIR": str(tmp_path / "cache")}
+    built = tmp_path / "built.o"
+    for source in (*sorted(csrc.glob("cpu/*.cpp")), without_torch):
+        subprocess.run([*compiler, *flags, "-c", source, "-o", built], env=environment, check=True)
+        assert int.from_bytes(built.read_bytes()[18:20], "little") == 183, source  # EM_AARCH64
