@@ -12,6 +12,7 @@ from .dispatch import BACKENDS, unavailable, without_row_kernels
 from .ways import LINEAR, LinearWeights, linear_ways, seconds_of
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "neuroflow")
+SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
 VARIABLES = ("NEUROFLOW_", "TRITON_", "TORCH_", "ATEN_", "TORCHINDUCTOR_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES")
 
 LAYERS = 4  # of a shape, so that weights do not all come from the cache
@@ -25,11 +26,15 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def _processor() -> tuple[str, str]:
+    """Its name, and those of SETS that it has."""
+    cpuinfo, first = Path("/proc/cpuinfo"), {}
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        name, _, value = line.partition(":")
+        first.setdefault(name.strip(), value.strip())
+    flags = first.get("flags", first.get("Features", "")).split()
+    sets = ", ".join(name for name in SETS if name in flags)
+    return first.get("model name") or platform.processor() or platform.machine(), sets or "unknown"
 
 
 def _devices() -> dict[str, str]:
@@ -46,7 +51,8 @@ def describe() -> dict[str, str]:
     """Versions, processor, devices, every backend's state on the CPU and the GPU, and the environment, by name."""
     facts = {"python": sys.version.split()[0], "platform": platform.platform()}
     facts |= {package: _version(package) for package in PACKAGES} | {"torch's cuda": torch.version.cuda or "none"}
-    facts |= {"processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"}
+    processor, sets = _processor()
+    facts |= {"processor": f"{processor}, {torch.backends.cpu.get_cpu_capability()}", "instruction sets": sets}
     facts |= {"threads": f"{torch.get_num_threads()} of {os.cpu_count()}"} | _devices()
     for backend in BACKENDS:
         for device in ("cpu", "cuda"):

@@ -202,5 +202,6 @@ def test_env_reports_backends_and_versions(without_extension):
     assert facts["reference on cuda"] == "available"
     assert facts["NEUROFLOW_BACKEND"] == "auto"
     assert {"python", "triton", "transformers", "numpy", "neuroflow", "processor"} <= facts.keys()
+    assert facts["instruction sets"]
     bare = run(run_env, without_extension).stdout
     assert "cpp on cpu:          it is not built" in bare and "cuda on cuda:        it is not built" in bare
