@@ -109,9 +109,9 @@ format: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m bench.run --out .benchmarks/run.json
 	$(BIN)/python -m bench.plot .benchmarks/run.json
-	$(BIN)/python -m bench.compare bench/results/run-cpu.json .benchmarks/run.json
+	$(BIN)/python -m bench.compare .benchmarks/run.json
 
-# Writes bench/results/soak.* where nothing is left to commit.
+# Writes bench/results/soak.*, and so refuses where something is left to commit.
 soak: .venv/installed
 	$(BIN)/python -m bench.soak --minutes $(SOAK_MINUTES)
 

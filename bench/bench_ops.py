@@ -8,7 +8,8 @@ import functools
 import pytest
 
 from bench.cases import OP_CASES, check, copied
-from bench.run import line, machine, measure_ceilings, measure_op
+from bench.run import line, measure_ceilings, measure_op
+from bench.tables import machine
 from neuroflow_kernels import unavailable, use_backend
 
 GATES = [case for case in OP_CASES if case.op.baselines and case.shape == case.op.shapes[-1]]

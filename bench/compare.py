@@ -1,4 +1,4 @@
-"""Two runs side by side: `python -m bench.compare A.json B.json`.
+"""Two runs side by side: `python -m bench.compare A.json B.json`; of one, what is recorded for its machine is A.
 
 Medians are compared row by row, which says something where the machine is the same; `*` marks those whose p20 to p80
 do not overlap. Speed-ups are taken within a run, so they can be compared between machines too.
@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from bench.run import label
+from bench.tables import RESULTS, short_name
 
 SPREAD = 0.2  # of a speed-up, within which a run repeats another
 
@@ -50,12 +51,24 @@ def describe(run):
     return ", ".join(f"{name} {value}" for name, value in ({"device": run["device"]} | run["machine"]).items())
 
 
+def recorded(run):
+    """The file in bench/results of runs on the machine of `run`."""
+    kind = run["device"].partition(":")[0]
+    return RESULTS / f"run-{kind}-{short_name(run['machine']['processor' if kind == 'cpu' else 'cuda:0'])}.json"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("first", type=Path)
-    parser.add_argument("second", type=Path)
-    arguments = parser.parse_args()
-    for line in compare(load(arguments.first), load(arguments.second)):
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.json", help="one, or A and B")
+    paths = parser.parse_args().runs
+    if len(paths) > 2:
+        parser.error(f"{len(paths)} runs are named; accepted are one or two")
+    if len(paths) == 1:
+        paths.insert(0, recorded(load(paths[0])))
+        if not paths[0].exists():
+            print(f"nothing is recorded for this machine; python -m bench.run --out bench/results/{paths[0].name} does")
+            return
+    for line in compare(*map(load, paths)):
         print(line)
 
 

@@ -16,7 +16,7 @@ from neuroflow.engine.crossover import SHARES, crossing
 from bench import cases
 from bench.run import timed
 from bench.streams import MODELS
-from bench.tables import share, table, write
+from bench.tables import begin, share, table, write
 
 
 @torch.inference_mode()
@@ -63,7 +63,7 @@ def main():
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    rows = []
+    machine, rows = begin("crossover"), []
     dtypes = (torch.float32, torch.bfloat16)
     for name, size, dtype, arch in itertools.product(arguments.model, arguments.size, dtypes, arguments.arch):
         rows.append(measure(name, size, dtype, arch, arguments.turns, arguments.device))
@@ -74,7 +74,7 @@ def main():
 {__doc__.partition(chr(10) * 2)[2].strip()}
 
 {table(names, [format_row(row) for row in rows])}"""
-    write("crossover", {"turns": arguments.turns}, rows, text)
+    write("crossover", machine, {"turns": arguments.turns}, rows, text)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from bench.street import FRAMES
-from bench.tables import RESULTS, cosine, embeddings, read_clip, run, share, table, write
+from bench.tables import RESULTS, begin, cosine, embeddings, read_clip, run, share, table, write
 
 INSIDE = ("static", "noise")  # cameras; the others are outside
 EVERY, SIZE = 6, 224  # frames of a scene that are written, and their side
@@ -261,6 +261,7 @@ def main():
     parser.add_argument("--test-others", type=int, default=600, help="unseen scenes outside")
     parser.add_argument("--dir", type=Path, default=Path("build/distill"), help="for videos and weights")
     arguments = parser.parse_args()
+    machine = begin(f"distill-{arguments.arch}")
     videos, others, out = (
         arguments.dir / name for name in ("videos", "others", f"street-{arguments.arch}.safetensors")
     )
@@ -284,7 +285,7 @@ def main():
     settings = {name: value for name, value in vars(arguments).items() if name != "dir"}
     settings |= {"seeds": SEEDS, "history": history, "options": SETTINGS, "thresholds": thresholds}
     settings |= {"outside": found, "outside scenes": len(paths)}
-    write(f"distill-{arguments.arch}", settings, rows, text)
+    write(f"distill-{arguments.arch}", machine, settings, rows, text)
     plot(rows, history, arguments.arch)
     print(text)
 

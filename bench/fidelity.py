@@ -17,6 +17,7 @@ from tqdm import tqdm
 from bench.tables import (
     LEAD,
     TOLERANCE,
+    begin,
     cosine,
     embeddings,
     find,
@@ -116,6 +117,8 @@ def measure_clip(model, dense, name, clip, variants, skips, starts):
 
 
 def clips(arguments):
+    stem = f"clips-{arguments.size}"
+    machine = begin(stem)
     large = arguments.size > SIDE
     variants = {name: VARIANTS[name] for name in MAIN} if large else VARIANTS
     paths = large_clips().values() if large else sorted(find("videos").iterdir())
@@ -124,12 +127,12 @@ def clips(arguments):
     def skips(variant):
         return (SKIP,) if large or variant not in MAIN else (SKIP, MORE)
 
-    rows, starts, stem = [], {}, f"clips-{arguments.size}"
+    rows, starts = [], {}
     settings = {"size": arguments.size, "frames": arguments.frames, "lead": LEAD, "tolerance": TOLERANCE}
     for path in tqdm(paths, unit="clip"):
         clip = read_clip(path, arguments.size, arguments.frames)
         rows += measure_clip(model, dense, path.stem, clip, variants, skips, starts)
-        write(stem, settings, rows, clips_text(rows, arguments))
+        write(stem, machine, settings, rows, clips_text(rows, arguments))
     series = {name: means for name, *means in mean_rows(rows)}
     panels = [
         ("cosine_mean", "1 - mean cosine to dense"),
@@ -236,6 +239,7 @@ def photograph_clip(path, kind, frames=FRAMES, side=SIDE):
 
 
 def photographs(arguments):
+    machine = begin("photographs")
     paths = sorted(find("imagenet256").glob("*.jpg"))
     # Spread over all, as neighbours in this order are of one kind: fish, birds, dogs.
     count = min(arguments.count, len(paths))
@@ -266,7 +270,7 @@ def photographs(arguments):
                 top = {"label_top1": correct([one.embeddings for one in runs], kind)}
                 rows.append({"variant": variant, "kind": kind, "threshold": config.threshold} | top | figures)
     settings = {"photographs": count, "frames": FRAMES, "side": SIDE, "calibrated_on": CALIBRATED_ON, "asked": SKIP}
-    write("photographs", settings, rows, photographs_text(rows, settings))
+    write("photographs", machine, settings, rows, photographs_text(rows, settings))
     series = {
         row["variant"]: [each["label_top1"] for each in rows if each["variant"] == row["variant"]] for row in rows
     }

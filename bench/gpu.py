@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench.run import machine
+from bench.tables import machine
 
 ROOT = Path(__file__).parents[1]
 OPS = (

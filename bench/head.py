@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from bench import cases
-from bench.run import DTYPES, machine, timed
-from bench.tables import table, write
+from bench.run import DTYPES, timed
+from bench.tables import begin, table, write
 
 SKIP = 0.97
 
@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--size", type=int, nargs="+", default=cases.SIZES)
     parser.add_argument("--turns", type=int, default=20)
     arguments = parser.parse_args()
-    rows, lines = [], []
+    machine, rows, lines = begin("head"), [], []
     for size, dtype in itertools.product(arguments.size, DTYPES.values()):
         rows.append(measure(size, dtype, arguments.turns))
         milliseconds = [f"{rows[-1][name]:.1f} ms" for name in ("whole", "folded")]
@@ -67,8 +67,8 @@ def main():
         print(*lines[-1], sep="  ", flush=True)
     names = ["frames", "dtype", "C, whole head", "C, folded head", "speed-up"]
     about = __doc__.partition("\n\n")[2].strip()
-    settings = {"machine": machine(), "turns": arguments.turns}
-    write("head", settings, rows, f"# The pooling head of a sparse frame\n\n{about}\n\n{table(names, lines)}")
+    text = f"# The pooling head of a sparse frame\n\n{about}\n\n{table(names, lines)}"
+    write("head", machine, {"turns": arguments.turns}, rows, text)
 
 
 if __name__ == "__main__":

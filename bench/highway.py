@@ -24,7 +24,7 @@ from neuroflow.video.source import Source
 from PIL import Image
 from tqdm import tqdm
 
-from bench.tables import find, share, table, write
+from bench.tables import begin, find, share, table, write
 from neuroflow_kernels import ema_surprise_
 
 OUTSIDE, UNKNOWN, MOVING = 85, 170, 255  # pixels of a mask
@@ -161,7 +161,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=448, help="of the tower's input, in pixels (default: 448)")
     arguments = parser.parse_args()
-    size = arguments.size
+    size, machine = arguments.size, begin("highway")
     with np.load(find("highway/masks.npz")) as file:
         numbers_of, masks = file["frame"].tolist(), file["mask"]
     inside = np.asarray(Image.open(find("highway/roi.png")).convert("L")) > 0
@@ -190,7 +190,7 @@ def main():
             row = {"method": name, "signal": signal, "given": given, "around": around}
             rows.append(row | rate(numbers, moving, scored, train))
     text = text_of(rows, size, len(masks), train, share(moving[scored].float().mean().item()))
-    write("highway", {"size": size, "masks": len(masks), "chosen_on": train}, rows, text)
+    write("highway", machine, {"size": size, "masks": len(masks), "chosen_on": train}, rows, text)
     print(text)
 
 

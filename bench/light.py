@@ -13,8 +13,7 @@ from neuroflow import NeuroFlowConfig
 from PIL import Image
 
 from bench.fidelity import load_classifier
-from bench.run import machine
-from bench.tables import cosine, find, read_clip, run, share, table, write
+from bench.tables import begin, cosine, find, read_clip, run, share, table, write
 
 PHOTOGRAPHS = ("0350_ibex.jpg", "0100_black_swan.jpg", "0250_siberian_husky.jpg")
 SIDE, FRAMES = 224, 120
@@ -54,6 +53,7 @@ def measure(model, unpatched, frames, config):
 
 
 def main():
+    machine = begin("light")
     model, unpatched = load_classifier()
     with_light = NeuroFlowConfig()
     without = dataclasses.replace(with_light, cut_light=None)
@@ -70,7 +70,7 @@ def main():
     names = ["frames", "key frames, without", "with", "skipped, without", "with"]
     names += ["least cosine, without", "with", "mean cosine, without", "with"]
     text = f"# Another light\n\n{__doc__.partition(chr(10) * 2)[2].strip()}\n\n{table(names, lines)}"
-    write("light", {"machine": machine(), "cut_light": with_light.cut_light}, rows, text)
+    write("light", machine, {"cut_light": with_light.cut_light}, rows, text)
 
 
 if __name__ == "__main__":

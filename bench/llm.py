@@ -17,7 +17,7 @@ from neuroflow.weights import copy_sharing_weights
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
-from bench.tables import share, table, write
+from bench.tables import begin, share, table, write
 from bench.train_llm import DIRECTORY, MODEL, SHARES
 
 PAIRS = ((1, (4,)), (1, (7,)), (3, (5,)), (6, (7,)), (1, (0,)))
@@ -108,6 +108,7 @@ def main():
     parser.add_argument("--model", type=Path, default=DIRECTORY, help="what bench.train_llm wrote")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    machine = begin("llm")
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = {}
@@ -125,7 +126,7 @@ def main():
     rows = evaluate(model, windows, configs, NEW_TOKENS, findings)
     findings.finish()
     large = most_saved()
-    write("llm", settings | {"large": LARGE}, {"small": rows, "large": large}, text(rows, large))
+    write("llm", machine, settings | {"large": LARGE}, {"small": rows, "large": large}, text(rows, large))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bench.baselines import STC, AttentionDropping, Eventful, FrameSkipping, PixelGate, Published, TokenMerging
 from bench.fidelity import load_classifier
-from bench.tables import RESULTS, Run, cosine, embeddings, find, read_clip, score, share, table, write
+from bench.tables import RESULTS, Run, begin, cosine, embeddings, find, read_clip, score, share, table, write
 
 CLIPS = ("degirum_Traffic.mp4", "sam2_05_default_juggle.mp4")
 FRAMES = {224: 120, 448: 60}  # of each clip
@@ -325,7 +325,8 @@ def main():
     parser.add_argument("--size", type=int, nargs="+", choices=FRAMES, default=list(FRAMES))
     parser.add_argument("--search", action="store_true", help="find every method's settings anew")
     arguments = parser.parse_args()
-    for size in arguments.size:
+    machines = {size: begin(f"peers-{size}") for size in arguments.size}
+    for size, machine in machines.items():
         stem, rows = f"peers-{size}", []
         model = resized(load_classifier()[0], size)
         methods = ladders((size // model.config.patch_size) ** 2)
@@ -340,7 +341,7 @@ def main():
             rows += [{"clip": name} | one for one in compare(model, methods, clip, chosen, PASSES)]
         settings = {"size": size, "frames": FRAMES[size], "passes": PASSES, "targets": TARGETS}
         text = text_of(rows, settings)
-        write(stem, settings, rows, text)
+        write(stem, machine, settings, rows, text)
         plot(stem, f"ViT-Ti, {size} px: speed at equal fidelity", rows)
         print(text)
 

@@ -28,7 +28,7 @@ from neuroflow.video.source import Source
 from neuroflow.video.stream import encode_stream
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from bench.tables import share, table, write
+from bench.tables import begin, share, table, write
 
 WIDTH, HEIGHT, TOP = 1920, 1080, 560
 CROSSING = 120  # frames
@@ -128,7 +128,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=4, help="of the three passes")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="of the model")
     arguments = parser.parse_args()
-    rows = []
+    machine, rows = begin("pipeline"), []
     with tempfile.TemporaryDirectory() as directory:
         clip = arguments.clip
         if clip is None:
@@ -153,7 +153,7 @@ Clip: {settings["clip"]}. Medians over {arguments.rounds} passes of {arguments.f
 first frame of a pass is not counted.
 
 {table(names, [format_row(row) for row in rows])}"""
-    write("pipeline", settings, rows, text)
+    write("pipeline", machine, settings, rows, text)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- by python -m bench.plot --readme -->", "<!-- end -->"
 FIDELITY = RESULTS / "clips-224.json"
-FACTS = ("cuda:0", "processor", "threads", "torch", "transformers", "commit")
+FACTS = ("cuda:0", "processor", "instruction sets", "threads", "torch", "transformers", "commit")
 STYLES = {"float32": "-", "bfloat16": "--"}
 MARKERS = "os^vD*<>PX"
 
@@ -39,7 +39,8 @@ def values(rows, name):
 
 def machine_line(run):
     facts = {name: run["machine"][name] for name in FACTS if name in run["machine"]}
-    facts.pop("cuda:0" if run["device"] == "cpu" else "processor", None)
+    for name in ["cuda:0"] if run["device"] == "cpu" else ["processor", "instruction sets"]:
+        facts.pop(name, None)
     return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 

@@ -11,7 +11,7 @@ import neuroflow
 import torch
 
 from bench.fidelity import large_clips, load_classifier
-from bench.tables import cosine, embeddings, read_clip, run, score, share, table, write
+from bench.tables import begin, cosine, embeddings, read_clip, run, score, share, table, write
 
 SIZE, FRAMES = 224, 120
 PRECISIONS = ("model", "bfloat16")
@@ -20,6 +20,7 @@ PRECISIONS = ("model", "bfloat16")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
+    machine = begin("precision")
     model, unpatched = load_classifier()
     rows, lines = [], []
     for name, path in large_clips().items():
@@ -36,7 +37,7 @@ def main():
         print(*lines[-1], sep="  ", flush=True)
     about = __doc__.partition("\n\n")[2].strip()
     text = f"# Products in bfloat16\n\n{about}\n\n{table(['clip', 'skipped', 'float32', 'bfloat16'], lines)}"
-    write("precision", {"size": SIZE, "frames": FRAMES}, rows, text)
+    write("precision", machine, {"size": SIZE, "frames": FRAMES}, rows, text)
 
 
 if __name__ == "__main__":

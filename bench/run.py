@@ -13,7 +13,6 @@ import functools
 import itertools
 import json
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
@@ -23,12 +22,11 @@ import torch
 
 from bench import cases
 from bench.baselines import Published
+from bench.tables import begin
 from neuroflow_kernels import BackendUnavailable, unavailable, use_backend
 from neuroflow_kernels.dispatch import BACKENDS
-from neuroflow_kernels.env import describe
 
 OUT = Path(".benchmarks", "run.json")
-FACTS = ("processor", "threads", "cuda:0", "python", "torch", "triton", "transformers", "numpy")
 SYSTEMS = ("published-B", "published-C", "A", "B", "C", "D", "E", "rounded-C", "rounded-E")
 GROUP = 4  # frames of a system in a turn, at most
 DTYPES = {cases.name_of(dtype): dtype for dtype in cases.DTYPES}
@@ -299,15 +297,6 @@ def ceilings_line(ceilings):
     return ", ".join(f"{name} {value / 1e9:.1f} {units.get(name, 'GFLOP/s')}" for name, value in ceilings.items())
 
 
-def machine():
-    facts = describe()
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    found = {name: facts[name] for name in FACTS if name in facts}
-    return found | {"commit": described.stdout.strip() or "unknown"}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", choices=["ops", "models"], help="both where neither is named")
@@ -321,7 +310,7 @@ def main():
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     start = time.perf_counter()
-    facts, ceilings = machine(), measure_ceilings(arguments.device)
+    facts, ceilings = begin(arguments.out.absolute()), measure_ceilings(arguments.device)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(ceilings_line(ceilings))
     for backend in BACKENDS:

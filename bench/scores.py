@@ -14,7 +14,7 @@ from neuroflow.engine import scores
 from tqdm import tqdm
 
 from bench.fidelity import large_clips, load_classifier
-from bench.tables import cosine, embeddings, gate_of, read_clip, run_at_skip, score, share, table, write
+from bench.tables import begin, cosine, embeddings, gate_of, read_clip, run_at_skip, score, share, table, write
 
 SIZE, FRAMES = 224, 120
 SKIPS = (0.84,)
@@ -119,6 +119,7 @@ class Fresh:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
+    machine = begin("scores")
     model, unpatched = load_classifier()
     gate = gate_of(model)
     clips = {name: read_clip(path, SIZE, FRAMES) for name, path in large_clips().items()}
@@ -153,7 +154,7 @@ def main():
         parts.append(f"{skip:.0%} skipped:")
         parts.append(table(["score", *clips, "mean", "skipped"], lines))
     text = "\n\n".join(parts)
-    write("scores", {"size": SIZE, "frames": FRAMES, "skips": SKIPS}, rows, text)
+    write("scores", machine, {"size": SIZE, "frames": FRAMES, "skips": SKIPS}, rows, text)
     print(text)
 
 

@@ -22,8 +22,7 @@ import neuroflow
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from bench.run import machine
-from bench.tables import table, write
+from bench.tables import begin, table, write
 
 SIZES = [(48, 48), (32, 64)]
 WORKERS, STREAMS, OPEN = 3, 12, 30  # threads, streams of each, streams that are kept
@@ -232,17 +231,15 @@ def main():
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", "neuroflow")
     torch.set_num_threads(1)
+    machine = begin(arguments.out)
     rows = soak(arguments.minutes)
     found = list(faults(rows))
     print(*(found or ["all flat"]), sep="\n")
     if found:
         raise SystemExit(1)
-    if machine()["commit"].endswith("-dirty"):
-        print("not written, as there are changes that are not committed")
-        return
     about, names = __doc__.partition("\n\n")[2].strip(), ["minutes", "memory", *COUNTED]
     text = f"# Soak\n\n{about}\n\n{table(names, map(line_of, rows))}"
-    write(arguments.out, {"minutes": arguments.minutes, "workers": WORKERS, "open": OPEN}, rows, text)
+    write(arguments.out, machine, {"minutes": arguments.minutes, "workers": WORKERS, "open": OPEN}, rows, text)
 
 
 if __name__ == "__main__":

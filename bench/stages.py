@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.fidelity import large_clips, load_classifier
-from bench.tables import cosine, read_clip, share, table, write
+from bench.tables import begin, cosine, read_clip, share, table, write
 
 SIZE, FRAMES = 224, 60
 STAGES = (3, 6, 9, 12)  # blocks
@@ -43,6 +43,7 @@ def fidelity(model, unpatched, clip, config):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
+    machine = begin("stages")
     model, unpatched = load_classifier()
     rows, lines = [], []
     for name, path in large_clips().items():
@@ -56,7 +57,8 @@ def main():
             print(*lines[-1], sep="  ", flush=True)
     about = __doc__.partition("\n\n")[2].strip()
     names = ["clip", "asked", "skipped", *(f"block {stage}" for stage in STAGES)]
-    write("stages", {"size": SIZE, "frames": FRAMES}, rows, f"# Feature maps\n\n{about}\n\n{table(names, lines)}")
+    text = f"# Feature maps\n\n{about}\n\n{table(names, lines)}"
+    write("stages", machine, {"size": SIZE, "frames": FRAMES}, rows, text)
 
 
 if __name__ == "__main__":

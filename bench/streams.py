@@ -14,8 +14,8 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from bench import cases
-from bench.run import DTYPES, machine, timed
-from bench.tables import table, write
+from bench.run import DTYPES, timed
+from bench.tables import begin, table, write
 
 STREAMS = 8
 SKIPS = (0.97, 0.84)
@@ -116,20 +116,19 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="streams", help="the stem of the files in bench/results, or a path's")
     arguments = parser.parse_args()
-    rows = []
+    machine, rows = begin(arguments.out), []
     where = {"size": arguments.size, "device": arguments.device}
     of = itertools.product(arguments.model, arguments.dtype, arguments.skip, arguments.arch)
     for name, dtype, skip, arch in of:
         rows.append(measure(name, DTYPES[dtype], arch, arguments.streams, skip, arguments.turns, **where))
         print(*format_row(rows[-1]), sep="  ", flush=True)
     names = ["model", "dtype", "arch", "streams", "skipped", "apart, a frame", "together, a frame", "speed-up"]
-    settings = {"machine": machine(), "turns": arguments.turns}
     text = f"""# Many streams in one pass
 
 {__doc__.partition(chr(10) * 2)[2].strip()}
 
 {table(names, [format_row(row) for row in rows])}"""
-    write(arguments.out, settings, rows, text)
+    write(arguments.out, machine, {"turns": arguments.turns}, rows, text)
 
 
 if __name__ == "__main__":

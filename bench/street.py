@@ -15,18 +15,7 @@ from neuroflow.street import load_street
 from neuroflow.street.scene import CAMERAS, CLASSES, TRAJECTORIES, scenes, write_scene
 from tqdm import tqdm
 
-from bench.tables import (
-    cosine,
-    embeddings,
-    gate_of,
-    plot_bars,
-    read_clip,
-    run,
-    run_at_skip,
-    share,
-    table,
-    write,
-)
+from bench.tables import begin, cosine, embeddings, gate_of, plot_bars, read_clip, run, run_at_skip, share, table, write
 
 VARIANTS = {"E (default)": neuroflow.NeuroFlowConfig(), "C, published": neuroflow.NeuroFlowConfig.published()}
 FIELDS = {"trajectory": TRAJECTORIES, "camera": CAMERAS, "subject": CLASSES}
@@ -125,9 +114,9 @@ def text_of(rows, settings, count, seed):
     return "\n\n".join([*parts, "\n".join(failures)])
 
 
-def report(rows, settings, count, seed):
+def report(machine, rows, settings, count, seed):
     text = text_of(rows, settings, count, seed)
-    write("street", {"scenes": count, "seed": seed, "asked": SKIP}, rows, text)
+    write("street", machine, {"scenes": count, "seed": seed, "asked": SKIP}, rows, text)
     # Classes have too few frames each to be told apart in a plot.
     shown = [row for row in rows if row["field"] in ("trajectory", "camera") and row["retained"] is not None]
     groups = list(dict.fromkeys(row["name"] for row in shown))
@@ -145,6 +134,7 @@ def main():
     parser.add_argument("--scenes", type=int, default=150, help="of 120 frames each")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of scenes")
     arguments = parser.parse_args()
+    machine = begin("street")
     model, classes = load_street()
     chosen = scenes(arguments.scenes, arguments.seed, held_out=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -155,7 +145,7 @@ def main():
             group = chosen[start : start + TOGETHER]
             for key, frames in measure(model, classes, group, settings, scratch).items():
                 scored[key] += frames
-            text = report(rows_of(scored, settings), settings, start + len(group), arguments.seed)
+            text = report(machine, rows_of(scored, settings), settings, start + len(group), arguments.seed)
     print(text)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import time
@@ -25,8 +26,11 @@ from torch import nn
 
 from neuroflow_kernels.env import describe
 
-DATA = Path(os.environ.get("NEUROFLOW_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("NEUROFLOW_DATA", ROOT.parent / "shared" / "data"))
+RESULTS = ROOT / "bench" / "results"
+FACTS = ("processor", "instruction sets", "threads", "cuda:0", "python", "torch", "triton", "transformers", "numpy")
+PROCESSORS = ("epyc", "xeon", "ryzen", "core")
 LEAD = 0.1  # in probability, by which dense is sure of its answer
 TOLERANCE = 0.01  # of a skip rate that is asked for
 STRIDE, TRIALS = 5.0, 7
@@ -217,16 +221,56 @@ def table(names, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write(stem, settings, rows, text):
-    """bench/results/STEM.json with the machine, the versions, the commit, the settings and every row; STEM.md."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+def git(*arguments):
+    """What git prints of this project; nothing where it is no checkout."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.rstrip()
+
+
+def changed():
+    """The tracked files, results aside, that are not as the last commit has them."""
+    status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return [line[3:] for line in status.splitlines()]
+
+
+def machine():
+    """What every result says of where it comes from: the machine, the versions and the commit."""
     facts = describe()
-    named = ("processor", "threads", "cuda:0", "python", "torch", "transformers")
-    machine = {name: facts[name] for name in named if name in facts}
+    commit = git("describe", "--always")
+    found = {name: facts[name] for name in FACTS if name in facts}
+    return found | {"commit": f"{commit}-dirty" if changed() else commit or "unknown"}
+
+
+def begin(stem):
+    """The machine that `write` is to name; called before anything is measured.
+
+    stem: of a file in bench/results, or a path's.
+
+    Raises:
+        SystemExit: the file is to lie in bench/results, and no commit has the code as it is here.
+    """
+    if Path(RESULTS, stem).resolve().is_relative_to(RESULTS):
+        if not git("describe", "--always"):
+            raise SystemExit(f"{stem} is to name the commit that was measured; {ROOT} is no checkout of git")
+        if files := changed():
+            raise SystemExit(
+                f"{stem} is to name the commit that was measured, and these differ from it: {', '.join(files)}; commit "
+                "or stash them first"
+            )
+    return machine()
+
+
+def short_name(device):
+    """What files call a processor or GPU of a name such as "AMD EPYC 9654, AVX512": its family if known, else all."""
+    words = re.findall("[a-z0-9]+", device.partition(",")[0].lower())
+    return next((word for word in words if word in PROCESSORS), "-".join(words))
+
+
+def write(stem, machine, settings, rows, text):
+    """bench/results/STEM.json with the `machine` of `begin`, the settings and every row; STEM.md."""
     RESULTS.mkdir(exist_ok=True)
-    content = {"machine": machine, "commit": commit, "settings": settings, "rows": rows}
+    content = {"machine": machine, "settings": settings, "rows": rows}
     Path(RESULTS, f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
-    line = ", ".join(f"{name} {value}" for name, value in (machine | {"commit": commit}).items())
+    line = ", ".join(f"{name} {value}" for name, value in machine.items())
     Path(RESULTS, f"{stem}.md").write_text(f"{text}\n\n{line}.\n")
 
 

@@ -153,10 +153,10 @@ def test_photograph_clips(photograph, kind):
 def test_results_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     rows = [{"skipped": 0.5, "cosine_mean": 0.9}, {"skipped": 0.8, "cosine_mean": 0.7}]
-    tables.write("some", {"frames": 3}, rows, tables.table(["a", "b"], [["1", "2"]]))
+    tables.write("some", tables.machine(), {"frames": 3}, rows, tables.table(["a", "b"], [["1", "2"]]))
     written = json.loads((tmp_path / "results" / "some.json").read_text())
     assert written["rows"] == rows and written["settings"] == {"frames": 3}
-    assert {"processor", "torch", "transformers"} <= set(written["machine"]) and written["commit"]
+    assert {"processor", "torch", "transformers", "commit"} <= set(written["machine"])
     assert (tmp_path / "results" / "some.md").read_text().startswith("| a | b |\n| --- | --- |\n| 1 | 2 |\n")
 
 

@@ -1,17 +1,20 @@
 """The benchmark's registry, its checks, and what is made of its results, on tiny shapes and hand-made rows."""
 
+import importlib
 import itertools
 import json
+import subprocess
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from models import PATCH, tiny
 from neuroflow.config import NeuroFlowConfig
 
-from bench import cases, compare, plot, run
+from bench import cases, compare, plot, run, tables
 from bench.baselines import Published
-from neuroflow_kernels import BackendUnavailable, linear_rows, unavailable
+from neuroflow_kernels import BackendUnavailable, env, linear_rows, unavailable
 
 CEILINGS = {"memory": 1e9, "float32": 2e9, "bfloat16": 4e9}
 SHAPES = {3: (2, 40, 16), 4: (2, 9, 2, 8), 5: (2, 3, 9, 2, 8)}
@@ -293,6 +296,102 @@ def test_compare(tmp_path):
         "only in A: SigLIP base 224x224 float32 97% skipped, noisy C",
         "speed-ups within 20% of each other: 1 of 2",
     ]
+
+
+def test_one_run_is_compared_with_what_is_recorded_for_its_machine(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(made_run(made_row())))
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["compare", str(path)])
+    compare.main()
+    assert "--out bench/results/run-cpu-some.json" in capsys.readouterr().out
+    (tmp_path / "run-cpu-some.json").write_text(json.dumps(made_run(made_row(median_ms=200.0))))
+    compare.main()
+    assert "dense 200.000 100.000 0.50" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("AMD EPYC, AVX512", "epyc"),
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz, AVX512", "xeon"),
+        ("aarch64, DEFAULT", "aarch64"),
+        ("NVIDIA H100 80GB HBM3, compute capability 9.0", "nvidia-h100-80gb-hbm3"),
+    ],
+)
+def test_short_names(device, name):
+    assert tables.short_name(device) == name
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "sets"),
+    [
+        ("flags\t\t: fpu avx avx2 avx512f amx_int8 avx512_vnni\n", "avx2, avx512f, avx512_vnni, amx_int8"),
+        ("Features\t: fp asimd sve bf16 svebf16\n", "asimd, sve, bf16"),
+        ("", "unknown"),
+    ],
+)
+def test_instruction_sets(tmp_path, monkeypatch, cpuinfo, sets):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: Some CPU\n{cpuinfo}\nmodel name\t: Other\n")
+    monkeypatch.setattr(env, "Path", lambda _: tmp_path / "cpuinfo")
+    facts = env.describe()
+    assert facts["processor"].startswith("Some CPU, ") and facts["instruction sets"] == sets
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A project with one commit of code.py and bench/results/old.json."""
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    for file in (tmp_path / "code.py", results / "old.json"):
+        file.write_text("{}")
+    author = ["-c", "user.name=a", "-c", "user.email=a"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", results)
+    return tmp_path
+
+
+def test_results_are_of_a_commit(checkout):
+    for name in ("old.json", "new.json"):
+        (tables.RESULTS / name).write_text("[]")  # another result, which is not what is measured
+    facts = tables.begin("some")
+    assert {"processor", "instruction sets", "threads", "torch", "transformers"} <= set(facts)
+    assert facts["commit"] == tables.git("rev-parse", "--short", "HEAD")
+    (checkout / "code.py").write_text("[]")
+    for stem in ("some", str(tables.RESULTS / "some.json")):
+        with pytest.raises(SystemExit, match=r"these differ from it: code\.py; commit or stash"):
+            tables.begin(stem)
+    assert tables.begin(str(checkout / "some"))["commit"] == f"{facts['commit']}-dirty"
+
+
+def test_results_need_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "bench" / "results")
+    with pytest.raises(SystemExit, match="is no checkout of git"):
+        tables.begin("some")
+    assert tables.begin(str(tmp_path / "some"))["commit"] == "unknown"
+
+
+def writers():
+    """Every program of bench that writes a result."""
+    for path in sorted(Path(run.__file__).parent.glob("*.py")):
+        if path.name != "tables.py" and "    write(" in path.read_text() and "def main" in path.read_text():
+            yield path.stem
+
+
+@pytest.mark.parametrize("name", [*writers(), "run"])
+def test_nothing_is_measured_of_a_changed_tree(name, monkeypatch):
+    module = importlib.import_module(f"bench.{name}")
+    monkeypatch.setattr(tables, "changed", lambda: ["code.py"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    for kind, method in ((torch.nn.Module, "__call__"), (Path, "open")):  # what would be next
+        monkeypatch.setattr(kind, method, lambda *_, **__: pytest.fail("something is measured"))
+    given = {"fidelity": ["clips"], "run": ["--out", str(tables.RESULTS / "run-cpu-some.json")]}
+    monkeypatch.setattr("sys.argv", [name, *given.get(name, [])])
+    with pytest.raises(SystemExit, match=r"differ from it: code\.py"):
+        module.main()
 
 
 @pytest.fixture
