@@ -36,10 +36,6 @@ def attend(
         [S, T, heads, head_dim], or [1, rows of all streams, heads, head_dim] when packed or by `product`; and
         attention weights or None.
     """
-    name = getattr(current.plan.configs.get(module), "_attn_implementation", ATTENTION)
-    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if name != ATTENTION:
-        attention = ALL_ATTENTION_FUNCTIONS.get(name, attention)
     context, layer = current.plan.config.arch == "context", current.plan.layer_of[module]
     rounds = current.packed and current.rounded
     watched = layer in current.plan.watched
@@ -51,7 +47,7 @@ def attend(
             current.store_all_heads(layer, *heads[1:])
             attended = current.attend_cached(heads[0], layer, watched, kwargs.get("scaling"))
         else:
-            attended, _ = attention(module, *heads, current.same_stream(), **kwargs)
+            attended, _ = _of_model(current, module)(module, *heads, current.same_stream(), **kwargs)
         return attended.to(query.dtype), None
     if current.packed and current.table is not None and product is None:
         attended = current.attend_versions(layer, query, key, value, kwargs.get("scaling"))
@@ -68,7 +64,7 @@ def attend(
     if not current.packed and product is None and query.shape[0] == len(current.states):
         if watched:
             current.add_cls_attention(query[:, :, 0], key, kwargs["scaling"])
-        return attention(module, query, key, value, mask, **kwargs)
+        return _of_model(current, module)(module, query, key, value, mask, **kwargs)
     brought = [current.brought(each, 2) for each in (key, value)] if context and current.packed else None
     outputs = []
     for entry, (state, *heads) in enumerate(zip(current.states, *parts, strict=True)):
@@ -91,9 +87,16 @@ def attend(
             of_rows = (each[0].transpose(0, 1) for each in (queries, keys, values))  # [*, heads, head_dim]
             attended = current.kernels.attend(*of_rows, kwargs.get("scaling"), current.threads)[None]
         else:
-            attended = attention(module, queries, keys, values, None, **kwargs)[0]
+            attended = _of_model(current, module)(module, queries, keys, values, None, **kwargs)[0]
         outputs.append(attended.to(query.dtype))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None
+
+
+def _of_model(current: Pass, module: nn.Module) -> Callable:
+    """The attention function that the model was loaded with."""
+    name = getattr(current.plan.configs.get(module), "_attn_implementation", ATTENTION)
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return sdpa if name == ATTENTION else ALL_ATTENTION_FUNCTIONS.get(name, sdpa)
 
 
 def _by_head(cache: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
