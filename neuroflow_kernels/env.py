@@ -1,5 +1,6 @@
 """`python -m neuroflow_kernels.env`: what a bug report needs."""
 
+import math
 import os
 import platform
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .cores import own_cores, quota
 from .dispatch import BACKENDS, unavailable, without_row_kernels
 from .ways import LINEAR, LinearWeights, linear_ways, seconds_of
 
@@ -37,6 +39,11 @@ def _processor() -> tuple[str, str]:
     return first.get("model name") or platform.processor() or platform.machine(), sets or "unknown"
 
 
+def _cores() -> str:
+    granted = quota()
+    return f"{len(own_cores())} by affinity, " + ("no quota" if granted == math.inf else f"a quota of {granted:g}")
+
+
 def _devices() -> dict[str, str]:
     if not torch.cuda.is_available():
         return {"cuda": "none"}
@@ -53,7 +60,7 @@ def describe() -> dict[str, str]:
     facts |= {package: _version(package) for package in PACKAGES} | {"torch's cuda": torch.version.cuda or "none"}
     processor, sets = _processor()
     facts |= {"processor": f"{processor}, {torch.backends.cpu.get_cpu_capability()}", "instruction sets": sets}
-    facts |= {"threads": f"{torch.get_num_threads()} of {os.cpu_count()}"} | _devices()
+    facts |= {"threads": f"{torch.get_num_threads()} of {os.cpu_count()}", "cores": _cores()} | _devices()
     for backend in BACKENDS:
         for device in ("cpu", "cuda"):
             facts[f"{backend} on {device}"] = unavailable(backend, device) or "available"

@@ -12,6 +12,7 @@ import torch
 
 import neuroflow_kernels as kernels
 from neuroflow_kernels import BackendUnavailable, compact, dispatch, gather_rows, unavailable, use_backend
+from neuroflow_kernels.cores import own_cores
 
 PACKAGE = Path(kernels.__file__).parent
 
@@ -197,6 +198,7 @@ def test_env_reports_backends_and_versions(without_extension):
     facts = {name: value.strip() for name, value in lines.items()}
     assert facts["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert facts["threads"].split(" of ")[1] == str(os.cpu_count())
+    assert facts["cores"].startswith(f"{len(own_cores())} by affinity, ")
     assert facts["cpp on cpu"] == "available"
     assert facts["cpp on cuda"] == "it serves cpu tensors only"
     assert facts["reference on cuda"] == "available"
