@@ -1,56 +1,20 @@
 """Interrupts at any point of a pass: the stream goes on as if the frame had come, as if it had not, or starts over."""
 
-import ast
 import contextlib
-import functools
 import random
 import signal
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import neuroflow
 import pytest
 import torch
+from interrupts import Interrupt, traced
 from models import clip, exact, tiny
 from neuroflow.engine.passes import current_pass
 from neuroflow.patch import engine_of
 
-PACKAGE = str(Path(neuroflow.__file__).parent)
 SAMPLED = 60  # of some thousands of lines that a pass goes through
-
-
-class Interrupt(BaseException):
-    """What code that deals with errors does not expect."""
-
-
-@functools.cache
-def uninterruptible(path):
-    """The lines of a file right behind `finally:`; Python looks for signals once their first call is over."""
-    tries = [node for node in ast.walk(ast.parse(Path(path).read_text())) if isinstance(node, ast.Try)]
-    return {node.finalbody[0].lineno for node in tries if node.finalbody}
-
-
-def traced(call, at=None):
-    """How many lines of the package `call` goes through; it raises Interrupt in front of number `at`."""
-    count = 0
-
-    def in_frame(frame, event, _):
-        nonlocal count
-        path = frame.f_code.co_filename
-        if event == "line" and frame.f_lineno not in uninterruptible(path):
-            count += 1
-            if count == at:
-                raise Interrupt(f"{path}:{frame.f_lineno}")
-        return in_frame
-
-    sys.settrace(lambda frame, *_: in_frame if frame.f_code.co_filename.startswith(PACKAGE) else None)
-    try:
-        call()
-    finally:
-        sys.settrace(None)
-    return count
 
 
 def encode(model, frames):
