@@ -1,7 +1,9 @@
 import importlib
+import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +53,16 @@ def any_release(monkeypatch):
     """What is warned of does not depend on how new the installed releases are."""
     if not (INTERPRETED or CUDA_ON_HOST):
         monkeypatch.setattr("neuroflow.releases.TESTED", {})
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """On how many threads frames run, and with that their rounding, does not depend on how busy the machine is."""
+    if not (INTERPRETED or CUDA_ON_HOST):
+        from neuroflow.engine import threads
+
+        everything = threads.Cores(own=2**10, quota=math.inf, others=0.0)
+        monkeypatch.setattr(threads, "meter", SimpleNamespace(read=lambda: everything))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from bench import structure
 # From the top floor down; every file of the engine imports those below it alone.
 ENGINE = (
     *("engine", "graphs", "gate", "projection", "attention", "pooling", "linear"),
-    *("crossover", "reuse", "passes", "kernels", "derived", "scores", "streams", "state"),
+    *("crossover", "reuse", "passes", "kernels", "derived", "scores", "streams", "state", "threads"),
 )
 DOORS = {"patch", "interface", "saving", "distillation", "__init__", "objects", "cli/track"}
 PURE = {"engine/scores"}  # functions of surprise, which everybody may use

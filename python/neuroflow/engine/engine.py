@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from ..adapters.anatomy import Anatomy, Grid, by_name, is_foldable
 from ..config import NeuroFlowConfig
-from . import crossover, linear, pooling, projection
+from . import crossover, linear, pooling, projection, threads
 from .attention import ATTENTION, attend
 from .derived import Derived, Weights
 from .gate import Gate
@@ -115,6 +115,7 @@ class Engine:
         self.anatomy = anatomy
         self.config = config
         self.plan = Plan.of(anatomy, config)
+        threads.meter.read()  # so that the first frame knows
         # No method: what holds it is held by the engine, and memory waits for nobody who looks for circles.
         self.warn_once = functools.partial(_warn_once, set())
         self.gate = Gate(self.plan, self.warn_once)
@@ -224,17 +225,18 @@ class Engine:
         if not isinstance(arguments.get(name), torch.Tensor):
             given = "None" if arguments.get(name) is None else f"a {type(arguments[name]).__name__}"
             raise ValueError(f"{name} is {given}; accepted is a tensor of frames")
+        call = functools.partial(threads.on_free_cores, self.warn_once, arguments[name].device)
         grids, read = self.anatomy.grids(arguments), frozenset(self.anatomy.reads(arguments))
         if self.config.arch == "active" and read:
             self.warn_once("arch 'active' has no feature maps of all patches; calls that ask for them run unpatched")
-            return self.run_unpatched(forward, *args, **kwargs)
+            return call(self.run_unpatched, forward, *args, **kwargs)
         times = [1] * len(grids) if self.anatomy.times is None else self.anatomy.times(arguments)
         deal = self.named.get()
         if deal is not None and deal.generator is not None:
             deal.callers.add(deal.generator.f_back is not None)  # a generator that waits was called by nobody
         if deal is None and len(grids) > 1 and self.config.batch == "dense":
             self.warn_once(f"{name} holds {len(grids)} frames without names, and batch is 'dense'; they run unpatched")
-            return self.run_unpatched(forward, *args, **kwargs)
+            return call(self.run_unpatched, forward, *args, **kwargs)
         order = None if self.anatomy.order is None else self.anatomy.order(arguments)
         hidden = arguments.get("output_hidden_states")
         if hidden is None:
@@ -247,7 +249,7 @@ class Engine:
         try:
             held, states = self._states(hold, names, times, grids)
             if self.removed:  # while this waited
-                return self.run_unpatched(forward, *args, **kwargs)
+                return call(self.run_unpatched, forward, *args, **kwargs)
             self._check_attention()
             with torch.no_grad():
                 gaps = self._gaps(states, times)
@@ -262,7 +264,7 @@ class Engine:
                     current = Pass(
                         self.plan, states[these], grids[these], own, asked, gaps[these], nameless, self.kernels
                     )
-                    outputs.append(self._encode(entry, forward, *part, bound, current))
+                    outputs.append(call(self._encode, entry, forward, *part, bound, current))
                     reports += current.reports
                     self.reported.set(tuple(reports))
             self._current_weights.settle()
@@ -539,9 +541,10 @@ class Engine:
         return pooling.pool(current, self.derived, distilled, forward, *args, **kwargs)
 
 
-def _warn_once(warned: set[str], message: str) -> None:
-    if message not in warned:
-        warned.add(message)
+def _warn_once(warned: set[str], message: str, about: str | None = None) -> None:
+    """Warn, unless that was said before, or anything about the same."""
+    if (about or message) not in warned:
+        warned.add(about or message)
         warnings.warn(f"neuroflow: {message}", RuntimeWarning, stacklevel=2)
 
 
