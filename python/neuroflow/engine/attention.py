@@ -85,7 +85,7 @@ def attend(
             attended = product(queries, keys, values, rows, key_rows, current.grids[entry])
         elif partial and current.measured:
             of_rows = (each[0].transpose(0, 1) for each in (queries, keys, values))  # [*, heads, head_dim]
-            attended = current.kernels.attend(*of_rows, kwargs.get("scaling"), current.threads)[None]
+            attended = current.kernels.attend(*of_rows, kwargs.get("scaling"))[None]
         else:
             attended = _of_model(current, module)(module, queries, keys, values, None, **kwargs)[0]
         outputs.append(attended.to(query.dtype))

@@ -117,10 +117,11 @@ class Kernels:
         bias = None if module.bias is None else module.bias.detach().to(dtype)
         return Layer(weight, bias, self._ways.setdefault(("linear", tuple(weight.shape), dtype), {}))
 
-    def multiply(self, layer: Layer, tokens: torch.Tensor, threads: int) -> torch.Tensor:
+    def multiply(self, layer: Layer, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens [..., K] -> [..., N]."""
         rows = tokens.shape[:-1].numel()
         only = self._only if rows else "torch"
+        threads = torch.get_num_threads()
         way = LINEAR[only] if only else layer.ways.get((_power(rows), threads))
         if way is None:
             case = Case("linear", tuple(layer.weight.shape), tokens.dtype, 2 ** (_power(rows) - 1), threads)
@@ -130,14 +131,13 @@ class Kernels:
             layer.pack()
         return way(tokens, layer)
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, threads: int
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Rows [M, heads, head_dim] to all tokens of their stream [T, heads, head_dim], as `attend_rows`."""
         rows, tokens = len(query), len(key)
         shape = *query.shape[1:], 2 ** (tokens.bit_length() - 1)
         ways = self._ways.setdefault(("attention", shape, query.dtype), {})
         only = self._only if rows else "torch"
+        threads = torch.get_num_threads()
         way = ATTENTION[only] if only else ways.get((_power(rows), threads))
         if way is None:
             case = Case("attention", shape, query.dtype, 2 ** (_power(rows) - 1), threads)

@@ -34,7 +34,7 @@ def multiply(
         return forward(tokens)
     if rounds:
         return map_each(current, forward, lambda rows: _multiply_rounded(current, kernels, module, layer, rows), tokens)
-    return kernels.multiply(layer, tokens, current.threads)
+    return kernels.multiply(layer, tokens)
 
 
 def _multiply_rounded(
@@ -42,7 +42,7 @@ def _multiply_rounded(
 ) -> torch.Tensor:
     rows = tokens.bfloat16()
     if current.measured:
-        product = kernels.multiply(layer, rows, current.threads)
+        product = kernels.multiply(layer, rows)
     elif torch.is_grad_enabled():
         product = F.linear(rows, *in_bfloat16(module))
     else:

@@ -208,7 +208,6 @@ class Pass:
         self.partial = False  # some of its rows are not encoded
         self.packed = False  # the residual stream holds active tokens only
         self.measured = False  # what is partial goes through `kernels`
-        self.threads = torch.get_num_threads()
         self.rounded = False  # what is packed is multiplied in bfloat16
         self.part: bool | None = None  # whether the entries at hand are whole; None: some may be, and some not
         self.unmeasured: Hashable = None  # its size, if the crossover is to be measured after it

@@ -79,7 +79,7 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
         if not current.chooses(windows):
             return project_windows(projection, windows)
         layer = current.kernels.layer(projection, forward, windows, windows.dtype)
-        return current.kernels.multiply(layer, windows, current.threads)
+        return current.kernels.multiply(layer, windows)
 
     if pixels.device.type == "cpu":
         weights = derived(projection, "projection", object)  # another object for other weights
