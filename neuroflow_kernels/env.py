@@ -1,9 +1,11 @@
 """`python -m neuroflow_kernels.env`: what a bug report needs."""
 
+import itertools
 import math
 import os
 import platform
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 
 from .cores import own_cores, quota
 from .dispatch import BACKENDS, unavailable, without_row_kernels
-from .ways import LINEAR, LinearWeights, linear_ways, seconds_of
+from .ways import LINEAR, Choice, LinearWeights, linear_ways
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "neuroflow")
 SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
@@ -78,12 +80,14 @@ def measure_linear() -> dict[str, str]:
             for layer in layers if "packed" in linear_ways(dtype) else ():
                 layer.pack()
             for rows in ROWS:
-                tokens = torch.ones(rows, inner, dtype=dtype)
-                ways = {
-                    way: lambda turn, way=way, tokens=tokens, layers=layers: LINEAR[way](tokens, layers[turn % LAYERS])
-                    for way in linear_ways(dtype)
-                }
-                taken = ", ".join(f"{way} {1e3 * seconds:.3f}" for way, seconds in seconds_of(ways).items())
+                choice, tokens = Choice(linear_ways(dtype)), torch.ones(rows, inner, dtype=dtype)
+                for layer in itertools.cycle(layers):
+                    way, start = choice.turn(), time.perf_counter()
+                    LINEAR[way](tokens, layer)
+                    choice.note(way, time.perf_counter() - start)
+                    if choice.fastest is not None:
+                        break
+                taken = ", ".join(f"{way} {1e3 * seconds:.3f}" for way, seconds in choice.medians().items())
                 name = f"linear {inner} -> {width}, {str(dtype).removeprefix('torch.')}, {rows} rows"
                 found[name] = f"{taken} ms"
     return found

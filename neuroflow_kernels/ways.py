@@ -2,23 +2,24 @@
 
 A linear layer goes through `linear_rows`, through torch's own, or through oneDNN's with weights that oneDNN has packed
 for itself; attention of one stream's rows through `attend_rows`, through torch's own, or through two products and a
-softmax. `seconds_of` says what each takes.
+softmax. A `Choice` finds the fastest.
 """
 
-import math
-import time
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from .dispatch import without_row_kernels
 from .ops.attend_rows import attend_rows
-from .ops.linear_rows import linear_rows
 
 Way = Callable[..., torch.Tensor]
-ROUNDS = 3  # at least
-PATIENCE = 0.02  # seconds in which there are more rounds, for what is over in no time
+COUNTED = 4  # calls of each way, by which the fastest is told
+PATIENCE = 0.04  # seconds of a way's calls that are enough too
+HOPELESS = 2.0  # times as long as the fastest: after half as many calls a way has no more
+PACKED_GAIN = 1.15  # packed weights take as much memory again, and are worth it if they are faster by this
+_linear_rows = torch.ops.neuroflow.linear_rows.default  # of arguments that need no check
 LARGEST_SCORES = 2**22  # of an attention as two products, which writes them all
 
 
@@ -40,7 +41,8 @@ class LinearWeights:
 
 
 def _linear_by_rows(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
-    return linear_rows(x.flatten(0, -2), weights.weight, weights.bias).unflatten(0, x.shape[:-1])
+    rows = x.contiguous().flatten(0, -2)
+    return _linear_rows(rows, weights.weight, weights.bias).unflatten(0, x.shape[:-1])
 
 
 def _linear_by_torch(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
@@ -90,21 +92,43 @@ def attention_ways(dtype: torch.dtype, scores: int) -> list[str]:
     return [*rows, "torch", *products]
 
 
-def seconds_of(ways: Mapping[str, Callable[[int], object]]) -> dict[str, float]:
-    """The least seconds that each of several ways takes, called in turns: what disturbs a call only makes it slower.
+class Choice:
+    """The fastest of several ways, which take turns at the calls that they serve until that is known.
+
+    What a call takes by itself, again and again, says little of it among a model's other calls: its weights are in the
+    cache by then, and so is its code.
 
     Args:
-        ways: by name, called with the number of their turn, by which they may take inputs from elsewhere in memory.
+        ways: by name.
+
+    Attributes:
+        seconds: what each way's calls took, as far as they count.
+        fastest: once it is known.
     """
-    for run in ways.values():
-        run(0)  # what is made once
-    least = dict.fromkeys(ways, math.inf)
-    start = time.perf_counter()
-    for turn in range(1, 4 * ROUNDS):
-        if turn > ROUNDS and time.perf_counter() - start > PATIENCE:
-            break
-        for way, run in ways.items():
-            begin = time.perf_counter()
-            run(turn)
-            least[way] = min(least[way], time.perf_counter() - begin)
-    return least
+
+    def __init__(self, ways: Sequence[str]) -> None:
+        self.seconds: dict[str, list[float]] = {way: [] for way in ways}
+        self.fastest = ways[0] if len(ways) == 1 else None
+        self._calls = dict.fromkeys(ways, 0)  # of those that may still be the fastest
+
+    def turn(self) -> str:
+        """The way of the next call."""
+        return min(self._calls, key=self._calls.__getitem__)
+
+    def note(self, way: str, seconds: float, counts: bool = True) -> None:
+        """What a call took; the first one of a way never counts, nor one that had to prepare something."""
+        self._calls[way] = self._calls.get(way, 0) + 1
+        if not counts or self._calls[way] == 1:
+            return
+        self.seconds[way].append(seconds)
+        medians = self.medians()
+        best = min(medians.values())
+        for other, median in medians.items():
+            if median > HOPELESS * best and len(self.seconds[other]) >= COUNTED // 2:
+                self._calls.pop(other, None)
+        if all(len(self.seconds[left]) >= COUNTED or sum(self.seconds[left]) >= PATIENCE for left in self._calls):
+            self.fastest = min(self._calls, key=lambda left: medians[left] * (PACKED_GAIN if left == "packed" else 1))
+
+    def medians(self) -> dict[str, float]:
+        """Seconds of each way that has calls that count."""
+        return {way: statistics.median(taken) for way, taken in self.seconds.items() if taken}

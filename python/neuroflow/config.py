@@ -92,9 +92,9 @@ class NeuroFlowConfig:
             the keys' and values' less. Models of other dtypes stay as they are.
         kernels: what multiplies the rows of partial frames on a CPU. "measured": for each shape, dtype and power of two
             of rows the fastest of our own kernels, torch's, and oneDNN's with weights that it has packed, which takes
-            their memory again; measured after the first frame that has them, and told by `summary`. "rows": our own
-            alone, where a row's last bits depend neither on the rows that come with it nor on what was faster. "torch":
-            torch's own functions.
+            their memory again; they take turns in the first frames that have so many, and `summary` says which it is.
+            "rows": our own alone, where a row's last bits depend neither on the rows that come with it nor on what was
+            faster. "torch": torch's own functions.
         batch: what several frames in one call are, where no context names their streams. "clip": one clip, in order of
             time, which begins with a key frame and leaves nothing behind, so that the same call gives the same twice;
             frames that have nothing in common are key frames, and cost what they cost dense. "streams": a frame of each

@@ -85,8 +85,7 @@ class Summary:
         pass_patches: how many patches a pass holds at most; longer clips are encoded in several.
         graph_bytes: what recorded CUDA graphs hold beside the streams.
         kernels: on a CPU, the fastest way through linear layers and attention of partial frames, by case, as far as
-            that was measured: "rows" (`linear_rows` and `attend_rows`), "torch", "packed" or "products".
-        kernel_seconds: that measuring them took.
+            that is known: "rows" (`linear_rows` and `attend_rows`), "torch", "packed" or "products".
         packed_bytes: of weights that were packed for them, beside the model's own.
     """
 
@@ -97,7 +96,6 @@ class Summary:
     pass_patches: int
     graph_bytes: int = 0
     kernels: dict[Case, str] = dataclasses.field(default_factory=dict)
-    kernel_seconds: float = 0.0
     packed_bytes: int = 0
 
     @property
@@ -122,7 +120,7 @@ class Summary:
         ]
         if self.kernels:
             packed = f", {self.packed_bytes / 2**20:.1f} MiB of packed weights" if self.packed_bytes else ""
-            lines.append(f"  kernels, measured in {self.kernel_seconds:.2f} s{packed}:")
+            lines.append(f"  fastest kernels{packed}:")
             lines += [f"    {case}: {way}" for case, way in self.kernels.items()]
         return "\n".join(lines)
 
@@ -565,6 +563,5 @@ def summary(model: nn.Module) -> Summary:
         pass_patches=engine.config.pass_patches,
         graph_bytes=0 if engine.graphs is None else engine.graphs.held_bytes,
         kernels=engine.kernels.fastest(),
-        kernel_seconds=engine.kernels.seconds,
         packed_bytes=engine.kernels.packed_bytes,
     )

@@ -30,8 +30,9 @@ def two_threads():
 
 @pytest.fixture
 def busy(two_threads, monkeypatch):
-    """Of two cores others use more than one."""
+    """Of two cores others use more than one, and keep this process waiting."""
     monkeypatch.setattr(threads, "meter", SimpleNamespace(read=lambda: BUSY))
+    monkeypatch.setattr(threads, "rivals", SimpleNamespace(known=lambda: True, waiting=True, forget=lambda: None))
 
 
 def lowered(work, *args):
@@ -147,7 +148,7 @@ def test_a_meter_reads_once_in_an_interval(machine):
         (Cores(16, 0.25, 0.0), 1, "its cgroup's quota is 0.25"),
     ],
 )
-def test_as_many_threads_as_cores_are_free(two_threads, monkeypatch, cores, free, why):
+def test_as_many_threads_as_cores_are_free(busy, monkeypatch, cores, free, why):
     assert cores.free == free
     monkeypatch.setattr(threads, "meter", SimpleNamespace(read=lambda: cores))
     torch.set_num_threads(20)
@@ -165,6 +166,41 @@ def test_nothing_is_set_where_there_are_cores_enough_or_a_gpu_computes(busy, mon
     assert on_free_cores(pytest.fail, torch.device("cuda"), torch.get_num_threads) == 2
     monkeypatch.setattr(threads, "meter", SimpleNamespace(read=lambda: Cores(2, math.inf, 0.1)))
     assert on_free_cores(pytest.fail, CPU, torch.get_num_threads) == 2
+
+
+def test_a_call_on_all_threads_shows_whether_others_are_in_the_way(machine, two_threads, monkeypatch):
+    """They may use cores while no frame is encoded; a call that had to wait is not repeated soon."""
+    cores = SimpleNamespace(now=BUSY)
+    monkeypatch.setattr(threads, "meter", SimpleNamespace(read=lambda: cores.now))
+    monkeypatch.setattr(threads, "rivals", threads.Rivals(machine.root))
+    waited = {"1": 5.0, "2": 7.0}
+
+    def work(wait):
+        machine.passes(2, 0)
+        waited["2"] += wait
+        tree(
+            machine.root, {f"proc/self/task/{task}/schedstat": f"1 {each * 1e9:.0f} 3" for task, each in waited.items()}
+        )
+        return torch.get_num_threads()
+
+    work(0)
+    found = [lowered(work, 0.1) for _ in range(2)]  # half a tenth of the time
+    assert found == [2, 2]
+    assert [lowered(work, 1.0)] + [lowered(work, 0) for _ in range(3)] == [2, 1, 1, 1]  # 5 s later
+    assert [lowered(work, 1.0)] + [lowered(work, 0) for _ in range(5)] == [2, 1, 1, 1, 1, 1]
+    assert lowered(work, 0) == 2 == lowered(work, 0)
+    assert [lowered(work, 1.0)] + [lowered(work, 0) for _ in range(3)] == [2, 1, 1, 1]  # not 10 s any more
+    cores.now = BUSY._replace(others=0.0)
+    assert lowered(work, 1.0) == 2
+    cores.now = BUSY
+    assert lowered(work, 0) == 2  # which forgot the rest
+
+
+def test_where_nobody_says_how_long_threads_wait_they_do(tmp_path, busy, monkeypatch):
+    monkeypatch.setattr(threads, "rivals", threads.Rivals(tmp_path))
+    assert [lowered(torch.get_num_threads) for _ in range(2)] == [2, 1]
+    tree(tmp_path, {"proc/self/task/1/schedstat": "0 0 0", "proc/self/task/2/schedstat": "?"})
+    assert threads.waited_seconds(tmp_path) is None
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

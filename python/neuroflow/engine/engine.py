@@ -330,7 +330,6 @@ class Engine:
         for state, attention in zip(current.states, current.attention, strict=True):
             if attention is not None:
                 state.note_attention(attention)
-        self.kernels.measure()
         if current.unmeasured is not None:
             self.gate.crossovers[current.unmeasured] = crossover.measure(current, *current.first_block)
         return output

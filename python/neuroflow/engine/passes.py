@@ -327,6 +327,8 @@ class Pass:
 
     def brought(self, values: torch.Tensor, dim: int) -> list[torch.Tensor]:
         """Of packed values, rows along `dim`, those that each entry brings into the caches."""
+        if len(self.lengths) == 1 and self.early[0] is None:
+            return [values]
         parts = list(values.split(self.lengths, dim))
         for entry, early in enumerate(self.early):
             if early is not None:

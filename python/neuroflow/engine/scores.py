@@ -133,5 +133,5 @@ def cls_attention(query: torch.Tensor, keys: torch.Tensor, scaling: float, prefi
     Returns:
         [S, N] float32.
     """
-    scores = (keys @ query[..., None])[..., 0].float() * scaling
+    scores = (query[:, :, None] @ keys.mT)[:, :, 0].float() * scaling
     return scores.softmax(2)[..., prefix:].mean(1)

@@ -3,8 +3,13 @@
 The threads of torch wait for each other hundreds of times in a frame. Where one of them shares its core with another
 process, all wait at each of these points until the scheduler lets it run again, and a frame takes a hundred times as
 long. On as many threads as there are free cores it takes about what its work does.
+
+That others use cores is no reason by itself: a decoder may do so while no frame is encoded. So a call is watched now
+and then on all threads, for whether they had to wait for a core.
 """
 
+import contextlib
+import functools
 import os
 import threading
 import time
@@ -17,6 +22,11 @@ import torch
 from neuroflow_kernels.cores import ROOT, own_cores, quota
 
 INTERVAL = 0.25  # seconds from one reading to the next, at least
+AGAIN, LONGEST = (
+    5.0,
+    60.0,
+)  # seconds from one call that had to wait to the next that is watched, twice as long each time
+WAITED = 0.1  # of a call's time, from which on its threads were kept from their cores
 BUSY = (0, 1, 2, 5, 6, 7)  # columns of /proc/stat: user, nice, system, irq, softirq and steal, not idle and iowait
 Result = TypeVar("Result")
 
@@ -27,6 +37,10 @@ class Cores(NamedTuple):
     own: int
     quota: float
     others: float
+
+    @property
+    def granted(self) -> int:
+        return max(round(min(self.own, self.quota)), 1)
 
     @property
     def free(self) -> int:
@@ -70,6 +84,49 @@ def busy_seconds(cores: Iterable[int], root: Path = ROOT) -> float | None:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def waited_seconds(root: Path = ROOT) -> float | None:
+    """What all threads of this process have waited for a core since they started; None where the kernel does not say.
+
+    Args:
+        root: the directory that holds `proc`.
+    """
+    waited = 0
+    for path in root.glob("proc/self/task/*/schedstat"):
+        with contextlib.suppress(OSError, LookupError, ValueError):  # a thread may end meanwhile
+            waited += int(path.read_text().split()[1])  # nanoseconds; before it those that the thread ran
+    return waited / 1e9 or None
+
+
+class Rivals:
+    """Whether other processes keep the threads of this one from their cores, as calls on all threads have shown.
+
+    Args:
+        root: the directory that holds `proc`.
+    """
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self.root = root
+        self.forget()
+
+    def forget(self) -> None:
+        """Nobody else uses a core."""
+        self.waiting = False
+        self._until, self._again = 0.0, AGAIN
+
+    def known(self) -> bool:
+        return time.monotonic() < self._until
+
+    def watch(self, work: Callable[[], Result]) -> Result:
+        """Call `work`, and note whether its threads had to wait."""
+        before, start = waited_seconds(self.root), time.monotonic()
+        result = work()
+        after, end = waited_seconds(self.root), time.monotonic()
+        self.waiting = before is None or after is None or after - before > WAITED * (end - start)
+        self._until = end + (self._again if self.waiting else INTERVAL)
+        self._again = min(2 * self._again, LONGEST) if self.waiting else AGAIN
+        return result
+
+
 class Meter:
     """Reads, at most every `INTERVAL`, what other processes leave of the cores; several threads may ask at once.
 
@@ -99,7 +156,7 @@ class Meter:
         return self._cores
 
 
-meter = Meter()
+meter, rivals = Meter(), Rivals()
 # The setting of torch belongs to a thread; one that is new begins with what any other has set last.
 _seen = threading.local()
 _lowered: dict[int, tuple[int, int]] = {}  # by thread that is in a call on fewer: its user's number, and that
@@ -135,7 +192,13 @@ def on_free_cores(
     if device.type != "cpu":
         return work(*args, **kwargs)
     own, cores = _own_threads(), meter.read()
-    chosen = min(own, cores.free)
+    granted, chosen = min(own, cores.granted), min(own, cores.free)
+    if chosen == granted:
+        rivals.forget()
+    elif not rivals.known():
+        return rivals.watch(functools.partial(_on, granted, own, work, *args, **kwargs))
+    elif not rivals.waiting:
+        chosen = granted
     if chosen < own:
         warn_once(
             f"frames run on {chosen} thread(s) instead of torch's {own} while {cores}, as a thread that shares its "
@@ -143,7 +206,12 @@ def on_free_cores(
             f"OMP_NUM_THREADS={chosen} for what it runs beside frames too",
             "threads",
         )
-    elif own == torch.get_num_threads():
+    return _on(chosen, own, work, *args, **kwargs)
+
+
+def _on(chosen: int, own: int, work: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
+    """Call `work` on so many threads; `own` are the user's."""
+    if chosen == own == torch.get_num_threads():
         return work(*args, **kwargs)
     now, thread = own, threading.get_ident()
     _lowered[thread] = own, chosen
