@@ -26,7 +26,7 @@ AGAIN, LONGEST = (
     5.0,
     60.0,
 )  # seconds from one call that had to wait to the next that is watched, twice as long each time
-WAITED = 0.1  # of a call's time, from which on its threads were kept from their cores
+WAITED = 0.3  # of a call's time, from which on its threads were kept from their cores
 BUSY = (0, 1, 2, 5, 6, 7)  # columns of /proc/stat: user, nice, system, irq, softirq and steal, not idle and iowait
 Result = TypeVar("Result")
 
