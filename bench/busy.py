@@ -21,7 +21,7 @@ import torch
 from bench import cases
 from bench.run import timed
 from bench.streams import MODELS
-from bench.tables import share, table, write
+from bench.tables import begin, share, table, write
 from neuroflow_kernels.cores import own_cores
 
 SIZE = 224
@@ -101,7 +101,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=3, help="to measure each way, quiet and busy")
     parser.add_argument("--out", default="busy", help="the stem of the files in bench/results, or a path's")
     arguments = parser.parse_args()
-    rows = []
+    machine, rows = begin(arguments.out), []
     for row in itertools.chain.from_iterable(measure(name, arguments.seconds) for name in arguments.model):
         rows.append(row)
         print(*format_row(row), sep="  ", flush=True)
@@ -112,7 +112,7 @@ def main():
 {__doc__.partition(chr(10) * 2)[2].strip()}
 
 {table(names, [format_row(row) for row in rows])}"""
-    write(arguments.out, settings, rows, text)
+    write(arguments.out, machine, settings, rows, text)
 
 
 if __name__ == "__main__":

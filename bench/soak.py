@@ -39,7 +39,7 @@ def tower():
 
 
 def patched(streams=None):
-    config = neuroflow.NeuroFlowConfig(score="surprise", threshold=1e-3, max_age=32, dense_above=1.0)
+    config = neuroflow.NeuroFlowConfig(score="surprise", threshold=1e-3, max_age=32).reproducible()
     return neuroflow.enable_cache(tower(), config, streams)
 
 

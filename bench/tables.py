@@ -80,7 +80,7 @@ def run(model, clips, config, *, dense=None, weights=None):
     `weights` is a file of those for partial frames.
     What is encoded does not depend on how fast the machine is.
     """
-    neuroflow.enable_cache(model, dataclasses.replace(config, dense_above=1.0), weights=weights)
+    neuroflow.enable_cache(model, config.reproducible(), weights=weights)
     try:
         if dense is not None:
             return list(zip(*(_run_in_turns(model, clip, dense) for clip in clips), strict=True))

@@ -121,12 +121,13 @@ class Choice:
         if not counts or self._calls[way] == 1:
             return
         self.seconds[way].append(seconds)
-        medians = self.medians()
-        best = min(medians.values())
-        for other, median in medians.items():
-            if median > HOPELESS * best and len(self.seconds[other]) >= COUNTED // 2:
+        least = {other: min(taken) for other, taken in self.seconds.items() if taken}
+        for other, one in least.items():
+            if one > HOPELESS * min(least.values()) and len(self.seconds[other]) >= COUNTED // 2:
                 self._calls.pop(other, None)
-        if all(len(self.seconds[left]) >= COUNTED or sum(self.seconds[left]) >= PATIENCE for left in self._calls):
+        counted = {left: len(self.seconds[left]) for left in self._calls}
+        if all(count >= COUNTED or (count and count * least[left] >= PATIENCE) for left, count in counted.items()):
+            medians = self.medians()
             self.fastest = min(self._calls, key=lambda left: medians[left] * (PACKED_GAIN if left == "packed" else 1))
 
     def medians(self) -> dict[str, float]:

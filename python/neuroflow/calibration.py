@@ -81,7 +81,8 @@ def calibrate(
     What the unpatched model gives is computed once and kept, [T, D] or [T, N, D]; beyond that and one stream's state
     nothing is held but 16 frames at a time, which go through the model in one call.
 
-    What is found does not depend on the machine's speed: a `dense_above` of None, which the result keeps, is 1 here.
+    What is found does not depend on the machine's speed: a `dense_above` of None, which the result keeps, is 1 here,
+    and `kernels`, if measured, are those of the rows.
     Where frames do change so much that dense is faster, less is skipped than was found, and fidelity is higher.
 
     Args:
@@ -133,7 +134,7 @@ def calibrate(
     if F.cosine_similarity(dense, dense[:1], -1).min() > 1 - UNCHANGED:
         raise CalibrationError(f"nothing changes in the frames: every {of} is that of the first")
 
-    tried = config if config.dense_above is not None else dataclasses.replace(config, dense_above=1.0)
+    tried = config.reproducible()
 
     def attempt(threshold: float) -> Trial:
         trials.append(_try(model, frames, of, dense, dataclasses.replace(tried, threshold=threshold)))

@@ -244,6 +244,12 @@ class NeuroFlowConfig:
             raise ValueError(f"has no field {unknown[0]!r}; accepted are those of NeuroFlowConfig")
         return cls(**fields)
 
+    def reproducible(self) -> "NeuroFlowConfig":
+        """The same, but that what is encoded, and every bit of it, does not depend on how fast the machine is."""
+        dense_above = 1.0 if self.dense_above is None else self.dense_above
+        kernels = "rows" if self.kernels == "measured" else self.kernels
+        return dataclasses.replace(self, dense_above=dense_above, kernels=kernels)
+
     def tokens_per_frame(self, patches: int) -> int | None:
         """The budget as a count for a frame of `patches` patches, or None under a threshold."""
         if self.budget is None or self.budget >= 1:

@@ -61,8 +61,47 @@ def test_without_its_extension_torch_serves():
         assert ways.linear_ways(torch.float32)[0] == ways.attention_ways(torch.float32, 1)[0] == "torch"
 
 
-def test_ways_take_turns():
-    turns = {"one": [], "other": []}
-    seconds = ways.seconds_of({way: taken.append for way, taken in turns.items()})
-    assert turns["one"] == turns["other"] == list(range(4 * ways.ROUNDS))  # the first warms up
-    assert seconds.keys() == turns.keys() and all(0 <= least < 1 for least in seconds.values())
+def settled(times, counts=lambda way, call: True):
+    """A choice among ways whose calls take these seconds in turn, over and over; and the ways of its calls."""
+    choice, calls = ways.Choice(list(times)), []
+    while choice.fastest is None:
+        way = choice.turn()
+        call = calls.count(way)
+        choice.note(way, times[way][call % len(times[way])], counts(way, call))
+        calls.append(way)
+        assert len(calls) < 100
+    return choice, calls
+
+
+def test_ways_take_turns_and_the_first_call_of_each_does_not_count():
+    choice, calls = settled({"one": [0.1e-3] + 20 * [2e-3], "other": [9.0] + 20 * [1.5e-3]})
+    assert choice.fastest == "other" and calls == (1 + ways.COUNTED) * ["one", "other"]
+    assert choice.medians() == {"one": 2e-3, "other": 1.5e-3}
+
+
+def test_one_disturbed_call_decides_nothing():
+    assert settled({"one": [1.0, 1e-3, 5.0, 1e-3, 1e-3, 1e-3], "other": [1.4e-3]})[0].fastest == "one"
+
+
+def test_a_way_without_hope_has_no_more_calls():
+    calls = settled({"one": [1e-3], "other": [3e-3], "third": [1.1e-3]})[1]
+    assert calls.count("other") == 1 + ways.COUNTED // 2 < calls.count("one") == calls.count("third")
+
+
+def test_long_calls_are_few():
+    calls = settled({"one": [1.0], "other": [1.1]})[1]
+    assert calls == ["one", "other", "one", "other"]
+
+
+def test_packed_weights_must_be_faster_by_what_they_are_worth():
+    assert settled({"torch": [1.1e-3], "packed": [1e-3]})[0].fastest == "torch"
+    assert settled({"torch": [1.2e-3], "packed": [1e-3]})[0].fastest == "packed"
+
+
+def test_calls_that_prepared_something_do_not_count():
+    choice, calls = settled({"torch": [1e-3], "packed": [9.0, 9.0, 9.0] + 50 * [0.5e-3]}, lambda way, call: call > 2)
+    assert choice.fastest == "packed" and calls.count("packed") == 3 + ways.COUNTED
+
+
+def test_of_one_way_nothing_is_asked():
+    assert ways.Choice(["torch"]).fastest == "torch"

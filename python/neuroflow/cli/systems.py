@@ -57,8 +57,7 @@ def system_configs(arguments: argparse.Namespace) -> dict[str, neuroflow.NeuroFl
             archs = [base.arch]
         else:
             base = neuroflow.NeuroFlowConfig()
-        if base.dense_above is None:
-            base = dataclasses.replace(base, dense_above=1.0)  # fidelity does not depend on the machine's speed
+        base = base.reproducible()
         configs = {}
         for arch, threshold in itertools.product(
             arguments.arch or archs, arguments.threshold or thresholds or [base.threshold]

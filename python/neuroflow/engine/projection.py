@@ -75,8 +75,8 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
         current.projected = forward(pixels)
         return current.projected
 
-    def product(windows: torch.Tensor) -> torch.Tensor:
-        if not current.chooses(windows):
+    def product(windows: torch.Tensor, whole: bool = True) -> torch.Tensor:
+        if whole or not current.chooses(windows):
             return project_windows(projection, windows)
         layer = current.kernels.layer(projection, forward, windows, windows.dtype)
         return current.kernels.multiply(layer, windows)
@@ -99,13 +99,13 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
 
 
 def _project_changed(
-    product: Callable[[torch.Tensor], torch.Tensor], weights: object, state: StreamState, frames: list[torch.Tensor]
+    product: Callable[..., torch.Tensor], weights: object, state: StreamState, frames: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     """A stream's next frames, patches [1, N, values] each, projected to [1, N, D]; those with the pixels of the frame
     before were already.
 
     Args:
-        product: the projection, of patches [*, values] -> [*, D].
+        product: the projection, of patches [*, values], which may be those of whole frames -> [*, D].
         weights: stands for those of the projection.
     """
     last, state.last_frame = state.last_frame, None
@@ -121,7 +121,7 @@ def _project_changed(
     fresh = [frame[0] if rows is None else frame[0, rows] for frame, rows in zip(frames, differing, strict=True)]
     lengths = [len(each) for each in fresh]
     if any(lengths):
-        products = product(torch.cat(fresh)).split(lengths)
+        products = product(torch.cat(fresh), whole=all(rows is None for rows in differing)).split(lengths)
     kept, projected, results = last.windows, last.projected, []
     for number, (rows, length) in enumerate(zip(differing, lengths, strict=True)):
         if rows is None:
