@@ -6,6 +6,7 @@ softmax. A `Choice` finds the fastest.
 """
 
 import statistics
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,9 +32,11 @@ class LinearWeights:
         self.bias = bias
         self.packed: torch.Tensor | None = None
 
-    def pack(self) -> None:
-        if self.packed is None:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
+    def pack(self) -> torch.Tensor:
+        packed = self.packed
+        if packed is None:
+            packed = self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
+        return packed
 
     @property
     def packed_bytes(self) -> int:
@@ -50,7 +53,7 @@ def _linear_by_torch(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
 
 
 def _linear_by_packed(x: torch.Tensor, weights: LinearWeights) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weights.packed, weights.bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weights.pack(), weights.bias, "none", [], "")
 
 
 def _attend_by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
@@ -93,7 +96,8 @@ def attention_ways(dtype: torch.dtype, scores: int) -> list[str]:
 
 
 class Choice:
-    """The fastest of several ways, which take turns at the calls that they serve until that is known.
+    """The fastest of several ways, which take turns at the calls that they serve until that is known; several threads
+    may use it at once.
 
     What a call takes by itself, again and again, says little of it among a model's other calls: its weights are in the
     cache by then, and so is its code.
@@ -110,14 +114,21 @@ class Choice:
         self.seconds: dict[str, list[float]] = {way: [] for way in ways}
         self.fastest = ways[0] if len(ways) == 1 else None
         self._calls = dict.fromkeys(ways, 0)  # of those that may still be the fastest
+        self._lock = threading.Lock()  # as threads may share a model
 
     def turn(self) -> str:
         """The way of the next call."""
-        return min(self._calls, key=self._calls.__getitem__)
+        with self._lock:
+            return min(self._calls, key=self._calls.__getitem__)
 
     def note(self, way: str, seconds: float, counts: bool = True) -> None:
         """What a call took; the first one of a way never counts, nor one that had to prepare something."""
-        self._calls[way] = self._calls.get(way, 0) + 1
+        with self._lock:
+            if self.fastest is None and way in self._calls:
+                self._note(way, seconds, counts)
+
+    def _note(self, way: str, seconds: float, counts: bool) -> None:
+        self._calls[way] += 1
         if not counts or self._calls[way] == 1:
             return
         self.seconds[way].append(seconds)

@@ -490,7 +490,7 @@ def test_autocast_for_some_frames(family, arch):
 
 def test_another_default_dtype():
     model, frames = tiny("siglip"), clip(frames=4)
-    neuroflow.enable_cache(model)
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig().reproducible())
     expected = run(model, frames)
     neuroflow.reset_cache(model)
     torch.set_default_dtype(torch.float64)

@@ -144,7 +144,7 @@ def test_rounded_products_have_them_too(tmp_path):
         found.append(torch.cat([embed("siglip", model, frame, "a") for frame in frames.split(1)]))
         engine = engine_of(model)
         neuroflow.disable_cache(model)
-    rounded = {key[0] for key in engine.derived._kept if key[-1] == "rounded"}
+    rounded = {module for module, dtype in engine.kernels._layers if dtype == torch.bfloat16}
     parts = [part for module in engine.distilled.values() for part in module.modules()]
     assert rounded == {part for part in parts if isinstance(part, nn.Linear)}
     own = dense("siglip", model, frames)

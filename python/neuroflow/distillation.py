@@ -113,8 +113,8 @@ class DistillationConfig:
         """
         rule = rule or {"budget": 1 - self.skip}
         if self.arch != "active":
-            return NeuroFlowConfig(arch=self.arch, dense_above=1.0, **rule)
-        return NeuroFlowConfig.published("active", signal="patch", **rule)
+            return NeuroFlowConfig(arch=self.arch, **rule).reproducible()
+        return NeuroFlowConfig.published("active", signal="patch", **rule).reproducible()
 
 
 class Outside(NamedTuple):

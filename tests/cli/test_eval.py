@@ -346,9 +346,9 @@ def test_the_published_table_is_one_command_and_no_table_depends_on_the_machines
     gate = {"signal": "embedding", "reference": "ema", "ema_decay": 0.01, "score": "surprise", "max_age": None}
     always = {"arch": "C", "cut_share": None, "cut_surprise": None, "dense_above": 1.0, "floor": 4}
     always["cut_light"] = None
-    assert configs == {t: NeuroFlowConfig(threshold=t, **gate, **always) for t in (0.05, 0.1, 0.2)}
+    assert configs == {t: NeuroFlowConfig(threshold=t, kernels="rows", **gate, **always) for t in (0.05, 0.1, 0.2)}
     assert neuroflow("eval", "video", folder, "--model", model, "--classes", classes, "--threshold", 0.3)[0] == 130
-    assert configs[0.3] == NeuroFlowConfig(arch="C", threshold=0.3, dense_above=1.0)
+    assert configs[0.3] == NeuroFlowConfig(arch="C", threshold=0.3, dense_above=1.0, kernels="rows")
 
 
 def test_the_packages_own_tower_names_drawn_clips_and_frames(neuroflow, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from host_graph import HostGraph, memory, tensors
 from models import clip, exact, inputs, tiny
 from neuroflow.engine import gate, graphs, projection
+from neuroflow.engine.projection import project_windows
 from neuroflow.patch import engine_of
 from neuroflow.weights import write
 
@@ -30,8 +31,8 @@ def clock(monkeypatch, one_thread):
         monkeypatch.setattr(module, "is_recordable", lambda device: True)
 
     # As on a GPU. What is projected with fewer patches differs in the last bit, by which unchanged ones fill a rung up.
-    def project_all(product, weights, state, frames):
-        return [product(frame) for frame in frames]
+    def project_all(convolution, weights, state, frames):
+        return [project_windows(convolution, frame) for frame in frames]
 
     monkeypatch.setattr(projection, "_project_changed", project_all)
 

@@ -351,7 +351,7 @@ def test_unchanged_patches_are_projected_once(monkeypatch):
         return project_windows(convolution, windows)
 
     monkeypatch.setattr(projection, "project_windows", counting)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0, kernels="torch"))
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0))
     found = [pooled(model, "siglip", frame[None], ["a"]) for frame in frames]
     assert projected == [36, 4, 4, 36, 36]
     neuroflow.disable_cache(model)

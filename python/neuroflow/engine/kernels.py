@@ -115,17 +115,15 @@ class Kernels:
             if choice.fastest is not None
         }
 
-    def layer(self, module: nn.Module, forward: Callable, tokens: torch.Tensor, dtype: torch.dtype) -> Layer | None:
-        """A linear layer, or a convolution over windows that tile what it sees, with its weights in `dtype`; None where
-        only its `forward` knows what it computes.
-        """
+    def layer(self, module: nn.Linear, forward: Callable, tokens: torch.Tensor, dtype: torch.dtype) -> Layer | None:
+        """A linear layer with its weights in `dtype`; None where only its `forward` knows what it computes."""
         key = module, dtype
         if key not in self._layers:
             self._layers[key] = self._made(module, dtype) if is_plain(module, forward, tokens) else None
         return self._layers[key]
 
-    def _made(self, module: nn.Module, dtype: torch.dtype) -> Layer:
-        weight = module.weight.detach().flatten(1).to(dtype)
+    def _made(self, module: nn.Linear, dtype: torch.dtype) -> Layer:
+        weight = module.weight.detach().to(dtype)
         bias = None if module.bias is None else module.bias.detach().to(dtype)
         return Layer(weight, bias, self._choices.setdefault(("linear", tuple(weight.shape), dtype), {}))
 

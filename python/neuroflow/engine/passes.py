@@ -472,6 +472,7 @@ class StaticPass(Pass):
         self.rounded = self._rounds(tokens)
         self.partial = True
         self.whole = [False] * streams
+        self.measured = self.chooses(tokens)
         self.cu_seqlens, self.index = cu_seqlens, index
         if prefix:
             numbers = torch.arange(streams + 1, dtype=torch.int32, device=index.device)

@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from neuroflow_kernels import linear_rows, row_kernels_serve
+
 from ..adapters.anatomy import convolution_of, is_patch_projection
 from .derived import Derived
 from .kernels import is_plain
 from .passes import Pass
 from .state import LastFrame, StreamState, copy_into
 
+FEW_ROWS = 512  # from here on reading the weights takes none of the time, and torch's own product is as fast
 DENSE_PROJECTION = 0.75  # of the patches; above it, picking out the changed ones gains nothing
 
 
@@ -37,9 +40,12 @@ def project_windows(convolution: nn.Conv2d | nn.Conv3d, windows: torch.Tensor) -
     """The convolution as a matrix product: `patch_windows` [*, values of a window] -> [*, D].
 
     The rows are contiguous, which is the order that the gate and the blocks read; a convolution leaves the channels
-    outermost.
+    outermost. Not by what is the fastest here, as which patches are encoded would hang on that.
     """
-    return F.linear(windows, convolution.weight.flatten(1), convolution.bias)
+    weight = convolution.weight.flatten(1)
+    if windows.numel() <= FEW_ROWS * windows.shape[-1] and row_kernels_serve(windows):
+        return linear_rows(windows.flatten(0, -2), weight, convolution.bias).unflatten(0, windows.shape[:-1])
+    return F.linear(windows, weight, convolution.bias)
 
 
 def changed(before: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
@@ -74,23 +80,16 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
     if not is_plain(projection, forward, pixels):
         current.projected = forward(pixels)
         return current.projected
-
-    def product(windows: torch.Tensor, whole: bool = True) -> torch.Tensor:
-        if whole or not current.chooses(windows):
-            return project_windows(projection, windows)
-        layer = current.kernels.layer(projection, forward, windows, windows.dtype)
-        return current.kernels.multiply(layer, windows)
-
     if pixels.device.type == "cpu":
         weights = derived(projection, "projection", object)  # another object for other weights
         found: dict[int, torch.Tensor] = {}  # by entry
         for state in dict.fromkeys(current.states):
             own = [entry for entry, of in enumerate(current.states) if of is state]
-            projected = _project_changed(product, weights, state, [windows[entry] for entry in own])
+            projected = _project_changed(projection, weights, state, [windows[entry] for entry in own])
             found |= zip(own, projected, strict=True)
         rows = [found[entry] for entry in range(len(windows))]
     else:  # it would be waited for, and loses little by projecting all
-        rows = [product(own) for own in windows]
+        rows = [project_windows(projection, own) for own in windows]
     shared = len(rows) == 1 and not projection._forward_hooks  # which may change it in place
     projected = rows[0] if shared else torch.cat(rows)
     counts = [length // size for length, size in zip(pixels.shape[2:], projection.kernel_size, strict=True)]
@@ -99,13 +98,12 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
 
 
 def _project_changed(
-    product: Callable[..., torch.Tensor], weights: object, state: StreamState, frames: list[torch.Tensor]
+    projection: nn.Conv2d | nn.Conv3d, weights: object, state: StreamState, frames: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     """A stream's next frames, patches [1, N, values] each, projected to [1, N, D]; those with the pixels of the frame
     before were already.
 
     Args:
-        product: the projection, of patches [*, values], which may be those of whole frames -> [*, D].
         weights: stands for those of the projection.
     """
     last, state.last_frame = state.last_frame, None
@@ -121,7 +119,7 @@ def _project_changed(
     fresh = [frame[0] if rows is None else frame[0, rows] for frame, rows in zip(frames, differing, strict=True)]
     lengths = [len(each) for each in fresh]
     if any(lengths):
-        products = product(torch.cat(fresh), whole=all(rows is None for rows in differing)).split(lengths)
+        products = project_windows(projection, torch.cat(fresh)[None])[0].split(lengths)
     kept, projected, results = last.windows, last.projected, []
     for number, (rows, length) in enumerate(zip(differing, lengths, strict=True)):
         if rows is None:
