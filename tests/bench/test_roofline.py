@@ -5,24 +5,13 @@ import time
 
 import pytest
 import torch
-from models import tiny
 from neuroflow.adapters import describe
 from neuroflow.engine.passes import Pass
 
 import neuroflow_kernels
-from bench import cases, roofline, run
+from bench import cases, roofline
 
 CEILINGS = {"memory": 1e9, "float32": 2e9, "bfloat16": 4e9}
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch, one_thread):
-    monkeypatch.setattr(run, "OUTSIDE_CACHE", 2**12)
-
-
-@pytest.fixture
-def model():
-    return tiny("siglip")
 
 
 def test_time_is_of_the_innermost_part(monkeypatch):

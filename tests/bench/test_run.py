@@ -20,16 +20,6 @@ CEILINGS = {"memory": 1e9, "float32": 2e9, "bfloat16": 4e9}
 SHAPES = {3: (2, 40, 16), 4: (2, 9, 2, 8), 5: (2, 3, 9, 2, 8)}
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch, one_thread):
-    monkeypatch.setattr(run, "OUTSIDE_CACHE", 2**12)
-
-
-@pytest.fixture
-def model():
-    return tiny("siglip")
-
-
 def op_named(name):
     return next(op for op in cases.OPS if op.name == name)
 

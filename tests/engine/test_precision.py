@@ -135,6 +135,19 @@ def test_weights_are_rounded_once(monkeypatch):
     assert len(rounded) == 4 * 6 + 3
 
 
+def test_autocast_has_no_say_once_it_is_off():
+    """Nor is what was found out under it kept: rows are rounded again, and to the same."""
+    model, frames = tiny("siglip"), clip(frames=4)[:, None]
+    expected, _, _ = run(model, "siglip", frames, precision="bfloat16")
+    neuroflow.enable_cache(model, exact(threshold=1e-4, floor=2, precision="bfloat16"))
+    with torch.autocast("cpu", torch.bfloat16):
+        for batch in frames[:2]:
+            model(pixel_values=batch)
+    neuroflow.reset_cache(model, "default")
+    found = [model(pixel_values=batch).pooler_output for batch in frames]
+    assert torch.equal(torch.stack(found), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_models_of_other_dtypes_stay_as_they_are(dtype):
     model, frames = tiny("siglip").to(dtype), clip(frames=3)[:, None].to(dtype)

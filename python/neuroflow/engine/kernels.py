@@ -117,6 +117,8 @@ class Kernels:
 
     def layer(self, module: nn.Linear, forward: Callable, tokens: torch.Tensor, dtype: torch.dtype) -> Layer | None:
         """A linear layer with its weights in `dtype`; None where only its `forward` knows what it computes."""
+        if torch.is_autocast_enabled(tokens.device.type):
+            return None
         key = module, dtype
         if key not in self._layers:
             self._layers[key] = self._made(module, dtype) if is_plain(module, forward, tokens) else None
