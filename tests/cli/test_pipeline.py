@@ -119,7 +119,7 @@ def test_leaving_does_not_wait_for_a_read_that_hangs(clip):
 def encoded(clip, ahead, length=1):
     """What every frame of the clip gives: index, share skipped, embedding, active patches."""
     model = tiny("siglip", SIZE)
-    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(score="surprise", threshold=1e-3))
+    neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(score="surprise", threshold=1e-3).reproducible())
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(contextlib.closing(Source(str(clip))))
         inputs = prepare(source, Preprocessor(SIZE, SIZE))
