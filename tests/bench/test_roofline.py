@@ -41,7 +41,7 @@ def test_every_part_of_a_frame_is_timed(model, name):
 
 def test_what_is_under_the_clock_is_as_without_it(model):
     with torch.inference_mode():
-        systems = [cases.patched(model, "E", budget=7, floor=0) for _ in range(2)]
+        systems = [cases.patched(model, "E", budget=7, floor=0, kernels="rows") for _ in range(2)]
         methods, scatter = dict(vars(Pass)), neuroflow_kernels.scatter_kv_
         plain, watched = cases.dense(systems[0]), roofline.under(roofline.Clock(), systems[1])
         for pixels in itertools.islice(cases.frames(model, 7), 3):
