@@ -100,7 +100,7 @@ def test_times_of_the_first_block_and_its_part_of_what_is_done_once(arch, once, 
         scratch = current_pass.get()
         patches = scratch.index[scratch.index % 37 > 0].unique().numel() if scratch.partial else None  # beside CLS
         shares.append(patches and patches / 72)
-        now[0] += (shares[-1] or 0.9) + 9 * (len(shares) == 7)
+        now[0] += (shares[-1] or 0.9) + 9 * (len(shares) == 3)
         return block(some)
 
     def slowed(function):
@@ -115,7 +115,7 @@ def test_times_of_the_first_block_and_its_part_of_what_is_done_once(arch, once, 
     for name in ("pack", "restored") if once else ():  # A calls them in the block
         monkeypatch.setattr(Pass, name, slowed(getattr(Pass, name)))
     ratios = measure(frame, tokens, timed)
-    assert shares == [None, *SHARES] * 4  # the first time for the kernels
+    assert shares == [None, *SHARES] * 3
     assert ratios == pytest.approx([(share + 0.1 * once / blocks) / 0.9 for share in SHARES])
 
 

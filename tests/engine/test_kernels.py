@@ -135,3 +135,25 @@ def test_where_there_is_no_choice_nothing_is_measured(prefer, dtype, backend):
     with use_backend(backend):
         run(model, "siglip", clip(frames=3).to(dtype), kernels="measured")
     assert not tried
+
+
+def test_what_is_measured_otherwise_explores_nothing(prefer):
+    """It takes the way of the nearest number of rows, and the first there is where none is known."""
+    tried = prefer("torch")
+    mine, module = kernels.Kernels(), torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        layer = mine.layer(module, module.forward, torch.ones(1, 4, 8), torch.float32)
+        for _ in range(6):
+            mine.multiply(layer, torch.ones(1, 40, 8))
+        assert mine.trying and set(mine.fastest().values()) == {"torch"}
+        tried.clear()
+        mine.exploring, mine.trying = False, False
+        with pytest.MonkeyPatch.context() as patch:
+            taken = []
+            for name, way in LINEAR.items():
+                patch.setitem(LINEAR, name, lambda *given, name=name, way=way: taken.append(name) or way(*given))
+            mine.multiply(layer, torch.ones(1, 400, 8))
+            other = torch.nn.Linear(8, 16)
+            mine.multiply(mine.layer(other, other.forward, torch.ones(1, 4, 8), torch.float32), torch.ones(1, 4, 8))
+    assert taken[0] == "torch" and taken[1] == kernels.linear_ways(torch.float32)[0]
+    assert not tried and not mine.trying

@@ -14,7 +14,6 @@ from .state import StreamState
 
 SHARES = (1 / 8, 1 / 2, 7 / 8)
 RUNS = 3  # of the block at each share, at least
-TRIALS = 16  # at most, of kernels that are not known yet
 
 
 class Size(NamedTuple):
@@ -65,10 +64,9 @@ def measure(current: Pass, tokens: torch.Tensor, block: Callable[[torch.Tensor],
     """The crossover of passes like `current`, by timing the tower's first block, dense and on each of SHARES.
 
     A block is what repeats in a pass, so that this takes less than two thirds of the time of a dense pass of 12 blocks,
-    or half of it of more, and up to twice as long again where the fastest `kernels` are to be found first; where blocks
-    differ, as by windows, the first stands for all. It runs on scratch streams and brings their caches up to date as in
-    a pass. What a pass does once, packing and restoring, counts by the number of blocks. What it does for dense and
-    partial frames alike, projecting, gating and pooling, does not count.
+    or half of it of more; where blocks differ, as by windows, the first stands for all. It runs on scratch streams and
+    brings their caches up to date as in a pass. What a pass does once, packing and restoring, counts by the number of
+    blocks. What it does for dense and partial frames alike, projecting, gating and pooling, does not count.
 
     Args:
         current: stays as it is, and so do its streams.
@@ -116,17 +114,14 @@ def measure(current: Pass, tokens: torch.Tensor, block: Callable[[torch.Tensor],
     # Dense comes first: partial frames update the caches that it fills.
     choices = [[None] * len(states), *map(spread, SHARES)]
     passes = [(Pass(plan, states, current.grids, current.order, kernels=current.kernels), active) for active in choices]
-    within(current_pass, passes[0][0], seconds, *passes[0])
-    for _ in range(TRIALS):
-        current.kernels.trying = False
-        for scratch, active in passes[1:]:
-            within(current_pass, scratch, seconds, scratch, active)
-        if not current.kernels.trying:
-            break
     times = []
-    for _ in range(max(depth // 5, RUNS)):
-        for scratch, active in passes:
-            times.append(within(current_pass, scratch, seconds, scratch, active))
+    current.kernels.exploring = False
+    try:
+        for _ in range(max(depth // 5, RUNS)):
+            for scratch, active in passes:
+                times.append(within(current_pass, scratch, seconds, scratch, active))
+    finally:
+        current.kernels.exploring = True
     # What disturbs a run only makes it slower.
     dense, *sparse = (min(times[number :: len(passes)]) for number in range(len(passes)))
     return crossing([each / dense for each in sparse])

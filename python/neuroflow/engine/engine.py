@@ -25,6 +25,7 @@ import inspect
 import itertools
 import operator
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -49,6 +50,7 @@ from .state import StreamState
 from .streams import Hold, StreamCache
 
 DEFAULT_STREAM = "default"
+SETTLED = 3  # passes, after which the layers that come once a block know their fastest kernels
 
 
 class Deal:
@@ -122,6 +124,7 @@ class Engine:
         self.gate_of_clips = self._gate_of_clips()
         self.derived = Derived()
         self.kernels = Kernels(config.kernels)
+        self._seen: Counter[Hashable] = Counter()  # passes of a size whose crossover is not known
         self.streams = streams
         self.distilled = distilled or {}
         self.weights: Path | None = None  # where those of `distilled` are from
@@ -319,6 +322,7 @@ class Engine:
                 current.reports = [FrameReport.of(state, None) for state in current.states]
                 return output
         current.entered.add(entry)
+        self.kernels.trying = False
         output = within(current_pass, current, forward, *args, **kwargs)
         if current.blocks == len(self.anatomy.layers):
             current.complete()
@@ -330,9 +334,14 @@ class Engine:
         for state, attention in zip(current.states, current.attention, strict=True):
             if attention is not None:
                 state.note_attention(attention)
-        if current.unmeasured is not None:
+        if current.unmeasured is not None and self._is_settled(current.unmeasured):
             self.gate.crossovers[current.unmeasured] = crossover.measure(current, *current.first_block)
         return output
+
+    def _is_settled(self, size: Hashable) -> bool:
+        """Whether a crossover may be measured: its first passes still find out which kernels are the fastest."""
+        self._seen[size] += 1
+        return not self.kernels.trying or self._seen[size] >= SETTLED
 
     def _names(self, deal: Deal | None, times: list[int], grids: list[Grid]) -> tuple[Hashable, ...] | None:
         """The stream of each input of a call; None: they are clips that end with it."""

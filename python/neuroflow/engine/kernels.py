@@ -87,12 +87,15 @@ class Kernels:
 
     Attributes:
         countable: changes of the weights are noticed, so that they may be packed.
+        exploring: ways that may be the fastest take turns; else what is not known goes the way of the nearest number of
+            rows.
         trying: set wherever a call served to find the fastest way.
     """
 
     def __init__(self, only: str = "measured") -> None:
         self._only = None if only == "measured" else only
         self.countable = True
+        self.exploring = True
         self.trying = False
         self._layers: dict[tuple[nn.Module, torch.dtype], Layer | None] = {}
         self._choices: dict[tuple[str, tuple[int, ...], torch.dtype], dict[tuple[int, int], Choice]] = {}
@@ -139,11 +142,12 @@ class Kernels:
         if choice is None:
             ways = [way for way in linear_ways(tokens.dtype) if way != "packed" or self.countable]
             choice = layer.choices[key] = Choice(ways)
-        if choice.fastest is None:
+        if choice.fastest is None and self.exploring:
             return self._try(choice, layer, tokens)
-        if choice.fastest == "packed":
+        way = choice.fastest or _nearest(layer.choices, key, linear_ways(tokens.dtype)[0])
+        if way == "packed":
             layer.hold(choice)
-        return LINEAR[choice.fastest](tokens, layer)
+        return LINEAR[way](tokens, layer)
 
     def _try(self, choice: Choice, layer: Layer, tokens: torch.Tensor) -> torch.Tensor:
         self.trying, way = True, choice.turn()
@@ -167,12 +171,19 @@ class Kernels:
         choice = choices.get(number)
         if choice is None:
             choice = choices[number] = Choice(attention_ways(query.dtype, rows * len(key) * heads))
-        if choice.fastest is not None:
-            return ATTENTION[choice.fastest](query, key, value, scale)
+        if choice.fastest is not None or not self.exploring:
+            way = choice.fastest or _nearest(choices, number, next(iter(choice.seconds)))
+            return ATTENTION[way](query, key, value, scale)
         self.trying, way, start = True, choice.turn(), time.perf_counter()
         attended = ATTENTION[way](query, key, value, scale)
         choice.note(way, time.perf_counter() - start)
         return attended
+
+
+def _nearest(choices: dict[tuple[int, int], Choice], number: tuple[int, int], default: str) -> str:
+    """The way that is the fastest for the nearest number of rows for which it is known."""
+    known = [(abs(each[0] - number[0]), choice.fastest) for each, choice in list(choices.items()) if choice.fastest]
+    return min(known, default=(0, default))[1]
 
 
 def _power(rows: int) -> int:
