@@ -21,11 +21,8 @@ BUSY = Cores(own=2, quota=math.inf, others=1.2)
 
 
 @pytest.fixture
-def two_threads():
-    number = torch.get_num_threads()
+def two_threads(one_thread):
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(number)
 
 
 @pytest.fixture

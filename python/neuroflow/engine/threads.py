@@ -22,10 +22,7 @@ import torch
 from neuroflow_kernels.cores import ROOT, own_cores, quota
 
 INTERVAL = 0.25  # seconds from one reading to the next, at least
-AGAIN, LONGEST = (
-    5.0,
-    60.0,
-)  # seconds from one call that had to wait to the next that is watched, twice as long each time
+AGAIN, LONGEST = 5.0, 60.0  # seconds until a call that had to wait is repeated, twice as long each time
 WAITED = 0.3  # of a call's time, from which on its threads were kept from their cores
 BUSY = (0, 1, 2, 5, 6, 7)  # columns of /proc/stat: user, nice, system, irq, softirq and steal, not idle and iowait
 Result = TypeVar("Result")
