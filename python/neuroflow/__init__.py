@@ -4,11 +4,12 @@ from . import (
     adapters,
     interface,  # noqa: F401 - registers the attention implementation
 )
-from .adapters import Anatomy, Family, register_adapter, supported_models
+from .adapters import Anatomy, Family, describe, register_adapter, supported_models
 from .calibration import Calibration, CalibrationError, LogitShift, calibrate
 from .config import NeuroFlowConfig
 from .engine.passes import FrameReport
 from .engine.streams import StreamCache
+from .explain import explain
 from .patch import (
     StreamSummary,
     Summary,
@@ -38,9 +39,11 @@ __all__ = [
     "adapters",
     "cache_context",
     "calibrate",
+    "describe",
     "disable_cache",
     "enable_cache",
     "encode",
+    "explain",
     "is_patched",
     "last_pass",
     "load_state",

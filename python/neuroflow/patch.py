@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .adapters import Grid, describe, towers
+from .adapters import ENGINE, Anatomy, Grid, describe, towers
 from .attributes import Replaced
 from .config import NeuroFlowConfig
 from .engine.attention import ATTENTION
@@ -27,10 +27,10 @@ from .engine.engine import Deal, Engine
 from .engine.kernels import Case
 from .engine.passes import FrameReport, current_pass
 from .engine.streams import StreamCache
+from .proof import Disproven, prove
 from .releases import warn_of_newer
 from .weights import distilled_config, distilled_modules, load_weights
 
-_ENGINE = "_neuroflow_engine"
 _REPLACED = "_neuroflow_replaced"
 Model = TypeVar("Model", bound=nn.Module)
 Result = TypeVar("Result")
@@ -132,7 +132,7 @@ def _engines(model: nn.Module) -> list[Engine]:
         TypeError: a model that no adapter knows.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    engines = [engine for module in modules if (engine := vars(module).get(_ENGINE)) is not None]
+    engines = [engine for module in modules if (engine := vars(module).get(ENGINE)) is not None]
     if not engines:
         towers(model)
     return engines
@@ -161,7 +161,7 @@ def engine_of(model: nn.Module) -> Engine:
     """
     engines = engines_of(model)
     if len(engines) > 1:
-        names = ", ".join(repr(name) for name, (tower, _) in towers(model).items() if _ENGINE in vars(tower))
+        names = ", ".join(repr(name) for name, (tower, _) in towers(model).items() if ENGINE in vars(tower))
         raise ValueError(
             f"model is a {type(model).__name__} of which {len(engines)} towers are patched; accepted is one of them: "
             f"model.get_submodule(...) with {names}"
@@ -207,6 +207,7 @@ def enable_cache(
     streams: StreamCache | None = None,
     weights: str | Path | None = None,
     tower: str | None = None,
+    verify: bool = True,
 ) -> Model:
     """Patch `model`'s vision tower in place, so that only surprising patches are encoded.
 
@@ -227,9 +228,12 @@ def enable_cache(
             device and of the dtype that the model now has; whole frames with the model's own, which stay as they are.
         tower: the name of the tower in the model, where it has several; each is patched by a call of its own, and one
             that is not runs as before. `summary`, `save_state` and `load_state` take one tower then, not the model.
+        verify: compare a tower that was found by its structure with the unpatched one first, on a made frame and one
+            in which some patches differ, by architecture E; it takes some three passes. Families known by name are not.
 
     Raises:
-        TypeError: a model that no adapter knows, or an attention with a `forward` of its own that would not be called.
+        TypeError: a model that no adapter knows; a tower found by its structure that does not do what the unpatched one
+            does; or an attention with a `forward` of its own that would not be called.
         AttributeError: its adapter names a method that is not there.
         RuntimeError: the model is patched with another configuration, other limits or other weights.
         ValueError: an architecture or a `mid_layer` that the model cannot have, a file that holds no configuration,
@@ -246,7 +250,7 @@ def enable_cache(
     anatomy = describe(model, tower)
     for library in ("torch", type(anatomy.tower).__module__.partition(".")[0]):
         warn_of_newer(library)
-    patched = vars(anatomy.tower).get(_ENGINE)
+    patched = vars(anatomy.tower).get(ENGINE)
     if patched is not None:
         if (patched.config, patched.weights) == (config, weights) and streams in (None, patched.streams):
             return model
@@ -256,8 +260,36 @@ def enable_cache(
     distilled = {} if weights is None else distilled_modules(model, anatomy, load_weights(model, weights))
     engine = Engine(anatomy, config, StreamCache() if streams is None else streams, distilled)
     engine.weights = weights
+    if verify and anatomy.example is not None:
+        _verify(anatomy)
     install(engine)
     return model
+
+
+def _verify(anatomy: Anatomy) -> None:
+    """Refuse a tower that, patched by this anatomy, would not do what it should."""
+    every_change = {"threshold": 1e-4, "score": "surprise", "max_age": None, "dense_above": 1.0}
+    never_cut = {"cut_share": None, "cut_surprise": None, "cut_light": None}
+    config = NeuroFlowConfig(arch="context", kernels="rows", **every_change, **never_cut)
+
+    @contextlib.contextmanager
+    def patched() -> Iterator[Callable[[], torch.Tensor]]:
+        engine = Engine(anatomy, config, StreamCache())
+        install(engine)
+        try:
+            yield lambda: engine.reported.get()[0].active
+        finally:
+            _take_out(engine)
+
+    try:
+        prove(anatomy, patched)
+    except Disproven as reason:
+        tower = type(anatomy.tower).__name__
+        raise TypeError(
+            f"{tower} was found by its structure, and is not patched, as it would not compute the same: {reason}. "
+            "neuroflow.explain(model) tells what was found, neuroflow.register_adapter takes a corrected anatomy, and "
+            "verify=False skips this"
+        ) from reason
 
 
 def install(engine: Engine) -> None:
@@ -267,7 +299,7 @@ def install(engine: Engine) -> None:
     for module, method, _ in points:
         getattr(module, method)  # all are there before any is replaced
     setattr(anatomy.tower, _REPLACED, replaced)
-    setattr(anatomy.tower, _ENGINE, engine)
+    setattr(anatomy.tower, ENGINE, engine)
     try:
         for module, config in engine.plan.configs.items():  # each its own, as towers may share one
             own = copy.copy(config)
@@ -287,16 +319,16 @@ def _take_out(engine: Engine) -> list[tuple[nn.Module, str]]:
     """Undo `install`; the modules and names of what is no longer as that set it."""
     tower = engine.anatomy.tower
     others = vars(tower)[_REPLACED].undo()
-    delattr(tower, _ENGINE)
+    delattr(tower, ENGINE)
     delattr(tower, _REPLACED)
     return others
 
 
 def _copied(tower: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """What `copy.deepcopy` makes of a patched tower: one that is patched likewise, with streams of its own."""
-    engine, replaced = vars(tower)[_ENGINE], vars(tower)[_REPLACED]
+    engine, replaced = vars(tower)[ENGINE], vars(tower)[_REPLACED]
     copied = memo[id(tower)] = type(tower).__new__(type(tower))
-    attributes = {name: value for name, value in vars(tower).items() if name not in (_ENGINE, _REPLACED)}
+    attributes = {name: value for name, value in vars(tower).items() if name not in (ENGINE, _REPLACED)}
     vars(copied).update(copy.deepcopy(attributes, memo))
     others = copy.deepcopy(list(engine.distilled.values()), memo)
     distilled = {memo[id(module)]: other for module, other in zip(engine.distilled, others, strict=True)}
@@ -323,7 +355,7 @@ def disable_cache(model: nn.Module) -> None:
     refuse_within_pass(engines, "disable_cache")
     for engine in engines:
         with engine.streams.held(None), _patching:
-            if vars(engine.anatomy.tower).get(_ENGINE) is engine:  # no other thread was faster
+            if vars(engine.anatomy.tower).get(ENGINE) is engine:  # no other thread was faster
                 engine.removed = True
                 _warn_of_wrapped(model, _take_out(engine))
                 engine.streams.clear()
@@ -482,7 +514,7 @@ def encode(
         for engine in engines:
             engine.numbered.set(None if frame_ids is None else tuple(frame_ids))
         with cache_context(model, *stream_ids):
-            is_tower = _ENGINE in vars(model)
+            is_tower = ENGINE in vars(model)
             return model(pixels, **kwargs) if is_tower else model(pixel_values=pixels, **kwargs)
 
     try:

@@ -10,16 +10,19 @@ from .aimv2 import aimv2
 from .anatomy import Anatomy, Grid
 from .clip import clip
 from .dino import dinov2, dinov3
+from .general import general, towers_by_structure
 from .internvl import internvl
 from .missing import missing_parts
 from .qwen import qwen2_5_vl, qwen3_vl
 from .siglip import siglip
 from .timm import vision_transformer
+from .tracing import in_evaluation
 from .tubelets import tubelets
 from .vit import vit, vit_mae
 from .windowed import sam, vitdet
 
 Adapter = Callable[[nn.Module], Anatomy]
+ENGINE = "_neuroflow_engine"  # the attribute of a patched tower that holds its engine
 
 
 class Family(NamedTuple):
@@ -69,12 +72,15 @@ FAMILIES = (
     Family("VisionTransformer", "timm", ("VisionTransformer", "VisionTransformerDistilled"), vision_transformer),
     Family("Eva", "timm", ("Eva",), vision_transformer),
 )
+BY_STRUCTURE = Family("Any plain ViT", "torch", (), general, "ACDE")
 _registered: dict[type[nn.Module], Family] = {}
 
 
 def supported_models() -> tuple[Family, ...]:
-    """The families that `enable_cache` takes, those of `register_adapter` last."""
-    return FAMILIES + tuple(_registered.values())
+    """The families that `enable_cache` takes: those it knows by name, what it finds by structure, and those of
+    `register_adapter` last.
+    """
+    return (*FAMILIES, BY_STRUCTURE, *_registered.values())
 
 
 def register_adapter(tower: type[nn.Module], adapter: Adapter) -> None:
@@ -94,7 +100,8 @@ def register_adapter(tower: type[nn.Module], adapter: Adapter) -> None:
 
 
 def towers(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
-    """The vision towers in `model` that NeuroFlow knows, by their names in it ("" is itself), but none within another.
+    """The vision towers in `model` that NeuroFlow knows, by their names in it ("" is itself), but none within another;
+    where there is none, those that look like one by their structure.
 
     Raises:
         TypeError: `model` is no module, or has no such tower.
@@ -108,17 +115,20 @@ def towers(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
         family = _registered.get(type(module)) or next((family for family in FAMILIES if family.knows(module)), None)
         if family is not None:
             found[name] = module, family
+    found = found or {name: (module, BY_STRUCTURE) for name, module in towers_by_structure(model).items()}
     if found:
         return found
-    names = ", ".join(f"{family.name} ({family.library})" for family in supported_models())
+    names = ", ".join(family.name for family in (*FAMILIES, *_registered.values()))
     raise TypeError(
-        f"{type(model).__name__} has no vision tower that NeuroFlow knows; supported are {names}. "
-        f"neuroflow.register_adapter takes another. {missing_parts(model)}"
+        f"{type(model).__name__} has no vision tower that NeuroFlow knows, or can find; supported are {names}, and any "
+        f"plain ViT. neuroflow.register_adapter takes another. {missing_parts(model)}"
     )
 
 
 def describe(model: nn.Module, tower: str | None = None) -> Anatomy:
-    """The anatomy of `model`'s vision tower, wherever in the model it lies.
+    """The anatomy of `model`'s vision tower, wherever in the model it lies; of one that is patched, as it was then.
+
+    A tower that is found by structure runs a made frame for it.
 
     Args:
         tower: its name in the model, or that of a module which holds no other; needed where there are several.
@@ -137,6 +147,9 @@ def describe(model: nn.Module, tower: str | None = None) -> Anatomy:
             f"{given}; accepted is tower=... with one of {names}, in a call for each that is to be patched"
         )
     ((module, family),) = named.values()
+    engine = vars(module).get(ENGINE)
+    if engine is not None:
+        return engine.anatomy
     try:
         return family.adapter(module)
     except AttributeError as error:
@@ -152,4 +165,16 @@ def _is_in(name: str, outer: str) -> bool:
     return f"{name}.".startswith(f"{outer}.") if outer else True
 
 
-__all__ = ["FAMILIES", "Anatomy", "Family", "Grid", "describe", "register_adapter", "supported_models", "towers"]
+__all__ = [
+    "BY_STRUCTURE",
+    "ENGINE",
+    "FAMILIES",
+    "Anatomy",
+    "Family",
+    "Grid",
+    "describe",
+    "in_evaluation",
+    "register_adapter",
+    "supported_models",
+    "towers",
+]

@@ -52,6 +52,8 @@ class Anatomy:
         overrides: (module, method, function that takes the original first), in force while the tower runs.
         reads: the tower's arguments by name -> numbers of the blocks whose output the tower needs of all patches, for
             feature maps and the like; hidden states that are asked for by `output_hidden_states` come by themselves.
+        example: numbers of row-major patches -> the tower's arguments by name for a made frame, in which those patches
+            differ from the frame of no numbers. What has one was found by structure, and is proven when patched.
     """
 
     tower: nn.Module
@@ -74,6 +76,7 @@ class Anatomy:
     part: tuple[set[str], Callable[[dict[str, Any], slice], dict[str, Any]]] | None = None
     overrides: tuple[tuple[nn.Module, str, Callable], ...] = ()
     reads: Callable[[dict[str, Any]], Iterable[int]] = _none
+    example: Callable[[Iterable[int]], dict[str, Any]] | None = None
 
 
 def convolution_of(projection: nn.Module) -> nn.Module:

@@ -136,6 +136,7 @@ class Engine:
         self.graphs = Graphs(self.gate, self.run_unpatched, self.warn_once) if config.launch == "graph" else None
         self.reported: ContextVar[tuple[FrameReport, ...]] = ContextVar("neuroflow_reports", default=())
         self.removed = False
+        self.parameters = tuple(inspect.signature(anatomy.layers[0].forward).parameters)  # of a block
         parts = {module for module, _, _ in self.points() if not is_linear(module)}.union(anatomy.attentions)
         if config.arch == "mlp":
             parts = parts.union(*anatomy.mlps)
@@ -164,7 +165,9 @@ class Engine:
         for module, method, override in anatomy.overrides:  # of blocks too: inside of all that follows
             points.append((module, method, functools.partial(self.on_override, override)))
         if anatomy.rotary is not None:  # inside of what packs
-            points += [(layer, "forward", self.on_rotary) for layer in anatomy.layers]
+            name = anatomy.rotary[0]
+            place = [*self.parameters, name].index(name)
+            points += [(layer, "forward", functools.partial(self.on_rotary, name, place)) for layer in anatomy.layers]
         for layer, block in enumerate(anatomy.layers):
             points.append((block, "forward", functools.partial(self.on_layer, layer)))
         if anatomy.projection is not None:
@@ -457,8 +460,9 @@ class Engine:
     def on_override(self, override: Callable, original: Callable, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs) if current_pass.get() is None else override(original, *args, **kwargs)
 
-    def on_layer(self, layer: int, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def on_layer(self, layer: int, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         current, plan = current_pass.get(), self.plan
+        tokens, *args = args or [kwargs.pop(self.parameters[0])]
         if current is None:
             if layer == 0 and not self.unpatched.get():
                 self.warn_once(
@@ -488,10 +492,14 @@ class Engine:
         gate = self.gate_of_clips if current.nameless else self.gate
         return gate(current, tokens)
 
-    def on_rotary(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        current, name = current_pass.get(), self.anatomy.rotary[0]
-        if current is not None and current.packed and kwargs.get(name) is not None:
-            kwargs[name] = current.pack_positions(kwargs[name])
+    def on_rotary(self, name: str, place: int, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """A block that is handed positions by `name`, or at `place` among its arguments."""
+        current = current_pass.get()
+        if current is not None and current.packed:
+            if kwargs.get(name) is not None:
+                kwargs[name] = current.pack_positions(kwargs[name])
+            elif len(args) > place and args[place] is not None:
+                args = (*args[:place], current.pack_positions(args[place]), *args[place + 1 :])
         return forward(*args, **kwargs)
 
     def on_attention(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -148,8 +148,8 @@ class Pass:
     """One pass through a tower: a ragged list of entries, each of which is one frame of one stream.
 
     A live frame is one entry; a frame of each of S cameras, S entries; a clip of T frames, T entries of one stream, in
-    order of time. Tokens come from the tower as [E, T, D], [E, rows, columns, D] or end to end as [sum of T, D]. Packed
-    they are [1, M, D], the active tokens of one entry after those of another.
+    order of time. Tokens come from the tower as [E, T, D], [E, rows, columns, D] or end to end as [sum of T, D] or
+    [1, sum of T, D]. Packed they are [1, M, D], the active tokens of one entry after those of another.
 
     Args:
         plan: of the tower.
@@ -219,10 +219,11 @@ class Pass:
         self.rounded = self._rounds(tokens)
         self.whole = [rows is None for rows in active]
         width = tokens.shape[1:-1].numel()  # rows of `tokens` from one stream to the next, if they are a batch
+        is_batch = tokens.ndim > 2 and len(tokens) == len(self.counts)
         self.starts = [
-            stream * width if tokens.ndim > 2 else sum(self.counts[:stream]) for stream in range(len(self.counts))
+            stream * width if is_batch else sum(self.counts[:stream]) for stream in range(len(self.counts))
         ]
-        self.padded = tokens.ndim > 2 and any(count != width for count in self.counts)
+        self.padded = is_batch and any(count != width for count in self.counts)
         self.partial = self.padded or any(rows is not None for rows in active)
         if not self.partial:
             return
@@ -284,7 +285,8 @@ class Pass:
         if rows == self.index.numel():
             lengths = self.lengths
         else:
-            lengths = self.counts if len(self.shape) == 2 else [rows // len(self.states)] * len(self.states)
+            is_batch = len(self.shape) > 2 and self.shape[0] == len(self.states)
+            lengths = [rows // len(self.states)] * len(self.states) if is_batch else self.counts
         streams = itertools.groupby(zip(self.whole, lengths, strict=True), operator.itemgetter(0))
         return [(whole, sum(length for _, length in of)) for whole, of in streams]
 
@@ -310,11 +312,14 @@ class Pass:
         return self.positions[1]
 
     def _take(self, table: torch.Tensor, fill: float) -> torch.Tensor:
-        prefix = self.plan.anatomy.prefix
-        if self.shape[:-1] == table.shape[:-1]:
-            return table[self.index]  # streams end to end
-        table = nn.functional.pad(table, (0, 0, prefix, 0), value=fill)
-        return table[torch.cat(self.rows)]
+        """The rows of packed tokens, of a table for one entry or for all of them, with rows for the prefix or without."""
+        entries, prefix, rows = len(self.states), self.plan.anatomy.prefix, self.shape[:-1].numel()
+        if len(table) == rows:
+            return table[self.index]
+        if len(table) in (rows - entries * prefix, self.counts[0] - prefix) and prefix:
+            table = table.unflatten(0, (-1, self.counts[0] - prefix))
+            table = nn.functional.pad(table, (*(0, 0) * (table.ndim - 2), prefix, 0), value=fill).flatten(0, 1)
+        return table[self.index if len(table) == rows else torch.cat(self.rows)]
 
     def heads(self, heads: torch.Tensor) -> list[torch.Tensor]:
         """Queries, keys or values of all streams as [1, heads, rows, head_dim] of each."""

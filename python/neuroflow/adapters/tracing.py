@@ -1,0 +1,273 @@
+"""How a tower that no adapter knows works, seen from one pass of a made frame through it."""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
+FEW_TOKENS = 1024  # more than any window that blocks attend within
+CLOSE = 1e-3  # of the largest score, between what a softmax takes and the products of queries and keys
+
+
+class Unsuitable(Exception):
+    """Why the general adapter cannot describe a tower."""
+
+
+class Call(NamedTuple):
+    """What one block computed its attention by.
+
+    Args:
+        module: the innermost module around it.
+        kind: "interface" of transformers, "sdpa" of torch, "multihead" for nn.MultiheadAttention, or "products": a
+            matrix product, a softmax and another product.
+        heads: how many.
+        scale: of the scores where they are made by products.
+    """
+
+    module: nn.Module
+    kind: str
+    heads: int = 0
+    scale: float | None = None
+
+
+@dataclasses.dataclass
+class Trace:
+    """One pass through a tower.
+
+    Args:
+        frame: what it was given, [1, 3, H, W].
+        tokens: in front of the first block, [1, T, D].
+        arguments: of the blocks by name, without the tokens.
+        attentions: of each block.
+        mlps: of each block; empty where some block has none that can be told.
+        reads: numbers of the blocks, the last one left out, whose output something else than the next block reads.
+    """
+
+    frame: torch.Tensor
+    tokens: torch.Tensor
+    arguments: dict[str, Any]
+    attentions: tuple[Call, ...]
+    mlps: tuple[nn.Module, ...]
+    reads: tuple[int, ...]
+
+
+class Stopped(Exception):
+    """The pass went as far as it had to."""
+
+
+def calls_interface(module: nn.Module) -> bool:
+    """Whether `module` attends through transformers' attention interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    has_config = hasattr(getattr(module, "config", None), "_attn_implementation")
+    return has_config and code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+@contextlib.contextmanager
+def in_evaluation(tower: nn.Module) -> Iterator[None]:
+    """A block in which the tower is in evaluation mode and has no gradients."""
+    training = [module for module in tower.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def made_frame(tower: nn.Module, size: tuple[int, int], channels: int = 3, seed: int = 0) -> torch.Tensor:
+    """Random pixels [1, channels, H, W] on the tower's device and of its dtype; torch's own generators are untouched."""
+    weight = next(
+        (each for each in tower.parameters() if each.is_floating_point() and each.device.type != "meta"), torch.empty(0)
+    )
+    pixels = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(seed))
+    return pixels.to(weight.device, weight.dtype)
+
+
+def first_tokens(tower: nn.Module, blocks: nn.ModuleList, frame: torch.Tensor) -> torch.Tensor:
+    """What the first block takes."""
+    found: list[torch.Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(_split(module, args, kwargs)[0])
+        raise Stopped
+
+    with blocks[0].register_forward_pre_hook(stop, with_kwargs=True), contextlib.suppress(Stopped):
+        tower(frame)
+    if not found:
+        raise Unsuitable("its blocks are not called, or only their forward is")
+    return found[0]
+
+
+def trace(tower: nn.Module, blocks: nn.ModuleList, frame: torch.Tensor) -> Trace:
+    """Run `frame` through the tower and note what its blocks do.
+
+    Raises:
+        Unsuitable: its blocks do something that a sparse frame has no place for.
+    """
+    watch = _Watch(blocks)
+    with contextlib.ExitStack() as stack:
+        for module in tower.modules():
+            stack.enter_context(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(watch.leave))
+        stack.enter_context(watch)
+        output = tower(frame)
+    if watch.tokens is None:
+        raise Unsuitable("its blocks are not called, or only their forward is")
+    if len(watch.attentions) < len(blocks):
+        raise Unsuitable(f"a frame goes through {len(watch.attentions)} of its {len(blocks)} blocks")
+    leaves = {id(leaf) for leaf in tree_leaves(output)}
+    reads = watch.reads | {number for key, number in watch.outputs.items() if key in leaves}
+    return Trace(
+        frame,
+        watch.tokens,
+        watch.arguments,
+        tuple(watch.attentions),
+        tuple(watch.mlps) if len(watch.mlps) == len(blocks) else (),
+        tuple(sorted(reads - {len(blocks) - 1})),
+    )
+
+
+def _split(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The tokens that a block is called with, and its other arguments by name."""
+    bound = inspect.signature(block.forward).bind(*args, **kwargs)
+    arguments = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    tokens = arguments.pop(next(iter(arguments)), None)
+    if not isinstance(tokens, torch.Tensor):
+        raise Unsuitable(f"{type(block).__name__} takes a {type(tokens).__name__} first, not tokens")
+    return tokens, arguments
+
+
+class _Watch(TorchFunctionMode):
+    """What is noted while a frame passes: modules as they begin and end, and torch's functions."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.numbers = {block: number for number, block in enumerate(blocks)}
+        self.running: list[nn.Module] = []
+        self.block: nn.Module | None = None
+        self.held: list[Any] = []  # so that no two tensors have the same id
+        self.tokens: torch.Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+        self.outputs: dict[int, int] = {}  # by id, of a block's output
+        self.reads: set[int] = set()
+        self.attentions: list[Call] = []
+        self.mlps: list[nn.Module] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.running.append(module)
+        if module not in self.numbers:
+            return
+        number = self.numbers[module]
+        if number != len(self.attentions) or self.block is not None:
+            raise Unsuitable(f"block {number} does not come behind block {len(self.attentions) - 1} alone")
+        tokens, arguments = _split(module, args, kwargs)
+        if number == 0:
+            self.tokens, self.arguments = tokens, arguments
+        elif self.outputs.get(id(tokens)) != number - 1:
+            raise Unsuitable(f"block {number} takes something else than what block {number - 1} gives")
+        self.block, self.events, self.candidates, self.interfaces = module, [], [], []
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.running.pop()
+        if self.block is None:
+            return
+        if calls_interface(module):
+            self.interfaces.append(module)
+        given = output[0] if isinstance(output, tuple) else output
+        if module is not self.block:
+            if isinstance(given, torch.Tensor) and given.shape == self.tokens.shape:
+                self.candidates.append(module)
+            return
+        number = self.numbers[module]
+        if not isinstance(given, torch.Tensor) or given.shape != self.tokens.shape:
+            raise Unsuitable(f"block {number} gives another shape than the {list(self.tokens.shape)} that it takes")
+        self.block = None
+        self.held.append(given)
+        self.outputs[id(given)] = number
+        self.attentions.append(self._attention(number))
+        self._note_mlp(module, self.attentions[-1].module)
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.block is None:
+            if self.outputs and any(isinstance(each, torch.Tensor) for each in tree_leaves(result)):
+                given = tree_leaves((args, kwargs))
+                self.reads |= {self.outputs[id(each)] for each in given if id(each) in self.outputs}
+        elif func is F.scaled_dot_product_attention:
+            self.events.append(("sdpa", self.running[-1], args, kwargs))
+        elif func is F.multi_head_attention_forward:
+            self.events.append(("multihead", self.running[-1], args, kwargs))
+        elif func in PRODUCTS:
+            self.events.append(("product", self.running[-1], args, result))
+        elif getattr(func, "__name__", "") == "softmax":
+            self.events.append(("softmax", self.running[-1], args, result))
+        return result
+
+    def _attention(self, number: int) -> Call:
+        """What the events in block `number` say of its attention."""
+        tokens = self.tokens.shape[1:-1].numel() if self.tokens.ndim > 2 else self.tokens.shape[0]
+        kinds = [kind for kind, *_ in self.events]
+        if len(self.interfaces) > 1 or kinds.count("sdpa") + kinds.count("multihead") > 1 or kinds.count("softmax") > 1:
+            raise Unsuitable(f"block {number} attends more than once")
+        if "sdpa" in kinds:
+            _, module, args, kwargs = self.events[kinds.index("sdpa")]
+            bound = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | kwargs
+            query, key = bound["query"], bound["key"]
+            if bound.get("is_causal"):
+                raise Unsuitable(f"block {number} attends to earlier tokens only")
+            mask = bound.get("attn_mask")
+            if mask is not None and not (mask if mask.dtype == torch.bool else mask == 0).all():
+                raise Unsuitable(f"block {number} masks its attention scores, or adds relative positions to them")
+        elif "multihead" in kinds:
+            _, module, args, _ = self.events[kinds.index("multihead")]
+            return Call(module, "multihead", module.num_heads)
+        elif kinds == ["product", "softmax", "product"]:
+            (_, module, (query, keys), scores), (_, _, (weighed, *_), weights), (_, other, (left, _), _) = self.events
+            key = keys.mT
+            if other is not module or left.shape != scores.shape or weighed.shape != scores.shape:
+                raise Unsuitable(f"block {number} attends in a way that was not recognised")
+            wide = scores.flatten().double()
+            scale = (wide @ weighed.flatten().double() / (wide @ wide)).item()
+            if (weighed.double() - scale * scores.double()).abs().max() > CLOSE * weighed.double().abs().max():
+                raise Unsuitable(f"block {number} adds something to its attention scores, such as relative positions")
+        else:
+            raise Unsuitable(f"block {number} attends in a way that was not recognised")
+        if query.shape[-2] != tokens or key.shape[-2] != tokens:
+            raise Unsuitable(f"block {number} does not attend from all tokens to all: windows, or pooled keys")
+        if self.interfaces:
+            return Call(self.interfaces[0], "interface", query.shape[-3])
+        if module is self.block_of(number):
+            raise Unsuitable(f"block {number} attends in its own forward, not in a module of its own")
+        if "sdpa" in kinds:
+            return Call(module, "sdpa", query.shape[-3])
+        return Call(module, "products", query.shape[-3], scale)
+
+    def block_of(self, number: int) -> nn.Module:
+        return next(block for block, its in self.numbers.items() if its == number)
+
+    def _note_mlp(self, block: nn.Module, attention: nn.Module) -> None:
+        """The outermost part of a block that maps tokens by two linears or more, and holds no attention."""
+        parts = [
+            part
+            for part in self.candidates
+            if attention not in part.modules()
+            and part not in attention.modules()
+            and sum(isinstance(each, nn.Linear) for each in part.modules()) > 1
+        ]
+        outer = [part for part in parts if not any(part is not other and part in other.modules() for other in parts)]
+        if len(outer) == 1:
+            self.mlps.append(outer[0])

@@ -1,0 +1,151 @@
+"""That a tower found by structure, once patched, does what the definition of architecture E says.
+
+Nothing of it is taken on trust: a made frame, and one in which some patches differ, go through the patched tower, and
+through the unpatched one whose blocks are handed, and give, their old tokens where a patch is inactive.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten_with_path
+
+from .adapters import Anatomy, in_evaluation
+
+# Of the largest value of an output, what rounding may make of it in another order of the same sums.
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+class Disproven(Exception):
+    """What a patched tower does otherwise than the unpatched one."""
+
+
+def prove(anatomy: Anatomy, patched: Callable[[], AbstractContextManager[Callable[[], torch.Tensor]]]) -> None:
+    """Compare a tower patched for architecture E with what defines it.
+
+    It takes some three passes of a frame of `Anatomy.example`; torch's random numbers are untouched.
+
+    Args:
+        anatomy: of an unpatched tower, with an example.
+        patched: a block in which the tower is patched so that what changed is encoded, and no more; it gives a function
+            that tells which patches the last frame encoded, bool [rows, columns].
+
+    Raises:
+        Disproven: what differs, and by how much.
+    """
+    before = _attributes(anatomy.tower)
+    with in_evaluation(anatomy.tower):
+        still = anatomy.example(())
+        patches = sum(rows * columns for rows, columns in anatomy.grids(still))
+        changed = sorted({*range(0, patches, 3), patches - 1})
+        frames = [still, anatomy.example(changed)]
+        ours, active = [], torch.ones(patches, dtype=torch.bool)
+        with patched() as last_active:
+            for frame, kind in zip(frames, ("a whole frame", "a partial frame"), strict=True):
+                try:
+                    ours.append(anatomy.tower(**frame))
+                except Exception as error:  # whatever the tower's own code raises for fewer tokens
+                    raise Disproven(f"{kind} fails: {type(error).__name__}: {error!s:.300}") from error
+            active = last_active().flatten()
+        if _attributes(anatomy.tower) != before:
+            raise Disproven("disable_cache does not leave the tower as it was")
+        if not active.any() or not set(active.nonzero()[:, 0].tolist()) <= set(changed):
+            raise Disproven(
+                f"patches {changed[:4]} ... of {patches} changed, and {active.nonzero()[:4, 0].tolist()} ... were "
+                "encoded; its tokens lie in another order"
+            )
+        with _OldTokens(anatomy) as old:
+            for kind, frame, output in zip(("a whole frame", "a partial frame"), frames, ours, strict=True):
+                old.active = _in_order(anatomy, frame, active) if frame is not still else None
+                _compare(kind, output, anatomy.tower(**frame))
+
+
+def _in_order(anatomy: Anatomy, frame: dict[str, Any], active: torch.Tensor) -> torch.Tensor:
+    """Row-major patches, bool [N], as the tower's tokens, bool [T]."""
+    if anatomy.order is not None:
+        active = active[anatomy.order(frame)[0].to(active.device)]
+    return torch.cat((active.new_ones(anatomy.prefix), active))
+
+
+def _attributes(tower: nn.Module) -> list[Any]:
+    """What a tower's modules hold, by identity, apart from what was learned of their own methods."""
+    return [
+        {name: len(value) if name.endswith("_hooks") else id(value) for name, value in vars(module).items()}
+        for module in tower.modules()
+    ]
+
+
+def _compare(kind: str, ours: Any, expected: Any) -> None:
+    for (path, value), (_, other) in zip(_tensors(ours), _tensors(expected), strict=True):
+        name = path or "the output"
+        if value.shape != other.shape:
+            raise Disproven(f"{kind} differs: {name} is {list(value.shape)}, unpatched {list(other.shape)}")
+        if not other.isfinite().all():
+            raise Disproven(f"{name} of a made frame holds NaN or Inf, so that nothing can be compared")
+        largest = other.abs().max().double().item() if other.numel() else 0.0
+        off = (value.double() - other.double()).abs().max().item() if other.numel() else 0.0
+        if not off <= TOLERANCES.get(other.dtype, 0.0) * largest:
+            raise Disproven(f"{kind} differs: {name} by {off / largest if largest else off:.2g} of its largest value")
+
+
+def _tensors(output: Any) -> list[tuple[str, torch.Tensor]]:
+    leaves, _ = tree_flatten_with_path(output)
+    return [
+        (".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf)
+        for path, leaf in leaves
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    ]
+
+
+class _OldTokens:
+    """A block in which each block of an unpatched tower is handed, and gives, its old tokens where `active` is False.
+
+    Only for passes of whoever opened it.
+
+    Attributes:
+        active: bool [T]; None for a frame of which all are.
+    """
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.active: torch.Tensor | None = None
+        self._held: dict[nn.Module | None, torch.Tensor] = {}
+        self._hooks = ExitStack()
+        self._here: ContextVar[bool] = ContextVar("neuroflow_proof", default=False)
+
+    def __enter__(self) -> "_OldTokens":
+        layers = self.anatomy.layers
+        self._hooks.enter_context(layers[0].register_forward_pre_hook(self._before, with_kwargs=True))
+        for layer in layers:
+            self._hooks.enter_context(layer.register_forward_hook(self._after))
+        self._here.set(True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._here.set(False)
+        self._hooks.close()
+
+    def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._here.get():
+            return None
+        if args:
+            return (self._mixed(None, args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, kwargs | {name: self._mixed(None, kwargs[name])}
+
+    def _after(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self._here.get():
+            return None
+        if isinstance(output, tuple):
+            return self._mixed(layer, output[0]), *output[1:]
+        return self._mixed(layer, output)
+
+    def _mixed(self, layer: nn.Module | None, tokens: torch.Tensor) -> torch.Tensor:
+        if self.active is not None:
+            fresh = self.active.to(tokens.device)[:, None]
+            tokens = torch.where(fresh, tokens.flatten(0, -2), self._held[layer].flatten(0, -2)).view(tokens.shape)
+        self._held[layer] = tokens
+        return tokens
