@@ -49,7 +49,7 @@ def _parts(anatomy: Anatomy, family: Family) -> dict[str, str]:
         "MLP": " to ".join(dict.fromkeys(inside.get(part, names[part]) for part in anatomy.mlps[0]))
         if anatomy.mlps
         else "none that could be told from the rest",
-        "positions in the blocks": "none" if anatomy.rotary is None else anatomy.rotary[0],
+        "of each token, in the blocks": ", ".join(name for name, _ in anatomy.positions) or "nothing",
         "tokens before the patches": str(anatomy.prefix),
         "all tokens are back after": names[anatomy.last],
         "pooled output": "of the model's own, of all tokens" if anatomy.pool is None else names[anatomy.pool[0]],

@@ -37,9 +37,9 @@ class Anatomy:
         entries: methods of the tower that take frames; the outermost one called is the pass.
         tables: modules and methods whose result depends on nothing but weights and the shapes of the arguments, such
             as positions interpolated to a size; it is kept.
-        rotary: the blocks' keyword argument that holds rotary positions, and a function (its value, take) -> the value
-            for packed tokens, where take(tensor [tokens without prefix, *], fill) gives the rows of packed tokens, and
-            rows of `fill` for a prefix.
+        positions: arguments of the blocks that hold something of each token, as rotary positions, and for each a
+            function (its value, take) -> the value for packed tokens, where take(tensor [tokens, *], fill) gives the
+            rows of packed tokens; `fill` is what a tensor without rows for the prefix has there.
         attention: (module, attend, the forward's own arguments) -> what the forward of one of `attentions` returns,
             for towers that do not call transformers' attention interface. `attend` is `engine.attention.attend` without
             its first two arguments.
@@ -69,7 +69,7 @@ class Anatomy:
     needs_every_token: bool = False
     entries: tuple[str, ...] = ("forward",)
     tables: tuple[tuple[nn.Module, str], ...] = ()
-    rotary: tuple[str, Callable[[Any, Callable], Any]] | None = None
+    positions: tuple[tuple[str, Callable[[Any, Callable], Any]], ...] = ()
     attention: Callable | None = None
     order: Callable[[dict[str, Any]], list[torch.Tensor]] | None = None
     times: Callable[[dict[str, Any]], list[int]] | None = None
@@ -187,6 +187,6 @@ def refuse(arguments: dict[str, Any], *names: str) -> None:
 
 
 def cos_and_sin(value: tuple[torch.Tensor, torch.Tensor], take: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Anatomy.rotary` of towers that hand (cos, sin) to their blocks: what has no position is not turned."""
+    """`Anatomy.positions` of towers that hand (cos, sin) to their blocks: what has no position is not turned."""
     cos, sin = value
     return take(cos, 1.0), take(sin, 0.0)

@@ -45,6 +45,6 @@ def dinov3(tower: nn.Module) -> Anatomy:
         grids=grids_of_images(projection, "bool_masked_pos"),
         embedding=lambda output: output.last_hidden_state[:, 0],
         tables=((tower.rope_embeddings, "forward"),),
-        rotary=("position_embeddings", cos_and_sin),
+        positions=(("position_embeddings", cos_and_sin),),
     )
     return with_stages(anatomy)

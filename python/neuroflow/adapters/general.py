@@ -9,7 +9,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,56 +17,100 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .anatomy import Anatomy, Grid, grids_of_images, is_patch_projection, mean_of_last
+from .anatomy import Anatomy, Grid, mean_of_last
 from .tracing import PRODUCTS, Call, Trace, Unsuitable, first_tokens, in_evaluation, made_frame, trace
 
 MOST_TOKENS = 1024  # of a made frame, where the tower takes any; more than any window that blocks attend within
 MOST_REGISTERS = 16
-BLOCKS = (nn.ModuleList, nn.Sequential)
+
+
+class Patches(NamedTuple):
+    """How a tower cuts frames [S, C, H, W] into patches.
+
+    Args:
+        projection: the convolution that does; None where that is some other module.
+        size: height and width of a patch in pixels.
+        padding: pixels around the frame.
+        channels: C.
+    """
+
+    projection: nn.Module | None
+    size: Grid
+    padding: Grid = (0, 0)
+    channels: int = 3
+
+    def grid(self, height: int, width: int) -> Grid:
+        rows, columns = (
+            (length + 2 * around) // side
+            for length, around, side in zip((height, width), self.padding, self.size, strict=True)
+        )
+        return rows, columns
+
+    def changed(self, frame: torch.Tensor, patches: Iterable[int]) -> torch.Tensor:
+        """`frame` [1, C, H, W] with other pixels in some of its patches, by their row-major numbers."""
+        frame, (_, columns) = frame.clone(), self.grid(*frame.shape[2:])
+        generator = torch.Generator().manual_seed(1)
+        for number in patches:
+            top, left = (
+                place * side - around
+                for place, side, around in zip(divmod(number, columns), self.size, self.padding, strict=True)
+            )
+            window = frame[:, :, max(top, 0) : top + self.size[0], max(left, 0) : left + self.size[1]]
+            window.copy_(torch.randn(window.shape, generator=generator))
+        return frame
 
 
 def towers_by_structure(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of `model` that look like plain ViTs, by their names in it: the smallest around a list of blocks and
-    a projection of patches.
+    """The modules of `model` that look like plain ViTs, by their names in it: the smallest around a list of blocks that
+    cut frames into patches.
     """
-    modules = dict(model.named_modules())
-    projections = [name for name, module in modules.items() if is_patch_projection(module) and module.in_channels == 3]
-    found = {}
+    modules, found = dict(model.named_modules()), {}
     for name, blocks in modules.items():
-        if not _are_blocks(blocks):
-            continue
-        around = name
+        around = name if _are_blocks(blocks) else ""
         while around:
             around = around.rpartition(".")[0]
-            if any(_is_inside(each, around) and not _is_inside(each, name) for each in projections):
+            if _patches(modules[around], blocks) is not None:
                 found[around] = modules[around]
                 break
     return {
         name: module
         for name, module in found.items()
-        if not any(other != name and _is_inside(other, name) for other in found)
+        if not any(other != name and f"{other}.".startswith(f"{name}." if name else "") for other in found)
     }
-
-
-def _is_inside(name: str, outer: str) -> bool:
-    return f"{name}.".startswith(f"{outer}.") if outer else True
 
 
 def _are_blocks(module: nn.Module) -> bool:
     """Whether `module` is a list of like modules, each of which has linears enough for attention and an MLP."""
     return (
-        isinstance(module, BLOCKS)
+        isinstance(module, nn.ModuleList | nn.Sequential)
         and len(module) > 1
         and len({type(block) for block in module}) == 1
         and sum(isinstance(part, nn.Linear) for part in module[0].modules()) > 2
     )
 
 
+def _patches(tower: nn.Module, blocks: nn.Module) -> Patches | None:
+    """How `tower` cuts frames: by a convolution outside of its `blocks`, or by the size of patches in its config."""
+    inside = set(blocks.modules())
+    for module in tower.modules():
+        if isinstance(module, nn.Conv2d) and module not in inside and module.in_channels < 5:
+            size, padding = module.kernel_size, module.padding
+            if module.stride == size and min(size) > 1 and module.groups == 1 and set(module.dilation) == {1}:
+                return Patches(module, size, (0, 0) if padding == "valid" else padding, module.in_channels)
+    size = getattr(getattr(tower, "config", None), "patch_size", None)
+    size = (size, size) if isinstance(size, int) else tuple(size or ())
+    return Patches(None, size) if len(size) == 2 and _first_argument(tower) == "pixel_values" else None
+
+
+def _first_argument(tower: nn.Module) -> str | None:
+    return next(iter(inspect.signature(tower.forward).parameters), None)
+
+
 def general(tower: nn.Module) -> Anatomy:
-    """What one pass of a made frame shows of a tower, [S, 3, H, W] -> anything.
+    """What one pass of a made frame shows of a tower that takes frames [S, C, H, W].
 
     Raises:
-        TypeError: it is no plain ViT, or one that does something a sparse frame has no place for.
+        TypeError: it is no plain ViT, or does something that a sparse frame has no place for.
     """
     try:
         return _anatomy(tower)
@@ -81,80 +125,75 @@ def _anatomy(tower: nn.Module) -> Anatomy:
     lists = [module for module in tower.modules() if _are_blocks(module)]
     lists = [blocks for blocks in lists if not any(blocks in other.modules() for other in lists if other is not blocks)]
     if len(lists) != 1:
-        raise Unsuitable(f"it has {len(lists)} lists of blocks, as those that merge patches between stages")
+        raise Unsuitable(f"it has {len(lists)} lists of blocks, as those that merge patches from stage to stage")
     (blocks,) = lists
-    projections = [
-        module for module in tower.modules() if is_patch_projection(module) and module.in_channels == 3
-    ]
-    if len(projections) != 1:
-        raise Unsuitable(f"it has {len(projections)} convolutions over patches")
-    (projection,) = projections
+    patches, name = _patches(tower, blocks), _first_argument(tower)
     with in_evaluation(tower):
-        seen = _seen(tower, blocks, projection)
-        prefix = _prefix(tower, blocks, projection, seen)
-    calls = seen.attentions
-    name = next(iter(inspect.signature(tower.forward).parameters))
+        seen = _seen(tower, blocks, patches)
+        prefix = _prefix(tower, blocks, patches, seen)
+    calls = {call.module: call for call in seen.attentions}
+    if len(calls) < len(blocks) or len({call.kind for call in calls.values()}) > 1:
+        raise Unsuitable("its blocks do not attend alike, each by a module of its own")
     return Anatomy(
         tower=tower,
-        projection=projection,
+        projection=patches.projection,
         layers=tuple(blocks),
-        attentions=tuple(call.module for call in calls),
+        attentions=tuple(calls),
         mlps=tuple((mlp, mlp) for mlp in seen.mlps),
         last=blocks[-1],
         prefix=prefix,
-        grids=_grids(name, projection),
+        grids=functools.partial(_grids, name, patches),
         embedding=functools.partial(_embedding, prefix),
         needs_every_token=True,
-        rotary=_positions(seen, prefix),
-        attention=None if calls[0].kind == "interface" else _attention({call.module: call for call in calls}),
+        positions=_positions(seen, prefix),
+        attention=None if seen.attentions[0].kind == "interface" else functools.partial(_attention, calls),
         reads=lambda arguments: seen.reads,
-        example=lambda changed: {name: _example(seen.frame, projection.kernel_size, changed)},
+        example=lambda changed: {name: patches.changed(seen.frame, changed)} | _missing(tower),
     )
 
 
-def _example(frame: torch.Tensor, patch: Grid, changed: Iterable[int]) -> torch.Tensor:
-    """`frame` with other pixels in some of its patches."""
-    frame, columns = frame.clone(), frame.shape[3] // patch[1]
-    generator = torch.Generator().manual_seed(1)
-    for number in changed:
-        row, column = number // columns * patch[0], number % columns * patch[1]
-        window = frame[:, :, row : row + patch[0], column : column + patch[1]]
-        window.copy_(torch.randn(window.shape, generator=generator))
-    return frame
+def _missing(tower: nn.Module) -> dict[str, None]:
+    """None for the arguments of a tower beyond its frames that have no default."""
+    _, *others = inspect.signature(tower.forward).parameters.values()
+    return {
+        each.name: None
+        for each in others
+        if each.default is each.empty and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+    }
 
 
-def _seen(tower: nn.Module, blocks: nn.ModuleList, projection: nn.Module) -> Trace:
+def _seen(tower: nn.Module, blocks: nn.Module, patches: Patches) -> Trace:
     """The pass of a frame of the first size that the tower takes."""
-    refused = None
-    for size in _sizes(tower, projection.kernel_size):
-        frame = made_frame(tower, size)
+    refused = ""
+    for size in _sizes(tower, patches):
+        frame = made_frame(tower, (patches.channels, *size))
         try:
-            return trace(tower, blocks, frame)
+            return trace(functools.partial(tower, **_missing(tower)), blocks, frame)
         except Unsuitable:
             raise
         except Exception as error:  # whatever a model raises for another size than its own
-            refused = refused or f"it does not take frames [1, 3, {size[0]}, {size[1]}] alone ({error!s:.200})"
+            refused = refused or f"it does not take frames {list(frame.shape)} alone ({error!s:.200})"
     raise Unsuitable(refused)
 
 
-def _sizes(tower: nn.Module, patch: Grid) -> Iterator[tuple[int, int]]:
+def _sizes(tower: nn.Module, patches: Patches) -> Iterator[Grid]:
     """Heights and widths of frames that the tower may take, the likeliest first."""
     own = _own_sizes(tower)
-    small = [size for size in own if size[0] // patch[0] * (size[1] // patch[1]) <= MOST_TOKENS]
-    usual = (32 * patch[0], 24 * patch[1])
+    few = [size for size in own if math.prod(patches.grid(*size)) <= MOST_TOKENS]
+    usual = (32 * patches.size[0], 24 * patches.size[1])
     counts = {
         length - others
         for tensor in itertools.chain(tower.parameters(), tower.buffers())
         for length in tensor.shape[:-1]
         for others in range(MOST_REGISTERS)
     }
-    squares = sorted({math.isqrt(count) for count in counts if count > 3 and math.isqrt(count) ** 2 == count})
-    squares = [(side * patch[0], side * patch[1]) for side in reversed(squares) if side * side <= MOST_TOKENS]
-    yield from dict.fromkeys([*small, *([] if small else [usual]), *own, *squares, usual])
+    sides = sorted({math.isqrt(count) for count in counts if 3 < count <= MOST_TOKENS}, reverse=True)
+    squares = [(side * patches.size[0], side * patches.size[1]) for side in sides if side**2 in counts]
+    yield from dict.fromkeys([*few, *([] if few else [usual]), *own, *squares, usual])
 
 
-def _own_sizes(tower: nn.Module) -> list[tuple[int, int]]:
-    """Sizes of images that the tower and its parts name as their own."""
+def _own_sizes(tower: nn.Module) -> list[Grid]:
+    """Sizes of frames that the tower and its parts name as their own."""
     sizes = []
     for module in tower.modules():
         for holder in (getattr(module, "config", None), module):
@@ -166,35 +205,34 @@ def _own_sizes(tower: nn.Module) -> list[tuple[int, int]]:
     return list(dict.fromkeys(sizes))
 
 
-def _prefix(tower: nn.Module, blocks: nn.ModuleList, projection: nn.Module, seen: Trace) -> int:
-    """How many tokens come before the patches, which lie in row-major order."""
-    rows, columns = (length // side for length, side in zip(seen.frame.shape[2:], projection.kernel_size, strict=True))
+def _prefix(tower: nn.Module, blocks: nn.Module, patches: Patches, seen: Trace) -> int:
+    """How many tokens come before the patches, which have to lie in row-major order."""
+    count = math.prod(patches.grid(*seen.frame.shape[2:]))
     tokens = seen.tokens.flatten(0, -2)
-    prefix = len(tokens) - rows * columns
+    prefix = len(tokens) - count
     if prefix < 0:
-        raise Unsuitable(f"{rows * columns} patches are {len(tokens)} tokens in front of its blocks")
-    for patch in (rows * columns - 1, rows * columns // 2 + 1, 0):
-        other = first_tokens(tower, blocks, _example(seen.frame, projection.kernel_size, [patch]))
+        raise Unsuitable(f"{count} patches are {len(tokens)} tokens in front of its blocks")
+    for patch in (count - 1, count // 2 + 1, 0):
+        frame = patches.changed(seen.frame, [patch])
+        other = first_tokens(functools.partial(tower, **_missing(tower)), blocks, frame)
         moved = (other.flatten(0, -2) != tokens).any(1).nonzero()[:, 0].tolist()
         if moved != [prefix + patch]:
             raise Unsuitable(
-                f"patch {patch} of {rows * columns} moves the tokens {moved[:4]} of {len(tokens)} in front of its "
-                f"blocks, not {prefix + patch} alone"
+                f"patch {patch} of {count} moves the tokens {moved[:4]} of {len(tokens)} in front of its blocks, not "
+                f"{prefix + patch} alone"
             )
     return prefix
 
 
-def _grids(frames: str, projection: nn.Module) -> Callable[[dict[str, Any]], list[Grid]]:
-    of_images = grids_of_images(projection)
-
-    def grids(arguments: dict[str, Any]) -> list[Grid]:
-        sizes = of_images(arguments)
-        for name, value in arguments.items():
-            if name != frames and not _is_harmless(name, value, arguments[frames].shape):
-                raise ValueError(f"{name} is given; accepted is None, as a sparse frame has no place for it")
-        return sizes
-
-    return grids
+def _grids(name: str, patches: Patches, arguments: dict[str, Any]) -> list[Grid]:
+    frames = arguments[name]
+    if frames.ndim != 4 or frames.shape[1] != patches.channels:
+        accepted = f"[S, {patches.channels}, H, W]"
+        raise ValueError(f"{name} has shape {list(frames.shape)}; accepted is {accepted}")
+    for other, value in arguments.items():
+        if other != name and not _is_harmless(other, value, frames.shape):
+            raise ValueError(f"{other} is given; accepted is None, as a sparse frame has no place for it")
+    return [patches.grid(*frames.shape[2:])] * len(frames)
 
 
 def _is_harmless(name: str, value: Any, shape: torch.Size) -> bool:
@@ -228,36 +266,35 @@ def _embedding(prefix: int, output: Any) -> torch.Tensor:
     return output
 
 
-def _positions(seen: Trace, prefix: int) -> tuple[str, Callable[[Any, Callable], Any]] | None:
-    """`Anatomy.rotary` for the argument of the blocks that holds something of each token."""
-    tokens = seen.tokens.shape[1:-1].numel()
-    found = {}
+def _positions(seen: Trace, prefix: int) -> tuple[tuple[str, Callable[[Any, Callable], Any]], ...]:
+    """`Anatomy.positions`: the arguments of the blocks that have rows for tokens."""
+    tokens, found = seen.tokens.shape[1:-1].numel(), []
     for name, value in seen.arguments.items():
-        leaves = tree_flatten(value)[0]
+        leaves, _ = tree_flatten(value)
         dims = [_dim_of_tokens(leaf, {tokens, tokens - prefix}) for leaf in leaves]
-        if any(dim is not None for dim in dims):
-            found[name] = dims, [leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None]
-    if not found:
-        return None
-    if len(found) > 1:
-        raise Unsuitable(f"its blocks take something of each token in {', '.join(found)}; one is accepted")
-    ((name, (dims, lengths)),) = found.items()
-    if prefix and tokens - prefix in lengths and not (isinstance(seen.arguments[name], tuple) and len(dims) == 2):
-        raise Unsuitable(f"{name} of its blocks has no rows for the {prefix} tokens before the patches")
+        lengths = {leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None}
+        if not lengths:
+            continue
+        if prefix and tokens not in lengths and not (isinstance(value, tuple) and len(leaves) == 2):
+            raise Unsuitable(f"{name} of its blocks has no rows for the {prefix} tokens before the patches")
+        found.append((name, functools.partial(_pack, dims)))
+    return tuple(found)
 
-    def pack(value: Any, take: Callable) -> Any:
-        leaves, spec = tree_flatten(value)
-        packed = [
-            leaf if dim is None else _packed(leaf, dim, functools.partial(take, fill=1.0 - number))
-            for number, (leaf, dim) in enumerate(zip(leaves, dims, strict=True))  # cos and sin of what is not turned
-        ]
-        return tree_unflatten(packed, spec)
 
-    return name, pack
+def _pack(dims: list[int | None], value: Any, take: Callable) -> Any:
+    """The rows of the tensors in `value`, along a dimension of each, for packed tokens; those of frames are one."""
+    leaves, spec = tree_flatten(value)
+    for number, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
+        fill = 1.0 - number  # a cosine, and a sine, of what is not turned
+        if dim == 1:
+            leaves[number] = take(leaf.flatten(0, 1), fill)[None]
+        elif dim is not None:
+            leaves[number] = take(leaf.movedim(dim, 0), fill).movedim(0, dim)
+    return tree_unflatten(leaves, spec)
 
 
 def _dim_of_tokens(leaf: Any, lengths: set[int]) -> int | None:
-    """The dimension of a block's argument along which it has a row for each token; None for masks, and what has none."""
+    """The dimension of a block's argument along which it has rows for tokens; None for masks, and what has none."""
     if not isinstance(leaf, torch.Tensor):
         return None
     dims = [dim for dim, length in enumerate(leaf.shape) if length in lengths]
@@ -266,23 +303,12 @@ def _dim_of_tokens(leaf: Any, lengths: set[int]) -> int | None:
     return dims[0] if dims else None
 
 
-def _packed(table: torch.Tensor, dim: int, take: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The rows of `table` along `dim` for packed tokens; a dimension of frames before it becomes 1."""
-    if dim == 1:
-        return take(table.flatten(0, 1))[None]
-    return take(table.movedim(dim, 0)).movedim(0, dim)
-
-
-def _attention(calls: dict[nn.Module, Call]) -> Callable:
+def _attention(calls: dict[nn.Module, Call], module: nn.Module, attend: Callable, *args: Any, **kwargs: Any) -> Any:
     """`Anatomy.attention` of modules that attend by torch's functions: theirs run, and what they attend by does not."""
-
-    def attention(module: nn.Module, attend: Callable, *args: Any, **kwargs: Any) -> Any:
-        if calls[module].kind == "multihead":
-            return _multihead(module, attend, *args, **kwargs)
-        with _Attends(attend, calls[module]):
-            return type(module).forward(module, *args, **kwargs)
-
-    return attention
+    if calls[module].kind == "multihead":
+        return _multihead(module, attend, *args, **kwargs)
+    with _Attends(attend, calls[module]):
+        return type(module).forward(module, *args, **kwargs)
 
 
 class _Attends(TorchFunctionMode):

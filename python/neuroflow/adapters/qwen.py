@@ -88,7 +88,7 @@ def _parts(tower: nn.Module) -> dict[str, Any]:
         "part": ({"hidden_states", "grid_thw"}, functools.partial(_part, tower.spatial_merge_size)),
         "embedding": _embedding,
         "needs_every_token": True,
-        "rotary": ("position_embeddings", cos_and_sin),
+        "positions": (("position_embeddings", cos_and_sin),),
     }
 
 

@@ -76,7 +76,7 @@ def vision_transformer(tower: nn.Module) -> Anatomy:
         pool=None if tower.global_pool in ("", "token") else (tower, "forward_head"),
         entries=("forward", "forward_features", "forward_intermediates"),
         tables=() if rope is None else ((rope, "get_embed"),),
-        rotary=None if rope is None else ("rope", _sin_and_cos),
+        positions=() if rope is None else (("rope", _sin_and_cos),),
         attention=_attention,
         reads=reads,
     )

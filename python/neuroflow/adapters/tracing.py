@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
-FEW_TOKENS = 1024  # more than any window that blocks attend within
 CLOSE = 1e-3  # of the largest score, between what a softmax takes and the products of queries and keys
 
 
@@ -84,16 +84,16 @@ def in_evaluation(tower: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def made_frame(tower: nn.Module, size: tuple[int, int], channels: int = 3, seed: int = 0) -> torch.Tensor:
-    """Random pixels [1, channels, H, W] on the tower's device and of its dtype; torch's own generators are untouched."""
+def made_frame(tower: nn.Module, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Random pixels [1, C, H, W] on the tower's device and of its dtype; torch's own generators are untouched."""
     weight = next(
         (each for each in tower.parameters() if each.is_floating_point() and each.device.type != "meta"), torch.empty(0)
     )
-    pixels = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(seed))
+    pixels = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     return pixels.to(weight.device, weight.dtype)
 
 
-def first_tokens(tower: nn.Module, blocks: nn.ModuleList, frame: torch.Tensor) -> torch.Tensor:
+def first_tokens(tower: Callable, blocks: nn.Module, frame: torch.Tensor) -> torch.Tensor:
     """What the first block takes."""
     found: list[torch.Tensor] = []
 
@@ -108,15 +108,15 @@ def first_tokens(tower: nn.Module, blocks: nn.ModuleList, frame: torch.Tensor) -
     return found[0]
 
 
-def trace(tower: nn.Module, blocks: nn.ModuleList, frame: torch.Tensor) -> Trace:
-    """Run `frame` through the tower and note what its blocks do.
+def trace(tower: functools.partial, blocks: nn.Module, frame: torch.Tensor) -> Trace:
+    """Run `frame` through a tower, given with its other arguments, and note what its blocks do.
 
     Raises:
         Unsuitable: its blocks do something that a sparse frame has no place for.
     """
     watch = _Watch(blocks)
     with contextlib.ExitStack() as stack:
-        for module in tower.modules():
+        for module in tower.func.modules():
             stack.enter_context(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
             stack.enter_context(module.register_forward_hook(watch.leave))
         stack.enter_context(watch)
@@ -153,7 +153,7 @@ def _split(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 class _Watch(TorchFunctionMode):
     """What is noted while a frame passes: modules as they begin and end, and torch's functions."""
 
-    def __init__(self, blocks: nn.ModuleList) -> None:
+    def __init__(self, blocks: nn.Module) -> None:
         super().__init__()
         self.numbers = {block: number for number, block in enumerate(blocks)}
         self.running: list[nn.Module] = []
@@ -175,6 +175,8 @@ class _Watch(TorchFunctionMode):
             raise Unsuitable(f"block {number} does not come behind block {len(self.attentions) - 1} alone")
         tokens, arguments = _split(module, args, kwargs)
         if number == 0:
+            if tokens.ndim < 2 or (tokens.ndim > 2 and len(tokens) != 1):
+                raise Unsuitable(f"its blocks take {list(tokens.shape)} of one frame, not [1, tokens, D]")
             self.tokens, self.arguments = tokens, arguments
         elif self.outputs.get(id(tokens)) != number - 1:
             raise Unsuitable(f"block {number} takes something else than what block {number - 1} gives")
@@ -225,7 +227,8 @@ class _Watch(TorchFunctionMode):
             raise Unsuitable(f"block {number} attends more than once")
         if "sdpa" in kinds:
             _, module, args, kwargs = self.events[kinds.index("sdpa")]
-            bound = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | kwargs
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            bound = dict(zip(names, args, strict=False)) | kwargs
             query, key = bound["query"], bound["key"]
             if bound.get("is_causal"):
                 raise Unsuitable(f"block {number} attends to earlier tokens only")
@@ -236,7 +239,7 @@ class _Watch(TorchFunctionMode):
             _, module, args, _ = self.events[kinds.index("multihead")]
             return Call(module, "multihead", module.num_heads)
         elif kinds == ["product", "softmax", "product"]:
-            (_, module, (query, keys), scores), (_, _, (weighed, *_), weights), (_, other, (left, _), _) = self.events
+            (_, module, (query, keys), scores), (_, _, (weighed, *_), _), (_, other, (left, _), _) = self.events
             key = keys.mT
             if other is not module or left.shape != scores.shape or weighed.shape != scores.shape:
                 raise Unsuitable(f"block {number} attends in a way that was not recognised")

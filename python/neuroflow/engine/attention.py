@@ -37,6 +37,8 @@ def attend(
         attention weights or None.
     """
     context, layer = current.plan.config.arch == "context", current.plan.layer_of[module]
+    if kwargs.get("scaling") is None:
+        kwargs["scaling"] = query.shape[-1] ** -0.5
     rounds = current.packed and current.rounded
     watched = layer in current.plan.watched
     if isinstance(current, StaticPass) and (current.packed or product is not None):
@@ -45,12 +47,12 @@ def attend(
         heads = (query, key, value) if not rounds else (query.bfloat16(), key.bfloat16(), value.bfloat16())
         if context:
             current.store_all_heads(layer, *heads[1:])
-            attended = current.attend_cached(heads[0], layer, watched, kwargs.get("scaling"))
+            attended = current.attend_cached(heads[0], layer, watched, kwargs["scaling"])
         else:
             attended, _ = _of_model(current, module)(module, *heads, current.same_stream(), **kwargs)
         return attended.to(query.dtype), None
     if current.packed and current.table is not None and product is None:
-        attended = current.attend_versions(layer, query, key, value, kwargs.get("scaling"))
+        attended = current.attend_versions(layer, query, key, value, kwargs["scaling"])
         for entry, state in enumerate(current.states):
             if watched and not current.followed[entry]:
                 keys = _by_head(state.tensors["key", layer], key)
@@ -85,7 +87,7 @@ def attend(
             attended = product(queries, keys, values, rows, key_rows, current.grids[entry])
         elif partial and current.measured:
             of_rows = (each[0].transpose(0, 1) for each in (queries, keys, values))  # [*, heads, head_dim]
-            attended = current.kernels.attend(*of_rows, kwargs.get("scaling"))[None]
+            attended = current.kernels.attend(*of_rows, kwargs["scaling"])[None]
         else:
             attended = _of_model(current, module)(module, queries, keys, values, None, **kwargs)[0]
         outputs.append(attended.to(query.dtype))

@@ -164,10 +164,8 @@ class Engine:
             points.append((anatomy.tower, entry, functools.partial(self.on_tower, entry)))
         for module, method, override in anatomy.overrides:  # of blocks too: inside of all that follows
             points.append((module, method, functools.partial(self.on_override, override)))
-        if anatomy.rotary is not None:  # inside of what packs
-            name = anatomy.rotary[0]
-            place = [*self.parameters, name].index(name)
-            points += [(layer, "forward", functools.partial(self.on_rotary, name, place)) for layer in anatomy.layers]
+        if anatomy.positions:  # inside of what packs
+            points += [(layer, "forward", self.on_positions) for layer in anatomy.layers]
         for layer, block in enumerate(anatomy.layers):
             points.append((block, "forward", functools.partial(self.on_layer, layer)))
         if anatomy.projection is not None:
@@ -492,15 +490,18 @@ class Engine:
         gate = self.gate_of_clips if current.nameless else self.gate
         return gate(current, tokens)
 
-    def on_rotary(self, name: str, place: int, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        """A block that is handed positions by `name`, or at `place` among its arguments."""
+    def on_positions(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         current = current_pass.get()
-        if current is not None and current.packed:
-            if kwargs.get(name) is not None:
-                kwargs[name] = current.pack_positions(kwargs[name])
-            elif len(args) > place and args[place] is not None:
-                args = (*args[:place], current.pack_positions(args[place]), *args[place + 1 :])
-        return forward(*args, **kwargs)
+        if current is None or not current.packed:
+            return forward(*args, **kwargs)
+        given = list(args)
+        for name, pack in self.anatomy.positions:
+            if name in kwargs:
+                kwargs[name] = current.pack_positions(name, pack, kwargs[name])
+            elif name in self.parameters[: len(given)]:
+                place = self.parameters.index(name)
+                given[place] = current.pack_positions(name, pack, given[place])
+        return forward(*given, **kwargs)
 
     def on_attention(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         current = current_pass.get()

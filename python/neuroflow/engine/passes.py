@@ -192,7 +192,8 @@ class Pass:
         self.projected: torch.Tensor | None = None
         self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
         self.colours: list[torch.Tensor] | None = None  # [1, N, 3] of each entry, the means of its patches
-        self.positions: tuple[Any, Any] | None = None  # of the last block's: for all tokens, for the packed ones
+        # By argument, the last block's: for all tokens, for the packed ones.
+        self.positions: dict[str, tuple[Any, Any]] = {}
         self.blocks = 0  # that it went through so far
         self.last_shown: tuple[torch.Tensor, torch.Tensor] | None = None  # by `shown`, and packed
         self.versions: dict[Hashable, list[torch.Tensor]] = {}  # of caches, as each entry left them
@@ -220,9 +221,7 @@ class Pass:
         self.whole = [rows is None for rows in active]
         width = tokens.shape[1:-1].numel()  # rows of `tokens` from one stream to the next, if they are a batch
         is_batch = tokens.ndim > 2 and len(tokens) == len(self.counts)
-        self.starts = [
-            stream * width if is_batch else sum(self.counts[:stream]) for stream in range(len(self.counts))
-        ]
+        self.starts = [stream * width if is_batch else sum(self.counts[:stream]) for stream in range(len(self.counts))]
         self.padded = is_batch and any(count != width for count in self.counts)
         self.partial = self.padded or any(rows is not None for rows in active)
         if not self.partial:
@@ -305,14 +304,16 @@ class Pass:
         everything, packed = self.last_shown or (None, None)
         return packed if tokens is everything else tokens
 
-    def pack_positions(self, value: Any) -> Any:
-        """The value of the blocks' argument for rotary positions, for the packed tokens."""
-        if self.positions is None or self.positions[0] is not value:
-            self.positions = value, self.plan.anatomy.rotary[1](value, self._take)
-        return self.positions[1]
+    def pack_positions(self, name: str, pack: Callable[[Any, Callable], Any], value: Any) -> Any:
+        """The value of one of `Anatomy.positions`, for the packed tokens."""
+        if value is None:
+            return None
+        if name not in self.positions or self.positions[name][0] is not value:
+            self.positions[name] = value, pack(value, self._take)
+        return self.positions[name][1]
 
     def _take(self, table: torch.Tensor, fill: float) -> torch.Tensor:
-        """The rows of packed tokens, of a table for one entry or for all of them, with rows for the prefix or without."""
+        """The rows of packed tokens, of a table for one entry or for all, with rows for the prefix or without."""
         entries, prefix, rows = len(self.states), self.plan.anatomy.prefix, self.shape[:-1].numel()
         if len(table) == rows:
             return table[self.index]
