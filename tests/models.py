@@ -14,6 +14,8 @@ import transformers
 from PIL import Image
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
@@ -142,6 +144,11 @@ QWEN = {"depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4,
 QWEN |= {"out_hidden_size": 64, "spatial_merge_size": 2}
 
 
+def _qwen2(size):
+    config = {"depth": 4, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": PATCH}
+    return Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**config))
+
+
 def qwen2_5_config():
     return Qwen2_5_VLVisionConfig(**QWEN, window_size=4 * PATCH, fullatt_block_indexes=[1, 3])
 
@@ -175,6 +182,7 @@ FAMILIES = {
     "vitdet": of("VitDet", plain, **vitdet)._replace(architectures="ACDE"),
     "videomae": of_clips("VideoMAE", patch_size=PATCH, tubelet_size=2),
     "vivit": of_clips("Vivit", tubelet_size=[2, PATCH, PATCH]),
+    "qwen2-vl": Tiny(_qwen2, merged_pairs, architectures="ACDE"),
     "qwen2.5-vl": Tiny(
         lambda size: Qwen2_5_VisionTransformerPretrainedModel(qwen2_5_config()), merged_pairs, architectures="ACDE"
     ),

@@ -22,7 +22,7 @@ def explain(model: nn.Module) -> str:
     """
     lines = []
     for name, (tower, family) in towers(model).items():
-        found_by = f"known as {family.name}" if family.found_by else "found by its structure"
+        found_by = f"known as {family.name}" if isinstance(family.found_by, tuple) else "found by its structure"
         lines.append(f"{name or 'the model itself'}: {type(tower).__name__}, {found_by}")
         try:
             anatomy = describe(model, name)

@@ -4,6 +4,7 @@ Patched towers call it. A model that is loaded with it, as by a framework that o
 is patched by itself when its tower first calls it.
 """
 
+import functools
 import os
 import sys
 import warnings
@@ -34,7 +35,10 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     current = current_pass.get()
     if current is not None and module in current.plan.layer_of:
-        return attend(current, module, query, key, value, attention_mask, **kwargs)
+        product = current.plan.anatomy.products.get(module)
+        if product is not None:
+            product = functools.partial(product, scaling=kwargs.get("scaling"))
+        return attend(current, module, query, key, value, attention_mask, product, **kwargs)
     if module not in _asked:
         _asked.add(module)
         _adopt(module)

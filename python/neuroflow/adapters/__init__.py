@@ -13,7 +13,7 @@ from .dino import dinov2, dinov3
 from .general import general, towers_by_structure
 from .internvl import internvl
 from .missing import missing_parts
-from .qwen import qwen2_5_vl, qwen3_vl
+from .ragged import is_ragged, ragged
 from .siglip import siglip
 from .timm import vision_transformer
 from .tracing import in_evaluation
@@ -32,19 +32,21 @@ class Family(NamedTuple):
         name: what the family is called.
         library: the package that its towers come from.
         found_by: class names there, of a tower or of its `embeddings`. The latter kept theirs where the modules around
-            them moved between releases of transformers.
+            them moved between releases of transformers. Or a function that finds them by their structure.
         adapter: tower -> Anatomy.
         architectures: the letters of those that it can run.
     """
 
     name: str
     library: str
-    found_by: tuple[str, ...]
+    found_by: tuple[str, ...] | Callable[[nn.Module], bool]
     adapter: Adapter
     architectures: str = "ABCDE"
 
     def knows(self, module: nn.Module) -> bool:
         """Whether `module` is such a tower."""
+        if callable(self.found_by):
+            return self.found_by(module)
         kinds = (type(module), type(module._modules.get("embeddings")))  # its own, not that of what it wraps
         return any(
             kind.__module__.partition(".")[0] == self.library and kind.__name__ in self.found_by for kind in kinds
@@ -65,14 +67,15 @@ FAMILIES = (
     Family("InternVL", "transformers", ("InternVLVisionEmbeddings",), internvl),
     Family("SAM image encoder", "transformers", ("SamVisionEncoder",), sam, "ACDE"),
     Family("ViTDet", "transformers", ("VitDetEmbeddings",), vitdet, "ACDE"),
-    Family("Qwen2.5-VL", "transformers", ("Qwen2_5_VisionTransformerPretrainedModel",), qwen2_5_vl, "ACDE"),
-    Family("Qwen3-VL", "transformers", ("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel"), qwen3_vl, "ACDE"),
+    Family("Qwen2.5-VL", "transformers", ("Qwen2_5_VisionTransformerPretrainedModel",), ragged, "ACDE"),
+    Family("Qwen3-VL", "transformers", ("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel"), ragged, "ACDE"),
     Family("VideoMAE", "transformers", ("VideoMAEEmbeddings",), tubelets),
     Family("ViViT", "transformers", ("VivitEmbeddings",), tubelets),
     Family("VisionTransformer", "timm", ("VisionTransformer", "VisionTransformerDistilled"), vision_transformer),
     Family("Eva", "timm", ("Eva",), vision_transformer),
+    Family("Any tower of images end to end", "transformers", is_ragged, ragged, "ACDE"),
 )
-BY_STRUCTURE = Family("Any plain ViT", "torch", (), general, "ACDE")
+BY_STRUCTURE = Family("Any plain ViT", "torch", towers_by_structure, general, "ACDE")
 _registered: dict[type[nn.Module], Family] = {}
 
 

@@ -1,6 +1,6 @@
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,10 @@ class Anatomy:
         part: names of the tower's arguments that are tensors of all frames, and a function (arguments by name, some
             of the frames in turn) -> those of these frames; None: tensors with a row for each frame.
         overrides: (module, method, function that takes the original first), in force while the tower runs.
+        run_block: (a block's forward, its tokens, its other arguments) -> what that returns, for blocks that cannot be
+            called with packed tokens as with all.
+        products: of attentions that call transformers' interface, those in which not simply every query meets every
+            key -> `product` of `engine.attention.attend`, which takes `scaling` too.
         reads: the tower's arguments by name -> numbers of the blocks whose output the tower needs of all patches, for
             feature maps and the like; hidden states that are asked for by `output_hidden_states` come by themselves.
         example: numbers of row-major patches -> the tower's arguments by name for a made frame, in which those patches
@@ -75,6 +79,8 @@ class Anatomy:
     times: Callable[[dict[str, Any]], list[int]] | None = None
     part: tuple[set[str], Callable[[dict[str, Any], slice], dict[str, Any]]] | None = None
     overrides: tuple[tuple[nn.Module, str, Callable], ...] = ()
+    run_block: Callable | None = None
+    products: Mapping[nn.Module, Callable] = dataclasses.field(default_factory=dict)
     reads: Callable[[dict[str, Any]], Iterable[int]] = _none
     example: Callable[[Iterable[int]], dict[str, Any]] | None = None
 

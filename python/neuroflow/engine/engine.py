@@ -164,6 +164,9 @@ class Engine:
             points.append((anatomy.tower, entry, functools.partial(self.on_tower, entry)))
         for module, method, override in anatomy.overrides:  # of blocks too: inside of all that follows
             points.append((module, method, functools.partial(self.on_override, override)))
+        if anatomy.run_block is not None:
+            run_block = functools.partial(self.on_override, anatomy.run_block)
+            points += [(layer, "forward", run_block) for layer in anatomy.layers]
         if anatomy.positions:  # inside of what packs
             points += [(layer, "forward", self.on_positions) for layer in anatomy.layers]
         for layer, block in enumerate(anatomy.layers):
