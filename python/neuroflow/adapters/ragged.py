@@ -137,8 +137,8 @@ def ragged(tower: nn.Module) -> Anatomy:
         return of_frames
 
     def example(differing: Iterable[int]) -> dict[str, Any]:
-        size = 4 if layout.side is None else layout.side + 1
-        made = (size * layout.merge, (size + 1) * layout.merge)
+        size = 4 + 4 * ((layout.side or 0) // 4)  # what merges patches behind the blocks may ask for even sides
+        made = (size * layout.merge, (size + 4) * layout.merge)
         generator = torch.Generator().manual_seed(0)
         first, other = torch.randn(2, made[0] * made[1], *layout.row, generator=generator)
         here = torch.isin(_order(made, layout.merge), torch.tensor(list(differing), dtype=torch.long))
