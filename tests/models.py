@@ -265,8 +265,10 @@ class OldRows:
         if tokens.ndim == 4:  # a map, with channels first or last
             fresh = self.active[None, :, :, None] if tokens.shape[1:3] == self.active.shape else self.active
         else:
-            prefix = torch.ones(self.anatomy.prefix, dtype=torch.bool)
-            fresh = torch.cat((prefix, self.active.flatten()))[:, None]
+            prefix, suffix = (
+                torch.ones(count, dtype=torch.bool) for count in (self.anatomy.prefix, self.anatomy.suffix)
+            )
+            fresh = torch.cat((prefix, self.active.flatten(), suffix))[:, None]
         self.held[name] = torch.where(fresh, tokens, self.held.get(name, tokens))
         return self.held[name]
 

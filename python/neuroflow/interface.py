@@ -37,7 +37,7 @@ def _attention(
     if current is not None and module in current.plan.layer_of:
         product = current.plan.anatomy.products.get(module)
         if product is not None:
-            product = functools.partial(product, scaling=kwargs.get("scaling"))
+            product = functools.partial(product, scaling=kwargs.get("scaling"), mask=attention_mask)
         return attend(current, module, query, key, value, attention_mask, product, **kwargs)
     if module not in _asked:
         _asked.add(module)

@@ -104,7 +104,7 @@ def component_embeddings(
     """
     anatomy = describe(model)
     rows, columns = grid
-    expected = anatomy.prefix + rows * columns
+    expected = anatomy.prefix + rows * columns + anatomy.suffix
     if tokens.ndim != 2 or len(tokens) != expected:
         raise ValueError(f"tokens have shape {list(tokens.shape)}; accepted is [{expected}, D], one for each patch")
     embeddings = []

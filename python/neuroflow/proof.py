@@ -69,7 +69,7 @@ def _in_order(anatomy: Anatomy, frame: dict[str, Any], active: torch.Tensor) -> 
     """Row-major patches, bool [N], as the tower's tokens, bool [T]."""
     if anatomy.order is not None:
         active = active[anatomy.order(frame)[0].to(active.device)]
-    return torch.cat((active.new_ones(anatomy.prefix), active))
+    return torch.cat((active.new_ones(anatomy.prefix), active, active.new_ones(anatomy.suffix)))
 
 
 def _attributes(tower: nn.Module) -> list[Any]:

@@ -203,7 +203,9 @@ def _check_caches(engine: Engine, state: StreamState, caches: dict[Hashable, tor
         kind = kinds.setdefault("key" if name == "value" else name, tensor)
         if tensor.dtype not in DTYPES.values() or not tensor.numel():
             raise ValueError(f"{_text(key)} is {list(tensor.shape)} {tensor.dtype}")
-        _checked(key, tensor, [1, engine.anatomy.prefix + state.patches, kind.shape[-1]], kind.dtype)
+        _checked(
+            key, tensor, [1, engine.anatomy.prefix + state.patches + engine.anatomy.suffix, kind.shape[-1]], kind.dtype
+        )
 
 
 def _conditions(engine: Engine) -> dict[str, str]:

@@ -53,11 +53,12 @@ class Anatomy:
         run_block: (a block's forward, its tokens, its other arguments) -> what that returns, for blocks that cannot be
             called with packed tokens as with all.
         products: of attentions that call transformers' interface, those in which not simply every query meets every
-            key -> `product` of `engine.attention.attend`, which takes `scaling` too.
+            key -> `product` of `engine.attention.attend`, which takes `scaling` and the attention's `mask` too.
         reads: the tower's arguments by name -> numbers of the blocks whose output the tower needs of all patches, for
             feature maps and the like; hidden states that are asked for by `output_hidden_states` come by themselves.
         example: numbers of row-major patches -> the tower's arguments by name for a made frame, in which those patches
             differ from the frame of no numbers. What has one was found by structure, and is proven when patched.
+        suffix: how many tokens after the patches are no patches.
     """
 
     tower: nn.Module
@@ -83,6 +84,7 @@ class Anatomy:
     products: Mapping[nn.Module, Callable] = dataclasses.field(default_factory=dict)
     reads: Callable[[dict[str, Any]], Iterable[int]] = _none
     example: Callable[[Iterable[int]], dict[str, Any]] | None = None
+    suffix: int = 0
 
 
 def convolution_of(projection: nn.Module) -> nn.Module:

@@ -130,7 +130,7 @@ def _anatomy(tower: nn.Module) -> Anatomy:
     patches, name = _patches(tower, blocks), _first_argument(tower)
     with in_evaluation(tower):
         seen = _seen(tower, blocks, patches)
-        prefix = _prefix(tower, blocks, patches, seen)
+        prefix, suffix = _around(tower, blocks, patches, seen)
     calls = {call.module: call for call in seen.attentions}
     if len(calls) < len(blocks) or len({call.kind for call in calls.values()}) > 1:
         raise Unsuitable("its blocks do not attend alike, each by a module of its own")
@@ -142,11 +142,13 @@ def _anatomy(tower: nn.Module) -> Anatomy:
         mlps=tuple((mlp, mlp) for mlp in seen.mlps),
         last=blocks[-1],
         prefix=prefix,
+        suffix=suffix,
         grids=functools.partial(_grids, name, patches),
         embedding=functools.partial(_embedding, prefix),
         needs_every_token=True,
-        positions=_positions(seen, prefix),
+        positions=_positions(seen, prefix + suffix),
         attention=None if seen.attentions[0].kind == "interface" else functools.partial(_attention, calls),
+        products={module: _biased for module, call in calls.items() if call.biased},
         reads=lambda arguments: seen.reads,
         example=lambda changed: {name: patches.changed(seen.frame, changed)} | _missing(tower),
     )
@@ -205,23 +207,25 @@ def _own_sizes(tower: nn.Module) -> list[Grid]:
     return list(dict.fromkeys(sizes))
 
 
-def _prefix(tower: nn.Module, blocks: nn.Module, patches: Patches, seen: Trace) -> int:
-    """How many tokens come before the patches, which have to lie in row-major order."""
+def _around(tower: nn.Module, blocks: nn.Module, patches: Patches, seen: Trace) -> tuple[int, int]:
+    """How many tokens come before the patches, which have to lie in row-major order, and after them."""
     count = math.prod(patches.grid(*seen.frame.shape[2:]))
     tokens = seen.tokens.flatten(0, -2)
-    prefix = len(tokens) - count
-    if prefix < 0:
+    others = prefix = len(tokens) - count
+    if others < 0:
         raise Unsuitable(f"{count} patches are {len(tokens)} tokens in front of its blocks")
-    for patch in (count - 1, count // 2 + 1, 0):
+    for patch in (0, count - 1, count // 2 + 1):
         frame = patches.changed(seen.frame, [patch])
         other = first_tokens(functools.partial(tower, **_missing(tower)), blocks, frame)
         moved = (other.flatten(0, -2) != tokens).any(1).nonzero()[:, 0].tolist()
+        if patch == 0 and moved:
+            prefix = min(prefix, moved[0])
         if moved != [prefix + patch]:
             raise Unsuitable(
                 f"patch {patch} of {count} moves the tokens {moved[:4]} of {len(tokens)} in front of its blocks, not "
                 f"{prefix + patch} alone"
             )
-    return prefix
+    return prefix, others - prefix
 
 
 def _grids(name: str, patches: Patches, arguments: dict[str, Any]) -> list[Grid]:
@@ -266,17 +270,17 @@ def _embedding(prefix: int, output: Any) -> torch.Tensor:
     return output
 
 
-def _positions(seen: Trace, prefix: int) -> tuple[tuple[str, Callable[[Any, Callable], Any]], ...]:
+def _positions(seen: Trace, others: int) -> tuple[tuple[str, Callable[[Any, Callable], Any]], ...]:
     """`Anatomy.positions`: the arguments of the blocks that have rows for tokens."""
     tokens, found = seen.tokens.shape[1:-1].numel(), []
     for name, value in seen.arguments.items():
         leaves, _ = tree_flatten(value)
-        dims = [_dim_of_tokens(leaf, {tokens, tokens - prefix}) for leaf in leaves]
+        dims = [_dim_of_tokens(leaf, {tokens, tokens - others}) for leaf in leaves]
         lengths = {leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None}
         if not lengths:
             continue
-        if prefix and tokens not in lengths and not (isinstance(value, tuple) and len(leaves) == 2):
-            raise Unsuitable(f"{name} of its blocks has no rows for the {prefix} tokens before the patches")
+        if others and tokens not in lengths and not (isinstance(value, tuple) and len(leaves) == 2):
+            raise Unsuitable(f"{name} of its blocks has no rows for the {others} tokens that are no patches")
         found.append((name, functools.partial(_pack, dims)))
     return tuple(found)
 
@@ -311,6 +315,25 @@ def _attention(calls: dict[nn.Module, Call], module: nn.Module, attend: Callable
         return type(module).forward(module, *args, **kwargs)
 
 
+def _biased(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor | None,
+    key_rows: torch.Tensor | None,
+    grid: Grid,
+    scaling: float,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """`product` of `attend` with what the model adds to its scores, [S or 1, heads, T, T], the same for all frames."""
+    bias = mask[:1]
+    if rows is not None:
+        bias = bias.index_select(2, rows)
+    if key_rows is not None:
+        bias = bias.index_select(3, key_rows)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling).transpose(1, 2)
+
+
 class _Attends(TorchFunctionMode):
     """Within one attention module, `attend` in the place of torch's attention, or of the products that make it."""
 
@@ -322,9 +345,10 @@ class _Attends(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            bound = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            bound = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
             scale = bound.get("scale") or bound["query"].shape[-1] ** -0.5
-            return self.attended(bound["query"], bound["key"], bound["value"], scale)
+            mask = bound.get("attn_mask") if self.call.biased else None
+            return self.attended(bound["query"], bound["key"], bound["value"], scale, mask)
         if self.call.kind == "products" and func in PRODUCTS:
             if self.scores is not None:
                 return self.attended(self.scores[0], self.scores[1].mT, args[1], self.call.scale)
@@ -332,10 +356,18 @@ class _Attends(TorchFunctionMode):
             return query.new_zeros(*query.shape[:-1], keys.shape[-1])  # nobody reads what comes of it
         return func(*args, **kwargs)
 
-    def attended(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def attended(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Heads as they come, [S, heads, T, head_dim] or [S * heads, T, head_dim]."""
         heads = [each if each.ndim == 4 else each.unflatten(0, (-1, self.call.heads)) for each in (query, key, value)]
-        outputs = self.attend(*heads, None, scaling=scale)[0].transpose(1, 2)
+        product = None if mask is None else functools.partial(_biased, scaling=scale, mask=mask)
+        outputs = self.attend(*heads, None, product, scaling=scale)[0].transpose(1, 2)
         return outputs if query.ndim == 4 else outputs.flatten(0, 1)
 
 

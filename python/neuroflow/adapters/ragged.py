@@ -475,6 +475,7 @@ def _in_windows(
     key_rows: torch.Tensor | None,
     grid: Grid,
     scaling: float | None = None,
+    mask: None = None,
 ) -> torch.Tensor:
     """`product` of `attend`, from every query to the keys in its window."""
     starts = _windows(grid, merge, side, query.device)[1]

@@ -30,12 +30,14 @@ class Call(NamedTuple):
             matrix product, a softmax and another product.
         heads: how many.
         scale: of the scores where they are made by products.
+        biased: something that does not depend on the frame is added to the scores, [1, heads, T, T].
     """
 
     module: nn.Module
     kind: str
     heads: int = 0
     scale: float | None = None
+    biased: bool = False
 
 
 @dataclasses.dataclass
@@ -233,8 +235,9 @@ class _Watch(TorchFunctionMode):
             if bound.get("is_causal"):
                 raise Unsuitable(f"block {number} attends to earlier tokens only")
             mask = bound.get("attn_mask")
-            if mask is not None and not (mask if mask.dtype == torch.bool else mask == 0).all():
-                raise Unsuitable(f"block {number} masks its attention scores, or adds relative positions to them")
+            biased = mask is not None and not (mask if mask.dtype == torch.bool else mask == 0).all()
+            if biased and (mask.dtype == torch.bool or mask.shape[-2:] != (tokens, tokens)):
+                raise Unsuitable(f"block {number} masks its attention scores")
         elif "multihead" in kinds:
             _, module, args, _ = self.events[kinds.index("multihead")]
             return Call(module, "multihead", module.num_heads)
@@ -252,11 +255,11 @@ class _Watch(TorchFunctionMode):
         if query.shape[-2] != tokens or key.shape[-2] != tokens:
             raise Unsuitable(f"block {number} does not attend from all tokens to all: windows, or pooled keys")
         if self.interfaces:
-            return Call(self.interfaces[0], "interface", query.shape[-3])
+            return Call(self.interfaces[0], "interface", query.shape[-3], biased="sdpa" in kinds and biased)
         if module is self.block_of(number):
             raise Unsuitable(f"block {number} attends in its own forward, not in a module of its own")
         if "sdpa" in kinds:
-            return Call(module, "sdpa", query.shape[-3])
+            return Call(module, "sdpa", query.shape[-3], biased=biased)
         return Call(module, "products", query.shape[-3], scale)
 
     def block_of(self, number: int) -> nn.Module:

@@ -80,7 +80,7 @@ def measure(current: Pass, tokens: torch.Tensor, block: Callable[[torch.Tensor],
     depth = len(plan.anatomy.layers)
     blocks = depth - plan.first_packed if arch == "midlayer" else depth  # between packing and restoring
     generator = torch.Generator().manual_seed(0)
-    leading = torch.arange(plan.anatomy.prefix)
+    leading = torch.arange(plan.anatomy.prefix + plan.anatomy.suffix)
 
     def spread(share: float) -> list[torch.Tensor]:
         """The share of each frame's patches, at random."""

@@ -50,7 +50,9 @@ class Gate:
         self.config = plan.config
         self.warn = warn
         # A frame without any token has no output; where it is a CLS token's it needs no patch.
-        self.floor = max(plan.config.floor, 0 if plan.anatomy.prefix and plan.anatomy.pool is None else 1)
+        self.floor = max(
+            plan.config.floor, 0 if plan.anatomy.prefix + plan.anatomy.suffix and plan.anatomy.pool is None else 1
+        )
         self.crossovers: dict[crossover.Size, float] = {}
         self._ladders: dict[torch.device, torch.Tensor] = {}
 
@@ -92,8 +94,9 @@ class Gate:
         if crossover.is_above(current, tokens, chosen, self.crossovers):
             due = {entry: why or "dense" for entry, why in due.items()}
             chosen = dict.fromkeys(chosen)
-        prefix = self.plan.anatomy.prefix
+        prefix, suffix = self.plan.anatomy.prefix, self.plan.anatomy.suffix
         leading = torch.arange(prefix, dtype=torch.int32, device=tokens.device)
+        trailing = torch.arange(suffix, dtype=torch.int32, device=tokens.device)
         for entry in entries:
             state, h, surprise, index = current.states[entry], signals[entry], surprises[entry], chosen[entry]
             finite = bool((h.sum(dtype=torch.float32) if surprise is None else surprise.amax()).isfinite())
@@ -109,7 +112,7 @@ class Gate:
             if index is not None and current.order is not None:
                 index = current.order[entry].argsort()[index].sort().values.int()
             if index is not None and index.numel() < h.shape[1]:
-                rows[entry] = torch.cat((leading, index + prefix))
+                rows[entry] = torch.cat((leading, index + prefix, trailing + prefix + h.shape[1]))
 
     @property
     def decay(self) -> float:
@@ -121,7 +124,9 @@ class Gate:
         if self.config.signal == "pixel":
             signals = split(current.pixels, current.patches)
         elif self.config.signal == "embedding" or current.projected is None:
-            signals = [own[:, self.plan.anatomy.prefix :] for own in split(tokens, current.counts)]
+            first = self.plan.anatomy.prefix
+            each = zip(split(tokens, current.counts), current.patches, strict=True)
+            signals = [own[:, first : first + count] for own, count in each]
         elif current.projected.ndim > 3:
             signals = split(current.projected.flatten(2).transpose(1, 2), current.patches)
         else:

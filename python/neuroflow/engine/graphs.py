@@ -408,6 +408,8 @@ class Graphs:
             raise Unrecordable("dilation adds patches to those of the ladder")
         if anatomy.order is not None or len(set(current.grids)) > 1 or len(frames) != len(states):
             raise Unrecordable("its streams are not a batch of frames of one size, with tokens in the order of patches")
+        if anatomy.suffix:
+            raise Unrecordable("tokens that are no patches come after them")
         if config.arch == "active" and len(states) > 1:
             raise Unrecordable("arch 'active' pads its output to the longest stream")
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(rest)):

@@ -188,7 +188,8 @@ class Pass:
         # Of each entry, whether another of its stream comes after it.
         self.followed = [last[id(state)] != entry for entry, state in enumerate(states)]
         self.patches = [rows * columns for rows, columns in grids]  # of each entry
-        self.counts = [plan.anatomy.prefix + count for count in self.patches]  # of tokens
+        others = plan.anatomy.prefix + plan.anatomy.suffix
+        self.counts = [others + count for count in self.patches]  # of tokens
         self.projected: torch.Tensor | None = None
         self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
         self.colours: list[torch.Tensor] | None = None  # [1, N, 3] of each entry, the means of its patches
@@ -352,10 +353,12 @@ class Pass:
             if self.active[entry] is None:
                 state.put(name, fresh)
             else:
-                cache, prefix = state.tensors[name], self.plan.anatomy.prefix
+                cache, prefix, suffix = state.tensors[name], self.plan.anatomy.prefix, self.plan.anatomy.suffix
                 scatter_rows_(cache, fresh[0], self.into[entry], self.ends[entry], blend)
-                if blend < 1:
-                    cache[:, :prefix] = fresh[:, :prefix]  # CLS and registers follow every frame
+                if blend < 1:  # CLS and registers follow every frame
+                    cache[:, :prefix] = fresh[:, :prefix]
+                    own = fresh[:, : self.lengths[entry]]
+                    cache[:, cache.shape[1] - suffix :] = own[:, own.shape[1] - suffix :]
             versions.append(state.tensors[name].clone() if self.followed[entry] else state.tensors[name])
         self.versions[name] = versions
 

@@ -43,7 +43,8 @@ def _turn(
     turns: list[Turn | None],
 ) -> None:
     """`nearest` of the T entries of one stream."""
-    prefix, reports = current.plan.anatomy.prefix, [current.reports[entry] for entry in entries]
+    prefix, suffix = current.plan.anatomy.prefix, current.plan.anatomy.suffix
+    reports = [current.reports[entry] for entry in entries]
     active = torch.stack([report.active.flatten() for report in reports])  # [T, N]
     surprise = torch.stack([report.surprise.flatten() for report in reports])
     count, device = len(entries), active.device
@@ -61,13 +62,13 @@ def _turn(
     for number in range(count - 1, -1, -1):
         entry, order = entries[number], None if current.order is None else current.order[entries[number]]
         h, own = signals[entry], rows[entry]
-        packed = torch.arange(starts[entry] + prefix, starts[entry + 1], device=device)
+        packed = torch.arange(starts[entry] + prefix, starts[entry + 1] - suffix, device=device)
         if own is None:
             slots[number] = packed if order is None else packed[order.argsort()]
             content.copy_(h)
             continue
         distance[number] = ema_surprise_(h, content, 0.0)[0]
-        patches = own[prefix:].long() - prefix
+        patches = own[prefix : len(own) - suffix].long() - prefix
         patches = patches if order is None else order[patches]
         slots[number, patches] = packed
         content[0, patches] = h[0, patches]
