@@ -8,8 +8,8 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,46 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .anatomy import Anatomy, Grid, mean_of_last
-from .tracing import PRODUCTS, Call, Trace, Unsuitable, first_tokens, in_evaluation, made_frame, trace
+from .frames import Images, Rows, first_argument
+from .tracing import PRODUCTS, Call, Trace, Unsuitable, first_tokens, in_evaluation, trace
 
 MOST_TOKENS = 1024  # of a made frame, where the tower takes any; more than any window that blocks attend within
 MOST_REGISTERS = 16
-
-
-class Patches(NamedTuple):
-    """How a tower cuts frames [S, C, H, W] into patches.
-
-    Args:
-        projection: the convolution that does; None where that is some other module.
-        size: height and width of a patch in pixels.
-        padding: pixels around the frame.
-        channels: C.
-    """
-
-    projection: nn.Module | None
-    size: Grid
-    padding: Grid = (0, 0)
-    channels: int = 3
-
-    def grid(self, height: int, width: int) -> Grid:
-        rows, columns = (
-            (length + 2 * around) // side
-            for length, around, side in zip((height, width), self.padding, self.size, strict=True)
-        )
-        return rows, columns
-
-    def changed(self, frame: torch.Tensor, patches: Iterable[int]) -> torch.Tensor:
-        """`frame` [1, C, H, W] with other pixels in some of its patches, by their row-major numbers."""
-        frame, (_, columns) = frame.clone(), self.grid(*frame.shape[2:])
-        generator = torch.Generator().manual_seed(1)
-        for number in patches:
-            top, left = (
-                place * side - around
-                for place, side, around in zip(divmod(number, columns), self.size, self.padding, strict=True)
-            )
-            window = frame[:, :, max(top, 0) : top + self.size[0], max(left, 0) : left + self.size[1]]
-            window.copy_(torch.randn(window.shape, generator=generator))
-        return frame
+USUAL = (36, 24)  # rows and columns of patches
+POSITIONS = ("pixel_position_ids", "image_position_ids")
 
 
 def towers_by_structure(model: nn.Module) -> dict[str, nn.Module]:
@@ -69,7 +36,7 @@ def towers_by_structure(model: nn.Module) -> dict[str, nn.Module]:
         around = name if _are_blocks(blocks) else ""
         while around:
             around = around.rpartition(".")[0]
-            if _patches(modules[around], blocks) is not None:
+            if _forms(modules[around], blocks):
                 found[around] = modules[around]
                 break
     return {
@@ -89,25 +56,31 @@ def _are_blocks(module: nn.Module) -> bool:
     )
 
 
-def _patches(tower: nn.Module, blocks: nn.Module) -> Patches | None:
-    """How `tower` cuts frames: by a convolution outside of its `blocks`, or by the size of patches in its config."""
-    inside = set(blocks.modules())
+def _forms(tower: nn.Module, blocks: nn.Module) -> list[Images | Rows]:
+    """How `tower` may take frames: cut by a convolution outside of its `blocks`, or in patches of its config's size."""
+    name, inside = first_argument(tower), set(blocks.modules())
     for module in tower.modules():
         if isinstance(module, nn.Conv2d) and module not in inside and module.in_channels < 5:
             size, padding = module.kernel_size, module.padding
             if module.stride == size and min(size) > 1 and module.groups == 1 and set(module.dilation) == {1}:
-                return Patches(module, size, (0, 0) if padding == "valid" else padding, module.in_channels)
-    size = getattr(getattr(tower, "config", None), "patch_size", None)
+                return [Images(name, module, size, (0, 0) if padding == "valid" else padding, module.in_channels)]
+    config = getattr(tower, "config", None)
+    size, channels = getattr(config, "patch_size", None), getattr(config, "num_channels", 3)
     size = (size, size) if isinstance(size, int) else tuple(size or ())
-    return Patches(None, size) if len(size) == 2 and _first_argument(tower) == "pixel_values" else None
-
-
-def _first_argument(tower: nn.Module) -> str | None:
-    return next(iter(inspect.signature(tower.forward).parameters), None)
+    if len(size) != 2 or not isinstance(channels, int):
+        return []
+    values = channels * math.prod(size)
+    if name == "flattened_patches":
+        return [Rows(name, size, values, "")]
+    if name != "pixel_values":
+        return []
+    positions = next((each for each in inspect.signature(tower.forward).parameters if each in POSITIONS), None)
+    rows = Rows(name, size, values, positions)
+    return [rows] if positions else [Images(name, None, size, channels=channels), rows]
 
 
 def general(tower: nn.Module) -> Anatomy:
-    """What one pass of a made frame shows of a tower that takes frames [S, C, H, W].
+    """What one pass of a made frame shows of a tower that takes frames as images, or as rows of patches.
 
     Raises:
         TypeError: it is no plain ViT, or does something that a sparse frame has no place for.
@@ -127,62 +100,55 @@ def _anatomy(tower: nn.Module) -> Anatomy:
     if len(lists) != 1:
         raise Unsuitable(f"it has {len(lists)} lists of blocks, as those that merge patches from stage to stage")
     (blocks,) = lists
-    patches, name = _patches(tower, blocks), _first_argument(tower)
     with in_evaluation(tower):
-        seen = _seen(tower, blocks, patches)
-        prefix, suffix = _around(tower, blocks, patches, seen)
+        form, size, seen = _seen(tower, blocks)
+        prefix, suffix = _around(tower, blocks, form, size, seen)
     calls = {call.module: call for call in seen.attentions}
     if len(calls) < len(blocks) or len({call.kind for call in calls.values()}) > 1:
         raise Unsuitable("its blocks do not attend alike, each by a module of its own")
     return Anatomy(
         tower=tower,
-        projection=patches.projection,
+        projection=form.projection,
         layers=tuple(blocks),
         attentions=tuple(calls),
         mlps=tuple((mlp, mlp) for mlp in seen.mlps),
         last=blocks[-1],
         prefix=prefix,
         suffix=suffix,
-        grids=functools.partial(_grids, name, patches),
+        grids=form.grids,
+        order=form.order if isinstance(form, Rows) and form.positions is not None else None,
         embedding=functools.partial(_embedding, prefix),
         needs_every_token=True,
         positions=_positions(seen, prefix + suffix),
         attention=None if seen.attentions[0].kind == "interface" else functools.partial(_attention, calls),
         products={module: _biased for module, call in calls.items() if call.biased},
         reads=lambda arguments: seen.reads,
-        example=lambda changed: {name: patches.changed(seen.frame, changed)} | _missing(tower),
+        example=functools.partial(form.make, tower, size),
     )
 
 
-def _missing(tower: nn.Module) -> dict[str, None]:
-    """None for the arguments of a tower beyond its frames that have no default."""
-    _, *others = inspect.signature(tower.forward).parameters.values()
-    return {
-        each.name: None
-        for each in others
-        if each.default is each.empty and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
-    }
-
-
-def _seen(tower: nn.Module, blocks: nn.Module, patches: Patches) -> Trace:
-    """The pass of a frame of the first size that the tower takes."""
+def _seen(tower: nn.Module, blocks: nn.Module) -> tuple[Images | Rows, Grid, Trace]:
+    """The first form and size of frames that the tower takes, and the pass of one."""
     refused = ""
-    for size in _sizes(tower, patches):
-        frame = made_frame(tower, (patches.channels, *size))
-        try:
-            return trace(functools.partial(tower, **_missing(tower)), blocks, frame)
-        except Unsuitable:
-            raise
-        except Exception as error:  # whatever a model raises for another size than its own
-            refused = refused or f"it does not take frames {list(frame.shape)} alone ({error!s:.200})"
+    for form in _forms(tower, blocks):
+        for size in _sizes(tower, form):
+            if isinstance(form, Rows):
+                form = form._replace(own=form.grid(size))
+            try:
+                return form, size, trace(tower, blocks, form.make(tower, size))
+            except Unsuitable:
+                raise
+            except Exception as error:  # whatever a model raises for another size than its own
+                refused = refused or f"it does not take {form.name} of a frame of {size[0]} x {size[1]} pixels alone"
+                refused += f" ({error!s:.200})" if not refused.endswith(")") else ""
     raise Unsuitable(refused)
 
 
-def _sizes(tower: nn.Module, patches: Patches) -> Iterator[Grid]:
+def _sizes(tower: nn.Module, form: Images | Rows) -> Iterator[Grid]:
     """Heights and widths of frames that the tower may take, the likeliest first."""
     own = _own_sizes(tower)
-    few = [size for size in own if math.prod(patches.grid(*size)) <= MOST_TOKENS]
-    usual = (32 * patches.size[0], 24 * patches.size[1])
+    few = [size for size in own if math.prod(form.grid(size)) <= MOST_TOKENS]
+    usual = (USUAL[0] * form.patch[0], USUAL[1] * form.patch[1])
     counts = {
         length - others
         for tensor in itertools.chain(tower.parameters(), tower.buffers())
@@ -190,7 +156,7 @@ def _sizes(tower: nn.Module, patches: Patches) -> Iterator[Grid]:
         for others in range(MOST_REGISTERS)
     }
     sides = sorted({math.isqrt(count) for count in counts if 3 < count <= MOST_TOKENS}, reverse=True)
-    squares = [(side * patches.size[0], side * patches.size[1]) for side in sides if side**2 in counts]
+    squares = [(side * form.patch[0], side * form.patch[1]) for side in sides if side**2 in counts]
     yield from dict.fromkeys([*few, *([] if few else [usual]), *own, *squares, usual])
 
 
@@ -207,16 +173,14 @@ def _own_sizes(tower: nn.Module) -> list[Grid]:
     return list(dict.fromkeys(sizes))
 
 
-def _around(tower: nn.Module, blocks: nn.Module, patches: Patches, seen: Trace) -> tuple[int, int]:
+def _around(tower: nn.Module, blocks: nn.Module, form: Images | Rows, size: Grid, seen: Trace) -> tuple[int, int]:
     """How many tokens come before the patches, which have to lie in row-major order, and after them."""
-    count = math.prod(patches.grid(*seen.frame.shape[2:]))
-    tokens = seen.tokens.flatten(0, -2)
+    count, tokens = math.prod(form.grid(size)), seen.tokens.flatten(0, -2)
     others = prefix = len(tokens) - count
     if others < 0:
         raise Unsuitable(f"{count} patches are {len(tokens)} tokens in front of its blocks")
     for patch in (0, count - 1, count // 2 + 1):
-        frame = patches.changed(seen.frame, [patch])
-        other = first_tokens(functools.partial(tower, **_missing(tower)), blocks, frame)
+        other = first_tokens(tower, blocks, form.make(tower, size, [patch]))
         moved = (other.flatten(0, -2) != tokens).any(1).nonzero()[:, 0].tolist()
         if patch == 0 and moved:
             prefix = min(prefix, moved[0])
@@ -226,32 +190,6 @@ def _around(tower: nn.Module, blocks: nn.Module, patches: Patches, seen: Trace) 
                 f"{prefix + patch} alone"
             )
     return prefix, others - prefix
-
-
-def _grids(name: str, patches: Patches, arguments: dict[str, Any]) -> list[Grid]:
-    frames = arguments[name]
-    if frames.ndim != 4 or frames.shape[1] != patches.channels:
-        accepted = f"[S, {patches.channels}, H, W]"
-        raise ValueError(f"{name} has shape {list(frames.shape)}; accepted is {accepted}")
-    for other, value in arguments.items():
-        if other != name and not _is_harmless(other, value, frames.shape):
-            raise ValueError(f"{other} is given; accepted is None, as a sparse frame has no place for it")
-    return [patches.grid(*frames.shape[2:])] * len(frames)
-
-
-def _is_harmless(name: str, value: Any, shape: torch.Size) -> bool:
-    """Whether an argument of a tower says nothing beyond its frames [S, 3, H, W]: a switch, a mask of nothing, or the
-    frames' sizes.
-    """
-    if isinstance(value, torch.Tensor):
-        if "masked" in name:
-            return False
-        if value.dtype == torch.bool or name.endswith("mask"):
-            return bool((value != 0).all())
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return all(list(size) == list(shape[2:]) if isinstance(size, list | tuple) else False for size in value)
-    return True
 
 
 def _embedding(prefix: int, output: Any) -> torch.Tensor:

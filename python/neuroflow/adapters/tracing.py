@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -45,7 +44,6 @@ class Trace:
     """One pass through a tower.
 
     Args:
-        frame: what it was given, [1, 3, H, W].
         tokens: in front of the first block, [1, T, D].
         arguments: of the blocks by name, without the tokens.
         attentions: of each block.
@@ -53,7 +51,6 @@ class Trace:
         reads: numbers of the blocks, the last one left out, whose output something else than the next block reads.
     """
 
-    frame: torch.Tensor
     tokens: torch.Tensor
     arguments: dict[str, Any]
     attentions: tuple[Call, ...]
@@ -86,16 +83,7 @@ def in_evaluation(tower: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def made_frame(tower: nn.Module, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Random pixels [1, C, H, W] on the tower's device and of its dtype; torch's own generators are untouched."""
-    weight = next(
-        (each for each in tower.parameters() if each.is_floating_point() and each.device.type != "meta"), torch.empty(0)
-    )
-    pixels = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-    return pixels.to(weight.device, weight.dtype)
-
-
-def first_tokens(tower: Callable, blocks: nn.Module, frame: torch.Tensor) -> torch.Tensor:
+def first_tokens(tower: nn.Module, blocks: nn.Module, frame: dict[str, Any]) -> torch.Tensor:
     """What the first block takes."""
     found: list[torch.Tensor] = []
 
@@ -104,25 +92,25 @@ def first_tokens(tower: Callable, blocks: nn.Module, frame: torch.Tensor) -> tor
         raise Stopped
 
     with blocks[0].register_forward_pre_hook(stop, with_kwargs=True), contextlib.suppress(Stopped):
-        tower(frame)
+        tower(**frame)
     if not found:
         raise Unsuitable("its blocks are not called, or only their forward is")
     return found[0]
 
 
-def trace(tower: functools.partial, blocks: nn.Module, frame: torch.Tensor) -> Trace:
-    """Run `frame` through a tower, given with its other arguments, and note what its blocks do.
+def trace(tower: nn.Module, blocks: nn.Module, frame: dict[str, Any]) -> Trace:
+    """Run a frame, the tower's arguments by name, and note what its blocks do.
 
     Raises:
         Unsuitable: its blocks do something that a sparse frame has no place for.
     """
     watch = _Watch(blocks)
     with contextlib.ExitStack() as stack:
-        for module in tower.func.modules():
+        for module in tower.modules():
             stack.enter_context(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
             stack.enter_context(module.register_forward_hook(watch.leave))
         stack.enter_context(watch)
-        output = tower(frame)
+        output = tower(**frame)
     if watch.tokens is None:
         raise Unsuitable("its blocks are not called, or only their forward is")
     if len(watch.attentions) < len(blocks):
@@ -130,7 +118,6 @@ def trace(tower: functools.partial, blocks: nn.Module, frame: torch.Tensor) -> T
     leaves = {id(leaf) for leaf in tree_leaves(output)}
     reads = watch.reads | {number for key, number in watch.outputs.items() if key in leaves}
     return Trace(
-        frame,
         watch.tokens,
         watch.arguments,
         tuple(watch.attentions),
