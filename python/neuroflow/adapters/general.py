@@ -65,13 +65,13 @@ def _forms(tower: nn.Module, blocks: nn.Module) -> list[Images | Rows]:
             if module.stride == size and min(size) > 1 and module.groups == 1 and set(module.dilation) == {1}:
                 return [Images(name, module, size, (0, 0) if padding == "valid" else padding, module.in_channels)]
     config = getattr(tower, "config", None)
+    if name == "flattened_patches" and hasattr(config, "patch_embed_hidden_size"):
+        return [Rows(name, (1, 1), config.patch_embed_hidden_size, "")]
     size, channels = getattr(config, "patch_size", None), getattr(config, "num_channels", 3)
     size = (size, size) if isinstance(size, int) else tuple(size or ())
     if len(size) != 2 or not isinstance(channels, int):
         return []
     values = channels * math.prod(size)
-    if name == "flattened_patches":
-        return [Rows(name, size, values, "")]
     if name != "pixel_values":
         return []
     positions = next((each for each in inspect.signature(tower.forward).parameters if each in POSITIONS), None)
@@ -249,6 +249,8 @@ def _attention(calls: dict[nn.Module, Call], module: nn.Module, attend: Callable
     """`Anatomy.attention` of modules that attend by torch's functions: theirs run, and what they attend by does not."""
     if calls[module].kind == "multihead":
         return _multihead(module, attend, *args, **kwargs)
+    if not calls[module].biased:  # it leaves nothing out, and is of all tokens
+        kwargs |= {name: None for name in kwargs if name.endswith("mask")}
     with _Attends(attend, calls[module]):
         return type(module).forward(module, *args, **kwargs)
 

@@ -175,7 +175,8 @@ class _Watch(TorchFunctionMode):
         self.running.pop()
         if self.block is None:
             return
-        if calls_interface(module):
+        # Some look their function up in a way that always finds the eager one.
+        if calls_interface(module) and ("product" not in self.kinds() or module.config._attn_implementation == "eager"):
             self.interfaces.append(module)
         given = output[0] if isinstance(output, tuple) else output
         if module is not self.block:
@@ -208,10 +209,13 @@ class _Watch(TorchFunctionMode):
             self.events.append(("softmax", self.running[-1], args, result))
         return result
 
+    def kinds(self) -> list[str]:
+        return [kind for kind, *_ in self.events]
+
     def _attention(self, number: int) -> Call:
         """What the events in block `number` say of its attention."""
         tokens = self.tokens.shape[1:-1].numel() if self.tokens.ndim > 2 else self.tokens.shape[0]
-        kinds = [kind for kind, *_ in self.events]
+        kinds = self.kinds()
         if len(self.interfaces) > 1 or kinds.count("sdpa") + kinds.count("multihead") > 1 or kinds.count("softmax") > 1:
             raise Unsuitable(f"block {number} attends more than once")
         if "sdpa" in kinds:
