@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 import weakref
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .adapters import describe
+from .adapters import describe, towers
 from .engine.attention import ATTENTION, attend
-from .engine.passes import current_pass
+from .engine.passes import current_pass, within
 from .patch import enable_cache, is_patched
 
 _asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # each once, so that `disable_cache` is for good
+_adopting: ContextVar[bool] = ContextVar("neuroflow_adopting", default=False)  # a made frame may be on its way
 
 
 def _attention(
@@ -39,9 +41,9 @@ def _attention(
         if product is not None:
             product = functools.partial(product, scaling=kwargs.get("scaling"), mask=attention_mask)
         return attend(current, module, query, key, value, attention_mask, product, **kwargs)
-    if module not in _asked:
+    if module not in _asked and not _adopting.get():
         _asked.add(module)
-        _adopt(module)
+        within(_adopting, True, _adopt, module)
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
@@ -54,19 +56,24 @@ def _adopt(module: nn.Module) -> None:
         if not isinstance(owner, nn.Module):
             continue
         try:
-            anatomy = describe(owner)
+            found = [tower for tower, _ in towers(owner).values() if module in set(tower.modules())]
         except TypeError:
             continue
-        loaded_with = getattr(getattr(anatomy.tower, "config", None), "_attn_implementation", None)
-        if module in anatomy.attentions and loaded_with == ATTENTION and not is_patched(owner):
-            config = os.environ.get("NEUROFLOW_CONFIG")
-            enable_cache(owner, config)
-            warnings.warn(
-                f"neuroflow: {type(owner).__name__} has the attention implementation {ATTENTION!r}, so it is patched "
-                f"from its next frame on, with {'the default settings' if config is None else config}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if not found or getattr(getattr(found[0], "config", None), "_attn_implementation", None) != ATTENTION:
+            return
+        try:
+            anatomy = describe(found[0])
+            if module in anatomy.attentions and not is_patched(owner):
+                config = os.environ.get("NEUROFLOW_CONFIG")
+                enable_cache(owner, config)
+                settings = "the default settings" if config is None else config
+                said = (
+                    f"{type(owner).__name__} has the attention implementation {ATTENTION!r}, so it is patched from its "
+                    f"next frame on, with {settings}"
+                )
+                warnings.warn(f"neuroflow: {said}", RuntimeWarning, stacklevel=2)
+        except TypeError as refusal:
+            warnings.warn(f"neuroflow: it runs unpatched: {refusal}", RuntimeWarning, stacklevel=2)
         return
 
 
