@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -81,6 +82,14 @@ def merged_pairs(frames):
     return {"hidden_states": torch.cat(windows), "grid_thw": torch.tensor(grids)}
 
 
+def placed(frames):
+    """What Gemma 4's tower takes for frames [3, H, W], of different sizes too: rows of patches, and their places."""
+    taken = naflex([frame / 2 + 0.5 for frame in frames])
+    places = [torch.cartesian_prod(*map(torch.arange, shape.tolist())).flip(1) for shape in taken["spatial_shapes"]]
+    padded = torch.nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)
+    return {"pixel_values": taken["pixel_values"], "pixel_position_ids": padded}
+
+
 def clips(frames):
     """What video models take for frames [S, 3, H, W]: their four quarters one after another, each of which fades."""
     quarters = frames.unflatten(3, (2, -1)).unflatten(2, (2, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
@@ -117,6 +126,22 @@ def _siglip2(size):
 def _internvl(size):
     config = {"image_size": [size] * 2, "patch_size": [PATCH] * 2, "layer_scale_init_value": 0.3}
     return installed("InternVLVisionModel")(installed("InternVLVisionConfig")(**SIZES, **config))
+
+
+def _gemma4(size):
+    sizes = SIZES | {"num_key_value_heads": 4, "head_dim": 16, "patch_size": PATCH, "pooling_kernel_size": 2}
+    model = installed("Gemma4VisionModel")(installed("Gemma4VisionConfig")(**sizes))
+    with torch.no_grad():  # behind attention and MLP, where they would magnify what a random model makes of noise
+        for layer in model.encoder.layers:
+            for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+                norm.weight.fill_(0.3)
+    return model
+
+
+def _llama4(size):
+    sizes = SIZES | {"intermediate_size": 256, "image_size": size, "patch_size": PATCH, "pixel_shuffle_ratio": 0.5}
+    sizes |= {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64}
+    return installed("Llama4VisionModel")(installed("Llama4VisionConfig")(**sizes))
 
 
 def of_clips(name, **settings):
@@ -160,6 +185,7 @@ def qwen3_config(size=48):
 
 unpooled = {"model": {"add_pooling_layer": False}}
 dinov2 = {"mlp_ratio": 2, "layerscale_value": 0.3}
+relative = {"use_relative_position_bias": True, "use_mask_token": False}
 # Windows that do not tile 6 x 6 patches; of those of 5 x 5, one holds a single patch.
 sam = {"mlp_ratio": 2.0, "output_channels": 32, "window_size": 4, "global_attn_indexes": [1, 3]}
 vitdet = {"mlp_ratio": 2, "window_size": 5, "window_block_indices": [0, 2], "use_relative_position_embeddings": True}
@@ -180,6 +206,14 @@ FAMILIES = {
     "internvl": Tiny(_internvl, plain),
     "sam": of("SamVision", plain, sizes=False, **sam)._replace(architectures="ACDE"),
     "vitdet": of("VitDet", plain, **vitdet)._replace(architectures="ACDE"),
+    # Found by their structure: images end to end, positions added to scores, a class token behind the patches, rows of
+    # patches with their places.
+    "pixtral": of("PixtralVision", plain)._replace(architectures="ACDE"),
+    "beit": of("Beit", plain, **relative, model={"add_pooling_layer": False})._replace(
+        sizes=False, architectures="ACDE"
+    ),
+    "llama4": Tiny(_llama4, plain, sizes=False, architectures="ACDE"),
+    "gemma4": Tiny(_gemma4, placed, architectures="ACDE"),
     "videomae": of_clips("VideoMAE", patch_size=PATCH, tubelet_size=2),
     "vivit": of_clips("Vivit", tubelet_size=[2, PATCH, PATCH]),
     "qwen2-vl": Tiny(_qwen2, merged_pairs, architectures="ACDE"),
@@ -252,7 +286,8 @@ class OldRows:
         for layer in anatomy.layers:  # inside of whatever captures hidden states
             layer.forward = functools.partial(self.run, layer, layer.forward)
 
-    def run(self, layer, forward, tokens, *args, **kwargs):
+    def run(self, layer, forward, *args, **kwargs):
+        tokens, *args = args or [kwargs.pop(next(iter(inspect.signature(forward).parameters)))]
         if layer is self.anatomy.layers[0]:
             tokens = self.mixed("first", tokens)
         output = forward(tokens, *args, **kwargs)

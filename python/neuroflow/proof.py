@@ -5,6 +5,7 @@ through the unpatched one whose blocks are handed, and give, their old tokens wh
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -132,7 +133,7 @@ class _OldTokens:
         if not self._here.get():
             return forward(*args, **kwargs)
         if layer is self.anatomy.layers[0]:
-            tokens, *args = args or [kwargs.pop(next(iter(kwargs)))]
+            tokens, *args = args or [kwargs.pop(next(iter(inspect.signature(forward).parameters)))]
             args = (self._mixed(None, tokens), *args)
         output = forward(*args, **kwargs)
         if isinstance(output, tuple):

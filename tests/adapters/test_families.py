@@ -143,7 +143,7 @@ def test_hidden_states_have_the_shape_of_the_unpatched_model_s(family, arch):
     if arch in "CDE" and anatomy.order is None and dense[-1].ndim == 3:
         packed = slice(len(anatomy.layers) // 2 + 1 if arch == "D" else 1, None)  # D runs on all before
         for before, after in zip(first[packed], second[packed], strict=True):
-            same = (before == after).all(2)[0, anatomy.prefix :]
+            same = (before == after).all(2)[0, anatomy.prefix :][: stream.active.numel()]
             assert torch.equal(same, ~stream.active.flatten())
 
 

@@ -40,7 +40,8 @@ class Images(NamedTuple):
 
     Args:
         name: of the tower's argument.
-        projection: the convolution that cuts them into patches; None where that is some other module.
+        projection: the convolution that cuts them into patches, or the linear that takes those; None where no module
+            does that alone.
         patch: height and width of one in pixels.
         padding: pixels around a frame.
         channels: C.
@@ -85,6 +86,7 @@ class Rows(NamedTuple):
 
     Args:
         name: of the tower's argument.
+        projection: the linear that takes them; None where no module does that alone.
         patch: height and width of one in pixels.
         values: of a patch.
         positions: the argument that holds (column, row) of each patch, int [S, N, 2], -1 where there is none. "": the
@@ -94,14 +96,11 @@ class Rows(NamedTuple):
     """
 
     name: str
+    projection: nn.Module | None
     patch: Grid
     values: int
     positions: str | None = None
     own: Grid = (0, 0)
-
-    @property
-    def projection(self) -> None:
-        return None
 
     def grid(self, size: Grid) -> Grid:
         return size[0] // self.patch[0], size[1] // self.patch[1]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .anatomy import Anatomy, Grid, mean_of_last
+from .anatomy import Anatomy, Grid
 from .frames import Images, Rows, first_argument
 from .tracing import PRODUCTS, Call, Trace, Unsuitable, first_tokens, in_evaluation, trace
 
@@ -65,8 +65,14 @@ def _forms(tower: nn.Module, blocks: nn.Module) -> list[Images | Rows]:
             if module.stride == size and min(size) > 1 and module.groups == 1 and set(module.dilation) == {1}:
                 return [Images(name, module, size, (0, 0) if padding == "valid" else padding, module.in_channels)]
     config = getattr(tower, "config", None)
+    linears = {
+        module.in_features: module
+        for module in tower.modules()
+        if isinstance(module, nn.Linear) and module not in inside
+    }
     if name == "flattened_patches" and hasattr(config, "patch_embed_hidden_size"):
-        return [Rows(name, (1, 1), config.patch_embed_hidden_size, "")]
+        values = config.patch_embed_hidden_size
+        return [Rows(name, linears.get(values), (1, 1), values, "")]
     size, channels = getattr(config, "patch_size", None), getattr(config, "num_channels", 3)
     size = (size, size) if isinstance(size, int) else tuple(size or ())
     if len(size) != 2 or not isinstance(channels, int):
@@ -75,8 +81,8 @@ def _forms(tower: nn.Module, blocks: nn.Module) -> list[Images | Rows]:
     if name != "pixel_values":
         return []
     positions = next((each for each in inspect.signature(tower.forward).parameters if each in POSITIONS), None)
-    rows = Rows(name, size, values, positions)
-    return [rows] if positions else [Images(name, None, size, channels=channels), rows]
+    rows = Rows(name, linears.get(values), size, values, positions)
+    return [rows] if positions else [Images(name, linears.get(values), size, channels=channels), rows]
 
 
 def general(tower: nn.Module) -> Anatomy:
@@ -193,19 +199,22 @@ def _around(tower: nn.Module, blocks: nn.Module, form: Images | Rows, size: Grid
 
 
 def _embedding(prefix: int, output: Any) -> torch.Tensor:
+    """[S, D]; [1, D] where the frames of a pass lie end to end, as nothing says where one ends."""
+    is_tokens = False
     if not isinstance(output, torch.Tensor):
         if isinstance(output, tuple | list):
             output = output[0]
         elif "feature_maps" in output:
-            return mean_of_last(output.feature_maps)
+            output = output.feature_maps[-1]
         else:
             names = ("image_embeds", "pooler_output", "logits", "last_hidden_state")
-            output = next(output[name] for name in names if output.get(name) is not None)
+            name = next(name for name in names if output.get(name) is not None)
+            output, is_tokens = output[name], name == "last_hidden_state"
     if output.ndim == 4:
         return output.mean((2, 3))
     if output.ndim == 3:
         return output[:, 0] if prefix else output.mean(1)
-    return output
+    return output.mean(0, keepdim=True) if is_tokens else output
 
 
 def _positions(seen: Trace, others: int) -> tuple[tuple[str, Callable[[Any, Callable], Any]], ...]:
