@@ -134,7 +134,7 @@ def _gemma4(size):
     with torch.no_grad():  # behind attention and MLP, where they would magnify what a random model makes of noise
         for layer in model.encoder.layers:
             for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
-                norm.weight.fill_(0.3)
+                norm.weight.fill_(0.03)
     return model
 
 
