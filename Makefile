@@ -23,7 +23,7 @@ STRUCTURAL := tests/adapters tests/engine tests/ops/test_reference_vectors.py te
 KERNELS := $(addprefix tests/,ops adapters/test_timm.py engine/test_stream_cache.py)
 
 .PHONY: demo test test-kernels test-others test-slow fuzz soak gpu lock compat $(COMPAT:%=compat-%) compat-torch \
-  $(COMPAT_TORCH:%=compat-torch-%) lint format bench clean always
+  $(COMPAT_TORCH:%=compat-torch-%) lint format bench zoo clean always
 
 .venv/installed: pyproject.toml setup.py $(LOCK) $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -114,6 +114,10 @@ bench: .venv/installed
 # Writes bench/results/soak.*, and so refuses where something is left to commit.
 soak: .venv/installed
 	$(BIN)/python -m bench.soak --minutes $(SOAK_MINUTES)
+
+# Likewise bench/results/zoo.*. Towers of timm are left out, as it is not installed.
+zoo: .venv/installed
+	$(BIN)/python -m bench.zoo
 
 # On a machine with a GPU, in the Python that has its torch: `make gpu PYTHON=python3`.
 gpu:
