@@ -1,7 +1,7 @@
 """Which models of the installed transformers `enable_cache` takes: `python -m bench.zoo [NAME ...]`.
 
 Every class of its auto-mappings that takes images or video is made small and at random, each in a process of its own,
-and each vision tower in it handed to `enable_cache`. NAME are classes or model types, by default all.
+and each vision tower in it handed to `enable_cache`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ OF_IMAGES = re.compile("IMAGE|VISUAL|VIDEO|SEGMENT|DETECT|ESTIMATION|KEYPOINT|BA
 PIXELS, WORDS = re.compile("pixel|image|flattened_patches"), re.compile("input_(ids|features|values)|query_embeds")
 # Parts of a configuration that are no vision tower.
 NO_TOWER = re.compile(
-    "text|^audio_config|former|decoder|prompt|perceiver|geometry|detr_|head|adapter|talker|wav|reading|multimodal|dit_|code_"
+    "text|^audio_config|protein|former|decoder|prompt|perceiver|geometry|detr_|head|adapter|talker|wav|reading|multimodal|dit_|code_"
     "|bigvgan"
 )
 # What becomes of a class, and what the table says of those.
@@ -54,7 +54,7 @@ DEPTH = re.compile("(num_)?(hidden_|spatial_|temporal_|auxiliary_)?(layers|depth
 INDICES = re.compile("((backbone_)?out|deepstack_visual|.*intermediate.*)_ind(ic|ex)es|extract_layers")
 # Fields by name -> what they become. Where a value is smaller it stays.
 SIZES = {
-    "((text|vision|image|out|patch_embed|encoder|projection|projector|reassemble)_)?hidden_size|d_model|n_embd": WIDTH,
+    "((text|vision|image|out|encoder|projection|projector|reassemble)_)?hidden_size|d_model|n_embd": WIDTH,
     "hidden_dim|embed_dim|dim|text_dim|vision_output_dim|projection_(dim|size|hidden_dim)|output_dim": WIDTH,
     "(pooler_output|embedding|word_embed_proj|adapter_in)_(size|dim)|embed_proj_dim|image_text_hidden_size": WIDTH,
     "(.*_)?intermediate_(size|dim)|mlp_dim|(en|de)coder_ffn_dim|ffn_dim|d_ff": 2 * WIDTH,
@@ -148,8 +148,9 @@ def shrink(config):
 
 
 def is_vision(config):
-    return "text" not in config.model_type and any(
-        hasattr(config, name) for name in ("patch_size", "image_size", "crop_size")
+    fields = ("patch_size", "image_size", "crop_size")
+    return "text" not in config.model_type and (
+        "vision" in config.model_type or any(map(vars(config).__contains__, fields))
     )
 
 
@@ -221,8 +222,17 @@ EXTRA = {
     "granite4_vision": {"deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [1], "downsample_rate": "1/2"},
     "hiera": {"decoder_hidden_size": WIDTH, "decoder_depth": 2, "decoder_num_heads": HEADS},
     "hunyuan_vl_text": {"head_dim": WIDTH // HEADS},
+    "llama4_vision_model": {
+        "intermediate_size": 4 * WIDTH,
+        "projector_input_dim": WIDTH,
+        "projector_output_dim": WIDTH,
+    },
+    "minicpm_ocr_vision": {"insert_layer_id": 1},
+    "minicpmv4_6_vision": {"insert_layer_id": 1},
+    "minicpmv4_7_vision": {"insert_layer_id": 1},
     "perceiver": {"num_cross_attention_heads": 1, "num_self_attends_per_block": 4, "d_latents": 2 * WIDTH},
     "phi4_multimodal_audio": {"num_blocks": 2},
+    "sapiens2": {"num_key_value_heads_per_layer": [HEADS, HEADS // 2, HEADS // 2, HEADS]},
     "sapiens2_head": {
         "upsample_out_channels": [WIDTH],
         "upsample_kernel_sizes": [4],
@@ -233,6 +243,7 @@ EXTRA = {
         "scale_final_input_size": WIDTH * (GRID // 2) ** 2,
         "scale_final_hidden_sizes": [WIDTH, WIDTH],
     },
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 2 * WIDTH},
     "t5gemma2_text": {"dropout_rate": 0.0},
     "qwen4_exp_text": {
         "indexer_n_heads": HEADS,
@@ -253,6 +264,7 @@ NO_PLAIN_VIT = {
     "convnext": "ConvNeXt: convolutions",
     "convnextv2": "ConvNeXt: convolutions",
     "cvt": "CvT: convolutions make queries and keys, and patches merge",
+    "deepseek_ocr2_encoder": "decoder over the features of another tower, causal in its queries",
     "dinat": "DiNAT: neighbourhoods attend, and patches merge",
     "dinov3_convnext": "ConvNeXt: convolutions",
     "donut-swin": "Swin: windows shift, and patches merge",
@@ -261,6 +273,7 @@ NO_PLAIN_VIT = {
     "emu3_vqgan": "VQGAN: convolutions",
     "evolla": "no vision: reads proteins",
     "florence_vision": "DaViT: channels attend, convolutions in blocks, and patches merge",
+    "flava_image_codebook": "dVAE: convolutions",
     "focalnet": "FocalNet: convolutions in place of attention",
     "fuyu": "no tower: patches go into the decoder by one linear layer",
     "gemma3n_vision": "MobileNet: convolutions",
@@ -275,6 +288,7 @@ NO_PLAIN_VIT = {
     "janus_vqgan": "VQGAN: convolutions",
     "layoutlmv2": "ResNet: convolutions",
     "layoutlmv3": "no tower: one encoder for words and patches",
+    "lfm3_vl_vision": "convolutions in place of attention in most blocks",
     "levit": "LeViT: convolutions in front, and patches merge",
     "maskformer-swin": "Swin: windows shift, and patches merge",
     "mistral4": "no vision: text alone",
@@ -338,6 +352,7 @@ def attempt(name, kind):
         return row | {"reason": first_line(error)}
     for tower, (module, family) in found.items():
         result = {"name": tower, "class": type(module).__name__, "family": family.name}
+        result["kind"] = getattr(getattr(module, "config", None), "model_type", None)
         start = time.perf_counter()
         try:
             neuroflow.enable_cache(model, tower=tower)
@@ -447,6 +462,14 @@ def text_of(rows):
         for mapping, count in counts.items()
     ]
     parts = [f"# Models of transformers\n\n{about}", table(["mapping", "classes", *VERDICTS, "of plain ViTs"], lines)]
+    found = of_towers(rows)
+    count = Counter(each for _, each in found.values())
+    lines = [[kind, str(classes), each] for kind, (classes, each) in found.items()]
+    parts.append(
+        f"## Towers\n\nOf {len(found)} towers, by model type, {count['accepted']} are accepted "
+        f"and {count['refused']} refused, {plain_share(count)} of plain ViTs; {count['no plain ViT']} are none.\n\n"
+        + table(["tower", "classes", "verdict"], lines)
+    )
     for each in VERDICTS:
         lines = [
             [row["class"], ", ".join(row.get("kinds", row["types"])), "; ".join(reasons(row))]
@@ -455,6 +478,19 @@ def text_of(rows):
         ]
         parts.append(f"## {each.capitalize()}\n\n{table(['class', 'tower', ABOUT[each]], lines)}")
     return "\n\n".join(parts)
+
+
+def of_towers(rows):
+    """Of each model type of towers: how many classes hold it, and its verdict."""
+    classes, verdicts = Counter(), {}
+    for row in rows:
+        taken = {tower["kind"] for tower in row.get("towers", ()) if "milliseconds" in tower}
+        for kind in row.get("kinds", ()):
+            classes[kind] += 1
+            accepted = kind in taken or (taken and len(row["kinds"]) == 1)
+            if accepted or verdicts.get(kind) != "accepted":
+                verdicts[kind] = "accepted" if accepted else "no plain ViT" if kind in NO_PLAIN_VIT else "refused"
+    return {kind: (classes[kind], verdicts[kind]) for kind in sorted(classes)}
 
 
 def plain_share(count):
