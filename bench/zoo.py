@@ -18,6 +18,7 @@ from collections import Counter
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import huggingface_hub.constants
 import neuroflow
 import torch
 import transformers
@@ -32,8 +33,8 @@ OF_IMAGES = re.compile("IMAGE|VISUAL|VIDEO|SEGMENT|DETECT|ESTIMATION|KEYPOINT|BA
 PIXELS, WORDS = re.compile("pixel|image|flattened_patches"), re.compile("input_(ids|features|values)|query_embeds")
 # Parts of a configuration that are no vision tower.
 NO_TOWER = re.compile(
-    "text|^audio_config|protein|former|decoder|prompt|perceiver|geometry|detr_|head|adapter|talker|wav|reading|multimodal|dit_|code_"
-    "|bigvgan"
+    "text|^audio_config|protein|multimodal|decoder|detr_|head|former|prompt|perceiver|geometry|adapter|reading"
+    "|talker|code_|dit_|wav|bigvgan"
 )
 # What becomes of a class, and what the table says of those.
 ABOUT = {
@@ -47,26 +48,23 @@ VERDICTS = tuple(ABOUT)
 WIDTH, HEADS, GRID, VOCABULARY = 64, 4, 8, 1000
 DEPTHS = {"vision": 4, "text": 2}
 # What makes a configuration that of a pyramid, of the sizes that it has.
-PYRAMID = re.compile(
-    "depths|hidden_sizes|blocks_per_stage|stage_(?!names).*|embed_dims?_per_stage|num_heads_list|block_configs"
-)
-DEPTH = re.compile("(num_)?(hidden_|spatial_|temporal_|auxiliary_)?(layers|depth)|n_layers?|(en|de)coder_layers")
+PYRAMID = re.compile("depths|hidden_sizes|blocks_per_stage|stage_(?!names).*|block_configs")
+DEPTH = re.compile("(num_)?(hidden_|spatial_|temporal_|auxiliary_)?layers|depth|n_layers?|(en|de)coder_layers")
 INDICES = re.compile("((backbone_)?out|deepstack_visual|.*intermediate.*)_ind(ic|ex)es|extract_layers")
 # Fields by name -> what they become. Where a value is smaller it stays.
 SIZES = {
-    "((text|vision|image|out|encoder|projection|projector|reassemble)_)?hidden_size|d_model|n_embd": WIDTH,
-    "hidden_dim|embed_dim|dim|text_dim|vision_output_dim|projection_(dim|size|hidden_dim)|output_dim": WIDTH,
-    "(pooler_output|embedding|word_embed_proj|adapter_in)_(size|dim)|embed_proj_dim|image_text_hidden_size": WIDTH,
-    "(.*_)?intermediate_(size|dim)|mlp_dim|(en|de)coder_ffn_dim|ffn_dim|d_ff": 2 * WIDTH,
-    "num_(attention_)?heads|(en|de)coder_attention_heads|attention_heads|n_head|(swa_)?num_attention_heads": HEADS,
-    "(swa_)?num_key_value_heads|num_global_key_value_heads": HEADS,
-    "(attention_|swa_|global_)?head_dim|d_kv|v_head_dim|qk_(nope|rope)_head_dim": WIDTH // HEADS,
+    "((text|vision|out|encoder|projection|projector|reassemble|image_text)_)?hidden_size|d_model|n_embd": WIDTH,
+    "hidden_dim|embed_dim|(vision_)?output_dim|projection_(dim|size|hidden_dim)": WIDTH,
+    "(pooler_output|embedding|word_embed_proj|adapter_in)_(size|dim)": WIDTH,
+    "(.*_)?intermediate_(size|dim)|mlp_dim|((en|de)coder_)?ffn_dim|d_ff": 2 * WIDTH,
+    "((swa_)?num_|(en|de)coder_)?(attention_)?heads|n_head|(swa_)?num_key_value_heads": HEADS,
+    "((swa|v|qk_nope|qk_rope)_)?head_dim|d_kv": WIDTH // HEADS,
     "qk_head_dim|(q|kv)_lora_rank": 2 * WIDTH // HEADS,
-    "num_(local_)?experts|n_routed_experts|moe_num_experts": 4,
-    "num_experts_per_tok|moe_topk|moe_k": 2,
+    "(moe_)?num_(local_)?experts|n_routed_experts": 4,
+    "num_experts_per_tok|moe_(top)?k": 2,
     "n_group|topk_group": 1,
     "(.*_)?vocab_size(_per_layer_input)?": VOCABULARY,
-    "hidden_size_per_layer_input|laurel_rank": 16,
+    "hidden_size_per_layer_input|laurel_rank": WIDTH // HEADS,
 }
 
 
@@ -159,7 +157,7 @@ def small(name, value, old, new, fields):
     if isinstance(value, bool) or name.startswith("__"):
         return value
     if isinstance(value, int):
-        if re.search("token_(id|index)$|_token_index|_id$", name):
+        if re.search("token_index$|_id$", name):
             return value % VOCABULARY
         if DEPTH.fullmatch(name):
             return min(value, new)
@@ -203,21 +201,25 @@ def patch_of(fields, default):
 
 PERCEPTION = "vit_pe_core_large_patch14_336"  # of timm
 # The towers of model types that by default have none.
-TOWERS = {"embedding_gemma2": "gemma4_vision", "gemma4": "gemma4_vision", "gemma4_unified": "gemma4_unified_vision"}
+TOWERS = {
+    "diffusion_gemma": "gemma4_vision",
+    "embedding_gemma2": "gemma4_vision",
+    "gemma4": "gemma4_vision",
+    "gemma4_unified": "gemma4_unified_vision",
+}
+ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
 # Settings by model type, of what has no default or is not in proportion.
 EXTRA = {
     "beit": {"out_indices": [1, 2, 3, 4], "use_relative_position_bias": True},
     "chameleon": {"vocabulary_map": {"<image>": 1, "IMGIMGA": 2}},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROTARY}},
     "data2vec-vision": {"use_relative_position_bias": True},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "depth_pro": {"patch_size": 16 * GRID, "intermediate_hook_ids": [3, 1]},
     "detr": {"d_model": 2 * WIDTH, "encoder_attention_heads": 2 * HEADS},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 2 * WIDTH},
     "emu3": {"vocabulary_map": {"<image>": 1, "<|extra_200|>": 2, "<|visual token 000000|>": 3}},
-    "ernie4_5_vl_moe_text": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
-    },
+    "ernie4_5_vl_moe_text": {"rope_parameters": ROTARY},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "granite4_vision": {"deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [1], "downsample_rate": "1/2"},
     "hiera": {"decoder_hidden_size": WIDTH, "decoder_depth": 2, "decoder_num_heads": HEADS},
@@ -252,6 +254,7 @@ EXTRA = {
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
+    "videomt": {"num_blocks": 2},
 }
 
 
@@ -291,6 +294,9 @@ NO_PLAIN_VIT = {
     "lfm3_vl_vision": "convolutions in place of attention in most blocks",
     "levit": "LeViT: convolutions in front, and patches merge",
     "maskformer-swin": "Swin: windows shift, and patches merge",
+    "minicpm_ocr_vision": "2 x 2 patches merge between two blocks",
+    "minicpmv4_6_vision": "2 x 2 patches merge between two blocks",
+    "minicpmv4_7_vision": "2 x 2 patches merge between two blocks",
     "mistral4": "no vision: text alone",
     "mobilenet_v1": "MobileNet: convolutions",
     "mobilenet_v2": "MobileNet: convolutions",
@@ -339,17 +345,20 @@ def build(name, kind):
 
 
 def attempt(name, kind):
-    """What becomes of one class, made small: what its row of the table says beside its mappings."""
+    """What becomes of one class, made small: what its row says beside its mappings, again whenever more is known."""
     try:
         model = build(name, kind)
     except Exception as error:
-        return {"built": False, "reason": first_line(error)}
+        yield {"built": False, "reason": first_line(error)}
+        return
     row = {"built": True, "kinds": tower_kinds(model.config), "towers": []}
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    yield row
     try:
         found = towers(model)
-    except TypeError as error:
-        return row | {"reason": first_line(error)}
+    except Exception as error:
+        yield row | {"reason": first_line(error)}
+        return
     for tower, (module, family) in found.items():
         result = {"name": tower, "class": type(module).__name__, "family": family.name}
         result["kind"] = getattr(getattr(module, "config", None), "model_type", None)
@@ -361,7 +370,7 @@ def attempt(name, kind):
         except Exception as error:
             result["reason"] = row["reason"] = first_line(error)
         row["towers"].append(result)
-    return row
+        yield row
 
 
 def tower_kinds(config):
@@ -378,13 +387,14 @@ def first_line(error):
 
 def send(sender, work, arguments):
     warnings.simplefilter("ignore")
-    sender.send(work(*arguments))
+    for row in work(*arguments):
+        sender.send(row)
 
 
 def each_apart(work, items):
-    """(key, what `work` returned for its arguments) of every (key, arguments), each in a process forked off this one.
+    """(key, the last row that `work` yields for its arguments) of every (key, arguments), each in a process of its own.
 
-    A process that ends otherwise, or takes longer than SECONDS, gives a row that says so.
+    They are forked off this one. Of one that ends otherwise, or takes longer than SECONDS, the row says so.
     """
     context, items, running = multiprocessing.get_context("fork"), list(items), {}
     while items or running:
@@ -394,23 +404,28 @@ def each_apart(work, items):
             process = context.Process(target=send, args=(sender, work, arguments))
             process.start()
             sender.close()
-            running[receiver] = key, process, time.monotonic() + SECONDS
-        ready = wait(running, max(min(limit for _, _, limit in running.values()) - time.monotonic(), 0))
-        for receiver, (key, process, limit) in list(running.items()):
-            if receiver in ready:
+            running[receiver] = key, process, time.monotonic() + SECONDS, {"built": False}
+        first = min(limit for _, _, limit, _ in running.values())
+        ready = wait(running, max(first - time.monotonic(), 0))
+        for receiver, (key, process, limit, row) in list(running.items()):
+            late = time.monotonic() > limit
+            if receiver in ready and not late:
                 try:
-                    yield key, receiver.recv()
+                    running[receiver] = key, process, limit, receiver.recv()
+                    continue
                 except EOFError:
                     process.join()
-                    yield key, {"built": False, "reason": f"its process ended with {process.exitcode}"}
-            elif time.monotonic() > limit:
+                    if process.exitcode:
+                        row |= {"reason": f"its process ended with {process.exitcode}"}
+            elif late:
                 process.kill()
-                yield key, {"built": False, "reason": f"took more than {SECONDS} seconds"}
+                process.join()
+                row |= {"reason": f"took more than {SECONDS} seconds"}
             else:
                 continue
-            process.join()
             receiver.close()
             del running[receiver]
+            yield key, row
 
 
 def verdict(row):
@@ -430,6 +445,7 @@ def main():
     stem = arguments.out.resolve().with_suffix("")
     machine = begin(stem)
     transformers.logging.set_verbosity_error()
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # some default configurations ask for a file
     torch.set_num_threads(1)
     start = time.perf_counter()
     found = mappings()
