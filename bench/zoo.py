@@ -105,8 +105,8 @@ def tiny_config(model_class, kind):
         )
     else:
         config = (model_class.config_class or transformers.CONFIG_MAPPING[kind])()
-    if kind in TOWERS:
-        config.vision_config = transformers.CONFIG_MAPPING[TOWERS[kind]]()
+    for part, name in PARTS.get(kind, {}).items():
+        setattr(config, part, transformers.CONFIG_MAPPING[name]())
     if kind == "perception_lm":
         config.vision_config.architecture = PERCEPTION
     shrink(config)
@@ -200,12 +200,13 @@ def patch_of(fields, default):
 
 
 PERCEPTION = "vit_pe_core_large_patch14_336"  # of timm
-# The towers of model types that by default have none.
-TOWERS = {
-    "diffusion_gemma": "gemma4_vision",
-    "embedding_gemma2": "gemma4_vision",
-    "gemma4": "gemma4_vision",
-    "gemma4_unified": "gemma4_unified_vision",
+# The model types of parts that some model types lack by default.
+PARTS = {
+    "diffusion_gemma": {"vision_config": "gemma4_vision"},
+    "embedding_gemma2": {"vision_config": "gemma4_vision"},
+    "gemma4": {"vision_config": "gemma4_vision"},
+    "gemma4_unified": {"vision_config": "gemma4_unified_vision"},
+    "sapiens2": {"head_config": "sapiens2_head"},
 }
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
 # Settings by model type, of what has no default or is not in proportion.
@@ -245,7 +246,6 @@ EXTRA = {
         "scale_final_input_size": WIDTH * (GRID // 2) ** 2,
         "scale_final_hidden_sizes": [WIDTH, WIDTH],
     },
-    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 2 * WIDTH},
     "t5gemma2_text": {"dropout_rate": 0.0},
     "qwen4_exp_text": {
         "indexer_n_heads": HEADS,
