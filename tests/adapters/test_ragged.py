@@ -1,13 +1,16 @@
 """Towers of images end to end that are found by their structure alone: tiny random ones of many model types."""
 
 import importlib
+import inspect
 from typing import NamedTuple
 
 import neuroflow
 import pytest
 import torch
-from models import OldRows, exact
-from neuroflow.adapters import describe
+import transformers
+from models import OldRows, exact, installed
+from neuroflow.adapters import describe, towers
+from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,6 +31,7 @@ class Kind(NamedTuple):
         grid: the argument that holds the grids.
         batched: patches are [1, N, *].
         video: its steps in time are frames.
+        first_token: what is pooled is the first token of a call.
     """
 
     tower: str
@@ -37,6 +41,7 @@ class Kind(NamedTuple):
     grid: str = "grid_thw"
     batched: bool = False
     video: bool = True
+    first_token: bool = False
 
     def inputs(self, *pictures):
         """The tower's arguments for pictures [rows, columns, *row] of patches, or [times, rows, columns, *row]."""
@@ -73,7 +78,7 @@ KINDS = {
     "ernie4_5_vl_moe": Kind("Ernie4_5_VLMoeVisionTransformerPretrainedModel", DEPTH, row=flat),
     "hunyuan_vl": Kind("HunYuanVLVisionTransformer", LAYERS | {"max_image_size": 64}, merge=1, row=flat, video=False),
     "kimi_k25": Kind("Kimi_K25VisionModel", LAYERS, merge=1, row=(3, PATCH, PATCH), video=False),
-    "minimax_m3_vl": Kind("MiniMaxM3VLVisionModel", LAYERS | {"image_size": 48}, video=False),
+    "minimax_m3_vl": Kind("MiniMaxM3VLVisionModel", LAYERS | {"image_size": 48}, video=False, first_token=True),
     "muse_spark": Kind("MuseSparkVisionModel", LAYERS | {"pos_emb_height": 4, "pos_emb_width": 4}, merge=1),
     "paddleocr_vl": Kind(
         "PaddleOCRVisionModel", LAYERS | {"image_size": 48}, merge=1, row=(3, PATCH, PATCH), batched=True
@@ -88,6 +93,8 @@ def tower(name):
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     except ImportError as error:
         pytest.skip(str(error))
+    if "cu_seqlens" not in inspect.getsource(module):
+        pytest.skip(f"{kind.tower} of transformers {transformers.__version__} takes no cu_seqlens")
     kind_of = getattr(module, kind.tower)
     torch.manual_seed(0)
     model = kind_of(kind_of.config_class(**kind.config))
@@ -164,3 +171,150 @@ def test_partial_frames_are_blocks_that_keep_old_tokens(name):
         assert torch.equal(neuroflow.summary(model).streams["a"].active, changed)
         old.active = changed.flatten()[order]
         assert_same(ours, encoded_unpatched(reference, kind, picture))
+
+
+@pytest.mark.parametrize("arch", "ACDE")
+@pytest.mark.parametrize("name", KINDS)
+def test_images_of_different_sizes_in_one_call(name, arch):
+    kind, model = tower(name)
+    clips = {"a": clip(kind)[0], "b": clip(kind, size=(4, 8), changed=5)[0], "c": clip(kind, size=(8, 12), seed=1)[0]}
+    neuroflow.enable_cache(model, exact(arch=arch, threshold=1e-4))
+    alone = {name: [encoded(model, kind, picture, streams=name) for picture in own] for name, own in clips.items()}
+    neuroflow.reset_cache(model)
+    for number in range(3):
+        together = encoded(model, kind, *(own[number] for own in clips.values()), streams=tuple(clips))
+        expected = [torch.cat(parts) for parts in zip(*(alone[name][number] for name in clips), strict=True)]
+        if kind.first_token:  # of the call, not of each image
+            together, expected = together[:1], expected[:1]
+        assert_same(together, expected)
+    summaries = neuroflow.summary(model).streams
+    assert [int(summaries[name].active.sum()) for name in clips] == [7, 5, 7]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_steps_in_time_of_a_video_are_frames(name):
+    kind, model = tower(name)
+    pictures, _ = clip(kind)
+    neuroflow.enable_cache(model, exact(threshold=1e-4))
+    if not kind.video:
+        with pytest.raises(ValueError, match=rf"{kind.grid} holds \[3, 8, 12\]; accepted is one step in time"):
+            encoded(model, kind, pictures)
+        return
+    frames = [encoded(model, kind, picture) for picture in pictures]
+    neuroflow.reset_cache(model)
+    video = encoded(model, kind, pictures)
+    assert_same(video, [torch.cat(parts) for parts in zip(*frames, strict=True)])
+    assert [int(report.active.sum()) for report in neuroflow.last_pass(model)] == [96, 7, 7]
+    neuroflow.disable_cache(model)
+    neuroflow.enable_cache(model, exact(threshold=1e-4, pass_patches=100))
+    assert_same(encoded(model, kind, pictures), video)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_example_differs_where_it_says(name):
+    model = tower(name)[1]
+    anatomy = describe(model)
+    numbers = [0, 5, 11, 12, 15]
+    first, other = anatomy.example([]), anatomy.example(numbers)
+    ((rows, columns),) = anatomy.grids(first)
+    for given in (first, other):
+        neuroflow.enable_cache(model, exact(threshold=1e-4))
+        with torch.inference_mode():
+            model(**given)
+    active = neuroflow.summary(model).streams["default"].active
+    assert active.shape == (rows, columns)
+    assert active.flatten().nonzero()[:, 0].tolist() == numbers
+
+
+TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+TEXT |= {"num_key_value_heads": 2, "vocab_size": 200, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MARKS = {"vision_start_token_id": 192, "vision_end_token_id": 193, "image_token_id": 190, "video_token_id": 191}
+MARKS |= {
+    "image_start_token_id": 192,
+    "image_end_token_id": 193,
+    "video_start_token_id": 194,
+    "video_end_token_id": 195,
+}
+ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+WHOLE = {  # of each model type, its name and what its text side is made of
+    "qwen2_vl": ("Qwen2VL", {"rope_scaling": ROPE}),
+    "qwen3_5": (
+        "Qwen3_5",
+        LINEAR | {"rope_parameters": ROPE | {"mrope_section": [1, 1, 0], "mrope_interleaved": True}},
+    ),
+    "glm4v": ("Glm4v", {"rope_scaling": ROPE, "rope_parameters": ROPE}),
+    "glm_ocr": ("GlmOcr", {"rope_parameters": ROPE}),
+    "paddleocr_vl": ("PaddleOCRVL", {"rope_parameters": ROPE}),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_whole_model_gives_the_same_tokens(name):
+    kind, (prefix, text) = KINDS[name], WHOLE[name]
+    config = installed(f"{prefix}Config")(text_config=TEXT | text, vision_config=kind.config, **MARKS)
+    torch.manual_seed(0)
+    model = installed(f"{prefix}ForConditionalGeneration")(config).eval()
+    assert list(towers(model)) == ["model.visual"]
+    (pixels,), grid = kind.inputs(clip(kind, size=(6, 6))[0][0].float())
+    ids = torch.tensor([[1, 192, *[190] * 9, 193, 5, 6]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.view(36, *kind.row)}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:  # from transformers 5 on
+        given["mm_token_type_ids"] = (ids == 190).int()
+
+    def answer():
+        with torch.inference_mode():
+            return model.generate(
+                **given, image_grid_thw=grid["grid_thw"], max_new_tokens=6, do_sample=False, pad_token_id=0
+            )
+
+    expected = answer()
+    neuroflow.enable_cache(model, exact(threshold=0))
+    for _ in range(2):
+        assert torch.equal(answer(), expected)
+    assert [report.active.all() for report in neuroflow.last_pass(model)] == [True]
+
+
+def test_a_tower_of_sound_is_none():
+    name = "Qwen2_5OmniThinkerForConditionalGeneration"
+    sizes = {"num_hidden_layers": 2, "depth": 2, "encoder_layers": 2}
+    config = installed("Qwen2_5OmniThinkerConfig")(text_config=sizes, vision_config=sizes, audio_config=sizes)
+    with torch.device("meta"):
+        model = installed(name)(config)
+    assert [found.rpartition(".")[2] for found in towers(model)] == ["visual"]
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("halved", "the number of tokens changes between its blocks"),
+        ("mixed", "its patches do not reach the blocks one by one, in an order that is known"),
+        ("positional", "its blocks do not get cu_seqlens by name"),
+        ("without", r"blocks \[1\] have no attention that needs cu_seqlens, or several"),
+        ("segments", "the images of a call are not encoded each by itself"),
+    ],
+)
+def test_towers_that_cannot_be_sparse_say_why(what, reason):
+    model = tower("qwen2_vl")[1]
+
+    def run(self, hidden_states, grid_thw):
+        x = self.patch_embed(hidden_states)
+        if what == "mixed":
+            x = x + x.roll(1, 0)
+        ends = torch.tensor([0, len(x)], dtype=torch.int32)
+        if what != "segments":
+            sizes = grid_thw[:, 1:].prod(1).repeat_interleave(grid_thw[:, 0])
+            ends = nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
+        for number, block in enumerate(self.blocks):
+            if what == "halved" and number == 2:
+                x, ends = x[::2], ends // 2
+            x = block(x, ends) if what == "positional" else block(x, cu_seqlens=ends)
+        return self.merger(x)
+
+    model.__class__ = type("Tower", (type(model),), {"forward": run})
+    if what == "without":
+        model.blocks[1].attn = nn.Identity()
+    with pytest.raises(TypeError, match=f"Tower cannot be sparse: {reason}"):
+        neuroflow.enable_cache(model)
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())

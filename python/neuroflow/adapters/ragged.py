@@ -8,6 +8,7 @@ in which the blocks hand on what they get.
 import functools
 import inspect
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -137,8 +138,10 @@ def ragged(tower: nn.Module) -> Anatomy:
         return of_frames
 
     def example(differing: Iterable[int]) -> dict[str, Any]:
-        size = 4 + 4 * ((layout.side or 0) // 4)  # what merges patches behind the blocks may ask for even sides
-        made = (size * layout.merge, (size + 4) * layout.merge)
+        # Of what merges later than the order of its patches says too, and of more than one window.
+        unit = math.lcm(*_merges(tower))
+        size = 4 if layout.side is None else layout.side * layout.merge // unit + 1
+        made = (size * unit, (size + 1) * unit)
         generator = torch.Generator().manual_seed(0)
         first, other = torch.randn(2, made[0] * made[1], *layout.row, generator=generator)
         here = torch.isin(_order(made, layout.merge), torch.tensor(list(differing), dtype=torch.long))
@@ -242,7 +245,7 @@ class _Watch(TorchFunctionMode):
         self.calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
         self.reads: set[int] = set()
         self.in_block = False
-        self.stubs: set[nn.Module] = set()
+        self.around: set[nn.Module] = set()
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.in_block and getattr(func, "__name__", "") not in ("__get__", "size", "dim"):
@@ -254,8 +257,6 @@ class _Watch(TorchFunctionMode):
     def block(self, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """In place of a block's forward."""
         self.in_block = True
-        if args:
-            raise TypeError("its blocks take more than tokens by position")
         self.calls.append((tokens, kwargs))
         self.outputs.append(tokens.clone())
         self.in_block = False
@@ -273,9 +274,10 @@ def _shadow(module: nn.Module, layers: nn.ModuleList, watch: _Watch, copies: dic
             vars(shadow)[name] = type(value)()
     if module in set(layers):
         vars(shadow)["forward"] = watch.block
-        watch.stubs.add(shadow)
+        watch.around.add(shadow)
         return shadow
     if layers in set(module.modules()):
+        watch.around.add(shadow)
         vars(shadow).pop("forward", None)  # which something may have bound to `module`
     vars(shadow)["_modules"] = {
         name: None if part is None else _shadow(part, layers, watch, copies) for name, part in module._modules.items()
@@ -291,8 +293,8 @@ def _watched(
     Args:
         sizes: (times, rows, columns) of each input.
     """
-    watch, projected = _Watch(), []
-    shadow = _shadow(tower, layers, watch, {})
+    watch, projected, copies = _Watch(), [], {}
+    shadow = _shadow(tower, layers, watch, copies)
     count = sum(times * height * width for times, height, width in sizes)
 
     def note(name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -300,8 +302,9 @@ def _watched(
         if all(isinstance(each, torch.Tensor) and each.ndim == 2 and len(each) == count for each in (given, output)):
             projected.append((name, output.shape[1]))
 
+    without_blocks = set(copies.values()) - watch.around
     for name, part in shadow.named_modules():
-        if name and part not in watch.stubs and not any(each in watch.stubs for each in part.modules()):
+        if part in without_blocks:
             part.register_forward_hook(functools.partial(note, name), with_kwargs=True)
     with torch.no_grad(), watch:
         shadow(**_arguments(tower, rows, *sizes))
