@@ -31,6 +31,7 @@ class Kind(NamedTuple):
         grid: the argument that holds the grids.
         batched: patches are [1, N, *].
         video: its steps in time are frames.
+        merge_sizes: it takes those beside the grids.
         first_token: what is pooled is the first token of a call.
     """
 
@@ -41,6 +42,7 @@ class Kind(NamedTuple):
     grid: str = "grid_thw"
     batched: bool = False
     video: bool = True
+    merge_sizes: bool = False
     first_token: bool = False
 
     def inputs(self, *pictures):
@@ -52,7 +54,8 @@ class Kind(NamedTuple):
             rows.append(blocks.transpose(2, 3).reshape(-1, *self.row))
         rows = torch.cat(rows)
         grids = torch.tensor([video.shape[:3] for video in videos])
-        return (rows[None] if self.batched else rows,), {self.grid: grids}
+        merges = {"merge_sizes": torch.tensor([self.merge] * len(grids))} if self.merge_sizes else {}
+        return (rows[None] if self.batched else rows,), {self.grid: grids, **merges}
 
 
 flat = (3 * PATCH * PATCH,)
@@ -83,6 +86,7 @@ KINDS = {
     "paddleocr_vl": Kind(
         "PaddleOCRVisionModel", LAYERS | {"image_size": 48}, merge=1, row=(3, PATCH, PATCH), batched=True
     ),
+    "video_llama_3": Kind("VideoLlama3VisionModel", LAYERS, row=flat, merge_sizes=True),
     "cosmos3_edge": Kind("Cosmos3EdgeVisionModel", LAYERS | {"num_patches": 36}, row=flat),
 }
 

@@ -211,16 +211,13 @@ def _projections(tower: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]
 
 
 def _mlp(block: nn.Module) -> nn.Module:
-    """The one part of a block that holds linear layers beside its attention."""
+    """The one part of a block that holds matrices beside its attention."""
     (attention,) = _attentions(block)
-    with_linears = [
-        part
-        for part in block.children()
-        if any(isinstance(each, nn.Linear) for each in part.modules()) and attention not in set(part.modules())
-    ]
-    if len(with_linears) != 1:
-        raise AttributeError(f"a block has {len(with_linears)} parts with linear layers beside its attention, not one")
-    return with_linears[0]
+    others = [part for part in block.children() if attention not in set(part.modules())]
+    with_matrices = [part for part in others if any(weight.ndim > 1 for weight in part.parameters())]
+    if len(with_matrices) != 1:
+        raise AttributeError(f"a block has {len(with_matrices)} parts with matrices beside its attention, not one")
+    return with_matrices[0]
 
 
 def _arguments(tower: nn.Module, rows: torch.Tensor, *sizes: tuple[int, int, int]) -> dict[str, Any]:
