@@ -9,7 +9,7 @@ def explain(model: nn.Module) -> str:
     """Where the vision towers of a model are, what they are made of as NeuroFlow sees it, and what they can run.
 
     For a tower that cannot be patched it says why. One that was not understood rightly can be corrected:
-    `register_adapter` takes a function that gives `dataclasses.replace(neuroflow.describe(model), ...)`.
+    `register_adapter` takes a function that gives `dataclasses.replace(neuroflow.adapters.general(tower), ...)`.
 
     Returns:
         some lines of text.

@@ -39,8 +39,8 @@ def prove(anatomy: Anatomy, patched: Callable[[], AbstractContextManager[Callabl
     Raises:
         Disproven: what differs, and by how much.
     """
-    before = _attributes(anatomy.tower)
     with in_evaluation(anatomy.tower):
+        before = _attributes(anatomy.tower)
         still = anatomy.example(())
         patches = sum(rows * columns for rows, columns in anatomy.grids(still))
         changed = sorted({*range(0, patches, 3), patches - 1})

@@ -156,7 +156,7 @@ def test_streams_do_not_mix(own):
 def test_a_registered_tower_is_listed_and_comes_first(own):
     family = neuroflow.supported_models()[-1]
     assert (family.name, family.found_by) == ("VisionTransformer", ("VisionTransformer",))
-    assert neuroflow.supported_models()[:-1] == adapters.FAMILIES
+    assert neuroflow.supported_models()[:-1] == (*adapters.FAMILIES, adapters.BY_STRUCTURE)
     siglip = type(adapters.describe(tiny("siglip")).tower)
     neuroflow.register_adapter(siglip, lambda tower: family.adapter(own))
     assert adapters.describe(tiny("siglip")).tower is own
@@ -165,13 +165,13 @@ def test_a_registered_tower_is_listed_and_comes_first(own):
 def test_an_instance_is_no_tower_to_register(registry):
     with pytest.raises(TypeError, match=r"tower is a Identity; accepted is a subclass of torch.nn.Module"):
         neuroflow.register_adapter(nn.Identity(), lambda tower: None)
-    assert neuroflow.supported_models() == adapters.FAMILIES
+    assert neuroflow.supported_models() == (*adapters.FAMILIES, adapters.BY_STRUCTURE)
 
 
 def test_supported_models_say_where_they_come_from():
     families = neuroflow.supported_models()
     assert len({family.name for family in families}) == len(families)
-    assert all(family.library in ("transformers", "timm") for family in families)
+    assert all(family.library in ("transformers", "timm", "torch") for family in families)
     assert all(family.found_by and set(family.architectures) <= set("ABCDE") for family in families)
 
 
@@ -180,16 +180,11 @@ def test_supported_models_say_where_they_come_from():
     [
         (nn.Linear(2, 2), "nothing", "a convolution over patches, a list of blocks with attention, "),
         (nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8)), r"a convolution over patches \(0\), a norm \(1\)", ""),
-        (
-            VisionTransformer(),
-            r"a convolution over patches \(patches\), a list of blocks with attention \(blocks\), a norm \(norm\)",
-            "attention that calls transformers' attention interface.$",
-        ),
     ],
 )
 def test_a_model_without_an_adapter_is_told_what_was_found_in_it(model, found, missing):
     name = type(model).__name__
-    with pytest.raises(TypeError, match=f"^{name} has no .* supported are SigLIP .*found: {found}; missing: {missing}"):
+    with pytest.raises(TypeError, match=f"^{name} has no .* supported are SigLIP, .*found: {found}; missing: {missing}"):
         neuroflow.enable_cache(model)
     assert not any("forward" in vars(module) for module in model.modules())
 

@@ -176,6 +176,7 @@ __all__ = [
     "Family",
     "Grid",
     "describe",
+    "general",
     "in_evaluation",
     "register_adapter",
     "supported_models",
