@@ -184,7 +184,8 @@ def test_supported_models_say_where_they_come_from():
 )
 def test_a_model_without_an_adapter_is_told_what_was_found_in_it(model, found, missing):
     name = type(model).__name__
-    with pytest.raises(TypeError, match=f"^{name} has no .* supported are SigLIP, .*found: {found}; missing: {missing}"):
+    message = f"^{name} has no .* supported are SigLIP, .*found: {found}; missing: {missing}"
+    with pytest.raises(TypeError, match=message):
         neuroflow.enable_cache(model)
     assert not any("forward" in vars(module) for module in model.modules())
 
