@@ -12,7 +12,7 @@ from bench import structure
 # From the top floor down; every file of the engine imports those below it alone.
 ENGINE = (
     *("engine", "graphs", "gate", "projection", "attention", "pooling", "linear"),
-    *("crossover", "reuse", "passes", "kernels", "derived", "scores", "streams", "state", "threads"),
+    *("crossover", "reuse", "passes", "kernels", "derived", "scores", "streams", "state", "turns", "threads"),
 )
 DOORS = {"patch", "interface", "saving", "distillation", "__init__", "objects", "cli/track"}
 PURE = {"engine/scores"}  # functions of surprise, which everybody may use

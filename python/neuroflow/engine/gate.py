@@ -11,6 +11,7 @@ from ..adapters.anatomy import Grid
 from . import crossover, reuse, scores
 from .passes import FrameReport, Pass, Plan, split
 from .state import KeyFrame, StreamState, copy_into
+from .turns import LONG, Run
 
 # Numbers of patches that a recorded pass may have where the configuration names none: no more than half of it is fill.
 LADDER = tuple(rung for power in range(6, 20) for rung in (2**power, 3 * 2 ** (power - 1)))
@@ -55,6 +56,7 @@ class Gate:
         )
         self.crossovers: dict[crossover.Size, float] = {}
         self._ladders: dict[torch.device, torch.Tensor] = {}
+        self._run = Run()  # of frames without names, across calls
 
     def __call__(self, current: Pass, tokens: torch.Tensor) -> list[torch.Tensor | None]:
         """Gate the entries of a pass by all tokens in front of the first block, each stream's in order.
@@ -103,6 +105,8 @@ class Gate:
             if not finite:
                 self.warn(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
             self._refresh(state, h, index)
+            if current.nameless or due[entry] in ("cut", "dense"):
+                self._note_run(current, state, due[entry], h, alone=len(entries) == 1)
             if self.config.cut_light is not None and current.colours is not None:
                 self._note_colours(state, current.colours[entry], index)
             state.account(index, surprise, finite)
@@ -113,6 +117,41 @@ class Gate:
                 index = current.order[entry].argsort()[index].sort().values.int()
             if index is not None and index.numel() < h.shape[1]:
                 rows[entry] = torch.cat((leading, index + prefix, trailing + prefix + h.shape[1]))
+
+    def _note_run(self, current: Pass, state: StreamState, why: KeyFrame | None, h: torch.Tensor, alone: bool) -> None:
+        """Say where nothing is ever skipped as too much changes from frame to frame, unless that was asked for.
+
+        Args:
+            why: the frame, patches h [1, N, D], is a key frame, if it is one.
+            alone: no frame of another stream had a part in that.
+        """
+        config, nameless = self.config, current.nameless
+        all_by_choice = config.threshold == 0 or config.tokens_per_frame(h.shape[1]) == h.shape[1]
+        dense = why == "dense" and alone and config.dense_above is None
+        if all_by_choice or not (dense or why == "cut" or (nameless and why == "first")):
+            self._run = Run() if nameless else self._run
+            return
+        before = self._run if nameless else Run() if state.since_key_frame else state.run
+        run = before.extended(h)
+        if nameless:
+            self._run = run
+        else:
+            state.run = run
+        where = "calls without names" if nameless else f"stream {state.name!r}"
+        if run.scenes and not before.scenes:
+            names = ", ".join(f"'cam-{number}'" for number in range(1, run.scenes + 1))
+            self.warn(
+                f"{where}: frames of {run.scenes} scenes come in turn, so that each is a key frame and nothing is "
+                f"skipped; name them: with neuroflow.cache_context(model, {names})"
+            )
+        elif run.length == LONG and not run.scenes and not nameless:
+            rule = "larger threshold" if config.budget is None else "smaller budget"
+            self.warn(
+                f"{where}: {LONG} frames in a row had too little in common with the one before to be faster in part, "
+                "as when a camera moves. If several cameras take turns, name them: with neuroflow.cache_context(model, "
+                f"'cam-1', 'cam-2'). If not, a {rule}, cut_share and cut_surprise skips some for less fidelity; the "
+                "unpatched model costs no more"
+            )
 
     @property
     def decay(self) -> float:

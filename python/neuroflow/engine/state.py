@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from ..adapters.anatomy import Grid
+from .turns import Run
 
 # Why a frame encodes all of its patches; `neuroflow.FrameReport` says what each means.
 KeyFrame = Literal["first", "gap", "size", "weights", "outputs", "failed", "nonfinite", "age", "cut", "dense"]
@@ -62,6 +63,7 @@ class StreamState:
         self.state_bytes = 0  # what `held` holds, as of the last frame
         self.slab: Slab | None = None  # where its tensors lie, if beside those of other streams
         self.last_pass: Hashable = None  # what kind of pass the last was
+        self.run = Run()  # its last key frames, as long as too much changes from each to the next
 
     @property
     def patches(self) -> int:
@@ -111,7 +113,7 @@ class StreamState:
     def held(self) -> list[torch.Tensor]:
         last = [] if self.last_frame is None else [self.last_frame.windows, self.last_frame.projected]
         patches = [getattr(self, name) for name in PATCHES]
-        return [*self.tensors.values(), *last, *(tensor for tensor in patches if tensor is not None)]
+        return [*self.tensors.values(), *last, *self.run.samples, *(tensor for tensor in patches if tensor is not None)]
 
 
 class Slab:
