@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from models import SIZES, clip, exact, tiny
 from neuroflow.adapters import describe
+from neuroflow.patch import engine_of
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers import ViTConfig, ViTModel
@@ -142,6 +144,121 @@ def test_modules_that_are_not_plain_compute_what_they_would(family, settings, al
     assert reasons == ["first", None, None, None]
     tolerance = 2e-2 if settings else 1e-4
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+class Hook:
+    """As accelerate's: it brings a module's own weights for each call, or is only called along."""
+
+    def __init__(self, module, offload):
+        self.offload, self.held = offload, dict(module.named_parameters(recurse=False)) if offload else {}
+        self.bring(module, "meta")
+
+    def bring(self, module, device):
+        for name, weight in self.held.items():
+            setattr(
+                module, name, nn.Parameter(weight.detach().clone() if device == "cpu" else weight.detach().to("meta"))
+            )
+
+
+def imitated(model, offload):
+    """Give every module a hook in the way that accelerate does."""
+
+    def forward(module, *args, **kwargs):
+        module._hf_hook.bring(module, "cpu")
+        result = module._old_forward(*args, **kwargs)
+        module._hf_hook.bring(module, "meta")
+        return result
+
+    for module in model.modules():
+        module._old_forward, module._hf_hook = module.forward, Hook(module, offload)
+        module.forward = functools.update_wrapper(functools.partial(forward, module), module._old_forward)
+
+
+def imitated_end(model):
+    for module in model.modules():
+        module._hf_hook.bring(module, "cpu")
+        module.forward = module._old_forward
+        del module._old_forward, module._hf_hook
+
+
+def accelerated(model, offload):
+    accelerate = pytest.importorskip("accelerate", reason="its hooks are imitated beside this")
+    if offload:
+        accelerate.cpu_offload(model, execution_device="cpu")
+    for module in [] if offload else model.modules():
+        accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+
+
+def accelerated_end(model):
+    pytest.importorskip("accelerate").hooks.remove_hook_from_submodules(model)
+
+
+def in_front(model):
+    """What is left of the engine on the modules of a model."""
+    return [name for name, part in model.named_modules() for own in vars(part).values() if "_InFront" in str(type(own))]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize("begin", [imitated, accelerated])
+@pytest.mark.parametrize("family", ["clip", "sam"])
+def test_hooks_of_accelerate_are_called_around_the_engine(family, begin, offload, when, tmp_path):
+    """They bring weights that lie elsewhere in every frame; SAM's tower and attention have some of their own."""
+    model, plain, frames = tiny(family), tiny(family), clip(frames=4)
+    neuroflow.enable_cache(plain, exact(threshold=1e-3))
+    expected, _ = run(plain, frames)
+    if when == "before":
+        begin(model, offload)
+    neuroflow.enable_cache(model, exact(threshold=1e-3))
+    if when == "after":
+        begin(model, offload)
+    outputs, reasons = run(model, frames)
+    close(outputs, expected)
+    assert reasons == ["first", None, None, None]
+    assert any(engine_of(model).kernels._layers.values()) != offload  # nothing is kept of what is taken away
+    if offload:
+        with pytest.raises(RuntimeError, match="is offloaded, so that its weights"):
+            neuroflow.save_state(model, tmp_path / "state")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        neuroflow.disable_cache(model)
+    assert not in_front(model)
+    neuroflow.enable_cache(model, exact(threshold=1e-3))
+    {imitated: imitated_end, accelerated: accelerated_end}[begin](model)
+    close(run(model, frames)[0], expected)
+    neuroflow.disable_cache(model)
+    assert not in_front(model)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_adapters_of_peft(when):
+    peft = pytest.importorskip("peft", reason="its layers are imitated elsewhere in this file")
+    model, merged, frames = tiny("siglip"), tiny("siglip"), clip(frames=4)
+
+    def with_lora(model):
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "fc1"]))
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        return wrapped.eval()
+
+    merged = neuroflow.enable_cache(with_lora(merged).merge_and_unload(), exact(threshold=1e-3))
+    if when == "after":
+        neuroflow.enable_cache(model, exact(threshold=1e-3))
+    wrapped = with_lora(model)
+    neuroflow.enable_cache(wrapped, exact(threshold=1e-3))
+    outputs, reasons = run(wrapped, frames)
+    close(outputs, run(merged, frames)[0])
+    assert reasons == ["first", None, None, None]
+    with wrapped.disable_adapter():
+        assert run(wrapped, frames)[1] == ["weights", None, None, None]
+
+
+def test_a_pipeline_is_refused_with_what_to_patch():
+    pipeline = type("Pipeline", (), {"model": vit()})()
+    with pytest.raises(TypeError, match=r"is a Pipeline; accepted is a torch\.nn\.Module, as its attribute model is"):
+        neuroflow.enable_cache(pipeline)
 
 
 def listened_to(head):

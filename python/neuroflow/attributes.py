@@ -29,6 +29,8 @@ class Replaced:
 
     def put_in_front(self, module: nn.Module, method: str, function: Callable) -> None:
         """Have calls of a method go to `function`, which takes the method as it was in front of their arguments."""
+        if method == "forward" and "_old_forward" in vars(module):
+            method = "_old_forward"  # a hook of accelerate calls it once weights and arguments are where they belong
         original = getattr(module, method)
         in_front = _InFront(function, original)
         in_front.__signature__ = inspect.signature(original)  # by which callers choose what they pass
@@ -47,7 +49,11 @@ class Replaced:
             if isinstance(value, _InFront):
                 value.release()
             if vars(module).get(name) is not value:
-                others.append((module, name))
+                moved = next((other for other, held in vars(module).items() if held is value), None)
+                if moved is None:
+                    others.append((module, name))
+                else:  # as accelerate's hooks do when they come or go
+                    setattr(module, moved, value.func if isinstance(value, _InFront) else was)
                 continue
             if was is None:
                 delattr(module, name)

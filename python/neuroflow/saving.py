@@ -32,7 +32,8 @@ def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] |
         streams: their names, strings or integers; None means all.
 
     Raises:
-        RuntimeError: the model is not patched, or this is called within a pass, as by a hook.
+        RuntimeError: the model is not patched, its weights are offloaded, or this is called within a pass, as by a
+            hook.
         KeyError: a stream that is not open.
         ValueError: a name that is neither a string nor an integer.
         OSError: the file cannot be written.
@@ -74,7 +75,8 @@ def load_state(model: nn.Module, path: str | Path) -> list[Hashable]:
         their names.
 
     Raises:
-        RuntimeError: the model is not patched, or this is called within a pass, as by a hook.
+        RuntimeError: the model is not patched, its weights are offloaded, or this is called within a pass, as by a
+            hook.
         ValueError: the file cannot be read, is damaged, was written for other weights or another configuration or by a
             release before checksums, or its streams are beyond the limits. No stream is replaced.
     """
@@ -222,7 +224,14 @@ def _described(config: NeuroFlowConfig) -> str:
 
 
 def _fingerprint(*modules: nn.Module) -> str:
-    return _digest(item for module in modules for item in module.state_dict().items())
+    weights = [item for module in modules for item in module.state_dict().items()]
+    absent = [name for name, weight in weights if weight.is_meta]
+    if absent:
+        raise RuntimeError(
+            f"{absent[0]} of the model is offloaded, so that its weights cannot be told from others; accepted is a "
+            "model whose weights are all in memory"
+        )
+    return _digest(weights)
 
 
 def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:

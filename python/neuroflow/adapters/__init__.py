@@ -110,7 +110,8 @@ def towers(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
         TypeError: `model` is no module, or has no such tower.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; accepted is a torch.nn.Module")
+        inner = ", as its attribute model is" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"model is a {type(model).__name__}; accepted is a torch.nn.Module{inner}")
     found: dict[str, tuple[nn.Module, Family]] = {}
     for name, module in model.named_modules():
         if any(_is_in(name, outer) for outer in found):

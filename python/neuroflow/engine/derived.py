@@ -20,11 +20,14 @@ class Weights:
 
     Attributes:
         countable: every change is noticed; in inference mode tensors do not count those in place.
+        resident: they stay in memory from call to call.
     """
 
     def __init__(self, module: nn.Module) -> None:
         parts = list(module.modules())
-        held = [tensors for part in parts for tensors in (part._parameters, part._buffers)]
+        # What is brought for each call lies elsewhere each time.
+        placed = [part for part in parts if not _is_offloaded(part)]
+        held = [tensors for part in placed for tensors in (part._parameters, part._buffers)]
         self._tensors = [tensors for tensors in held if tensors]
         self._parts = [part._modules for part in parts if part._modules]
         self._empty = [tensors for tensors in held if not tensors]
@@ -32,6 +35,8 @@ class Weights:
         self._adapters = [part for part in parts if type(part).__module__.partition(".")[0] not in _FIXED]
         self._parts_before, self._before = _all(self._parts), self._now()
         self.countable = None not in self._before[1]
+        tensors = [tensor for tensor in _all(self._tensors) if tensor is not None]
+        self.resident = len(placed) == len(parts) and not any(tensor.is_meta for tensor in tensors)
         self.settle()
 
     def settle(self) -> None:
@@ -56,6 +61,12 @@ class Weights:
 
 def _all(dictionaries: list[dict[str, Any]]) -> list[Any]:
     return list(itertools.chain.from_iterable(map(dict.values, dictionaries)))
+
+
+def _is_offloaded(part: nn.Module) -> bool:
+    """Whether a hook of accelerate brings the weights of a module for each of its calls, and takes them away again."""
+    hook = vars(part).get("_hf_hook")
+    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
 
 
 def _place(tensor: torch.Tensor) -> int:

@@ -320,7 +320,8 @@ class Engine:
         current: Pass,
     ) -> Any:
         """The tower's output of one pass."""
-        if self.graphs is not None and not any(current.followed):
+        # What is recorded finds weights where they were.
+        if self.graphs is not None and self._current_weights.resident and not any(current.followed):
             output, current.surprises = self.graphs.run(entry, forward, bound, current)
             if output is not None:
                 current.reports = [FrameReport.of(state, None) for state in current.states]
@@ -407,7 +408,7 @@ class Engine:
                         "neuroflow.disable_cache and then enable_cache again"
                     )
             self._current_weights = self._weights_now()
-        self.kernels.countable = self._current_weights.countable
+        self.kernels.countable, self.kernels.resident = self._current_weights.countable, self._current_weights.resident
         if not (unchanged and self.kernels.countable):
             self.kernels.forget()
         return self._current_weights, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -575,9 +576,10 @@ def _refuse_other_methods(anatomy: Anatomy) -> None:
         replaced.update(anatomy.attentions)
     for name, module in anatomy.tower.named_modules():
         own = vars(module)
-        # Hooks of accelerate move inputs and the module's own weights, and its parts have hooks too.
-        harmless = "_hf_hook" in own and all(weight is None for weight in module._parameters.values())
-        if module in replaced and "forward" in own and not harmless:
+        has_other = "forward" in own
+        if "_old_forward" in own:  # a hook of accelerate calls that, where the engine stands
+            has_other = getattr(own["_old_forward"], "__func__", None) is not type(module).forward
+        if module in replaced and has_other:
             raise TypeError(
                 f"{name} has a forward of its own, which would not be called; accepted is that of its class, "
                 f"{type(module).__name__}, or one that is set after enable_cache"

@@ -87,6 +87,7 @@ class Kernels:
 
     Attributes:
         countable: changes of the weights are noticed, so that they may be packed.
+        resident: the weights stay in memory; else nothing is kept of them, and each layer is called.
         exploring: ways that may be the fastest take turns; else what is not known goes the way of the nearest number of
             rows.
         trying: set wherever a call served to find the fastest way.
@@ -95,6 +96,7 @@ class Kernels:
     def __init__(self, only: str = "measured") -> None:
         self._only = None if only == "measured" else only
         self.countable = True
+        self.resident = True
         self.exploring = True
         self.trying = False
         self._layers: dict[tuple[nn.Module, torch.dtype], Layer | None] = {}
@@ -120,7 +122,7 @@ class Kernels:
 
     def layer(self, module: nn.Linear, forward: Callable, tokens: torch.Tensor, dtype: torch.dtype) -> Layer | None:
         """A linear layer with its weights in `dtype`; None where only its `forward` knows what it computes."""
-        if torch.is_autocast_enabled(tokens.device.type):
+        if not self.resident or torch.is_autocast_enabled(tokens.device.type):
             return None
         key = module, dtype
         if key not in self._layers:
