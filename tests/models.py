@@ -188,6 +188,7 @@ dinov2 = {"mlp_ratio": 2, "layerscale_value": 0.3}
 relative = {"use_relative_position_bias": True, "use_mask_token": False}
 # Windows that do not tile 6 x 6 patches; of those of 5 x 5, one holds a single patch.
 sam = {"mlp_ratio": 2.0, "output_channels": 32, "window_size": 4, "global_attn_indexes": [1, 3]}
+sam3 = {"pretrain_image_size": 24, "window_size": 4, "global_attn_indexes": [1, 3]}
 vitdet = {"mlp_ratio": 2, "window_size": 5, "window_block_indices": [0, 2], "use_relative_position_embeddings": True}
 FAMILIES = {
     "siglip": of("SiglipVision", interpolated),
@@ -205,6 +206,7 @@ FAMILIES = {
     "aimv2": of("Aimv2Vision", plain, sizes=False),
     "internvl": Tiny(_internvl, plain),
     "sam": of("SamVision", plain, sizes=False, **sam)._replace(architectures="ACDE"),
+    "sam 3": of("Sam3ViT", plain, sizes=False, **sam3)._replace(architectures="ACDE"),
     "vitdet": of("VitDet", plain, **vitdet)._replace(architectures="ACDE"),
     # Found by their structure: images end to end, positions added to scores, a class token behind the patches, rows of
     # patches with their places.

@@ -1,20 +1,20 @@
-"""SAM and ViTDet: a partial frame against loops over windows and tokens, and which models are taken."""
+"""SAM and ViTDet: a partial frame against loops over windows and tokens; copies of SAM, and which models are taken."""
 
+import importlib
 import itertools
 import operator
 
 import neuroflow
 import pytest
 import torch
-from models import PATCH, SIZES, clip, exact, inputs, tiny
+from models import PATCH, SIZES, OldRows, clip, exact, inputs, sam, tiny
 from neuroflow.adapters import describe
+from torch.utils._pytree import tree_leaves
 from transformers import (
     Sam2HieraDetConfig,
     Sam2VisionConfig,
     Sam2VisionModel,
     SamConfig,
-    SamHQVisionConfig,
-    SamHQVisionModel,
     SamMaskDecoderConfig,
     SamModel,
     SamPromptEncoderConfig,
@@ -179,13 +179,83 @@ def test_sam_is_found_below_its_mask_decoder():
             torch.testing.assert_close(model(frame[None], input_points=points).pred_masks, masks)
 
 
-@pytest.mark.parametrize("name", ["SAM-HQ", "SAM 2"])
-def test_relatives_of_sam_are_not_taken_for_it(name):
-    if name == "SAM-HQ":
-        settings = tiny("sam").config.to_dict() | {"model_type": "sam_hq_vision_model"}
-        model = SamHQVisionModel(SamHQVisionConfig(**settings))
-    else:
-        hiera = Sam2HieraDetConfig(hidden_size=16, blocks_per_stage=[1, 1, 1, 1], global_attention_blocks=[])
-        model = Sam2VisionModel(Sam2VisionConfig(backbone_config=hiera))
+def test_sam_2_is_not_taken_for_sam():
+    hiera = Sam2HieraDetConfig(hidden_size=16, blocks_per_stage=[1, 1, 1, 1], global_attention_blocks=[])
     with pytest.raises(TypeError, match="has no vision tower that NeuroFlow knows"):
-        describe(model)
+        describe(Sam2VisionModel(Sam2VisionConfig(backbone_config=hiera)))
+
+
+COPIES = {
+    "sam_hq": "SamHQVisionEncoder",
+    "got_ocr2": "GotOcr2VisionEncoder",
+    "deepseek_ocr2": "DeepseekOcr2SamVisionEncoder",
+    "unlimited_ocr": "UnlimitedOcrSamVisionEncoder",
+    "pp_formulanet": "PPFormulaNetVisionModel",
+    "slanext": "SLANeXtVisionEncoder",
+}
+ANY_SIZE = ("deepseek_ocr2", "unlimited_ocr")
+SOFTMAX_IN_FLOAT32 = ("got_ocr2", "pp_formulanet", "slanext")
+
+
+def copied(name):
+    """A random tower of transformers that is SAM's under another name, float64, for 48 x 48 pixels."""
+    try:
+        tower = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), COPIES[name])
+    except ModuleNotFoundError:
+        pytest.skip(f"this release of transformers has no {name}")
+    sizes = {"image_size": 48, "patch_size": PATCH, "mlp_dim": 128, "downsample_channels": [16, 16]}
+    torch.manual_seed(0)
+    model = tower(tower.config_class(**SIZES, **sam, **sizes, post_conv_in_channels=sam["output_channels"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval().double()
+
+
+def tensors(output):
+    return [value for value in tree_leaves(output) if value.is_floating_point()]
+
+
+@pytest.mark.parametrize("size", [(48, 48), (32, 64)])
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_of_sam(name, size):
+    """All that they give, as SAM-HQ's maps of blocks without windows."""
+    if size != (48, 48) and name not in ANY_SIZE:
+        pytest.skip(f"{name} takes its native size only")
+    model, frames = copied(name), clip(frames=3, size=size).double()
+    dense = [tensors(model(frame[None])) for frame in frames]
+    sparse, active = [], []
+    for settings in ({"threshold": 0}, {"threshold": 1e-4}):
+        neuroflow.enable_cache(model, exact(**settings))
+        for frame in frames:
+            sparse.append(tensors(model(frame[None])))
+            active.append(neuroflow.summary(model).streams["default"].active)
+        neuroflow.disable_cache(model)
+    assert [int(each.sum()) for each in active] == [*[active[0].numel()] * 4, 4, 4]
+    reference = OldRows(describe(model))
+    old = []
+    for frame, now in zip(frames, active[3:], strict=True):
+        reference.active = now
+        old.append(tensors(model(frame[None])))
+    for ours, theirs in zip(sparse, dense + old, strict=True):
+        for each, expected in zip(ours, theirs, strict=True):
+            tolerance = 1e-7 if name in SOFTMAX_IN_FLOAT32 else 1e-9
+            torch.testing.assert_close(each, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+    assert len(dense[0]) == {"sam_hq": 3, "pp_formulanet": 2}.get(name, 1)
+
+
+class Mixing(torch.nn.Sequential):
+    """An MLP that sees more than one token."""
+
+    def forward(self, tokens):
+        mixed = super().forward(tokens)
+        return mixed + mixed.flatten(0, -2).mean(0)
+
+
+def test_a_copy_of_sam_that_does_more_is_refused():
+    model = tiny("sam")
+    layer = describe(model).layers[2]
+    layer.mlp = Mixing(layer.mlp)
+    with pytest.raises(TypeError, match="it would not compute the same: a partial frame differs: last_hidden_state by"):
+        neuroflow.enable_cache(model)
+    assert not neuroflow.is_patched(model)

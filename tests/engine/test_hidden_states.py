@@ -138,6 +138,32 @@ def of_both_sizes(model, frame):
     return logits(high_res_pixel_values=larger)(model, frame)
 
 
+SAM = {"hidden_size": 64, "output_channels": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_dim": 128}
+SAM |= {"window_size": 4, "global_attn_indexes": [1, 3]} | IMAGE
+
+
+def sam_hq():
+    prompts = {"hidden_size": 32, "mask_input_channels": 4} | IMAGE
+    decoder = {"hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 32, "vit_dim": 64}
+    vision = SAM | {"num_pos_feats": 16}
+    config = installed("SamHQConfig")
+    return installed("SamHQModel")(
+        config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    )
+
+
+def masks(model, frame):
+    return [model(frame, input_points=torch.full((1, 1, 1, 2), 20.0).double()).pred_masks]
+
+
+def deepseek_ocr2():
+    """Of its two towers the second one takes what the first one makes of patches."""
+    encoder = TEXT | {"max_position_embeddings": 512}
+    sam = SAM | {"downsample_channels": [16, 32]}
+    config = installed("DeepseekOcr2VisionConfig")(sam_config=sam, encoder_config=encoder)
+    return installed("DeepseekOcr2VisionModel")(config)
+
+
 placeholders = {"image_token_index": 5, "video_token_index": 6, "image_grid_pinpoints": [[48, 48]]}
 tiles = {"tokens": 2 * PATCHES + 6, "shape": (1, 2, 3, 48, 48), "image_sizes": GRID}
 one_frame = {"place": 6, "name": "pixel_values_videos", "shape": (1, 1, 3, 48, 48)}
@@ -173,6 +199,8 @@ CASES = {
         language_model("VideoLlava", image_token_index=5, video_token_index=6), logits(name="pixel_values_images")
     ),
     "deepseek-vl hybrid": Case(hybrid, of_both_sizes),
+    "sam-hq": Case(sam_hq, masks),
+    "deepseek-ocr 2": Case(deepseek_ocr2, lambda model, frame: [model(frame).last_hidden_state]),
 }
 
 

@@ -19,7 +19,7 @@ from .timm import vision_transformer
 from .tracing import in_evaluation
 from .tubelets import tubelets
 from .vit import vit, vit_mae
-from .windowed import sam, vitdet
+from .windowed import has_windows, sam, sam3, vitdet
 
 Adapter = Callable[[nn.Module], Anatomy]
 ENGINE = "_neuroflow_engine"  # the attribute of a patched tower that holds its engine
@@ -65,7 +65,8 @@ FAMILIES = (
     Family("DINOv3 ViT", "transformers", ("DINOv3ViTEmbeddings",), dinov3),
     Family("AIMv2", "transformers", ("Aimv2VisionEmbeddings",), aimv2),
     Family("InternVL", "transformers", ("InternVLVisionEmbeddings",), internvl),
-    Family("SAM image encoder", "transformers", ("SamVisionEncoder",), sam, "ACDE"),
+    Family("Any SAM image encoder", "transformers", has_windows, sam, "ACDE"),
+    Family("SAM 3 image encoder", "transformers", ("Sam3ViTModel",), sam3, "ACDE"),
     Family("ViTDet", "transformers", ("VitDetEmbeddings",), vitdet, "ACDE"),
     Family("Qwen2.5-VL", "transformers", ("Qwen2_5_VisionTransformerPretrainedModel",), ragged, "ACDE"),
     Family("Qwen3-VL", "transformers", ("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel"), ragged, "ACDE"),

@@ -152,7 +152,7 @@ def _seen(tower: nn.Module, blocks: nn.Module) -> tuple[Images | Rows, Grid, Tra
 
 def _sizes(tower: nn.Module, form: Images | Rows) -> Iterator[Grid]:
     """Heights and widths of frames that the tower may take, the likeliest first."""
-    own = _own_sizes(tower)
+    own = own_sizes(tower)
     few = [size for size in own if math.prod(form.grid(size)) <= MOST_TOKENS]
     usual = (USUAL[0] * form.patch[0], USUAL[1] * form.patch[1])
     counts = {
@@ -166,7 +166,7 @@ def _sizes(tower: nn.Module, form: Images | Rows) -> Iterator[Grid]:
     yield from dict.fromkeys([*few, *([] if few else [usual]), *own, *squares, usual])
 
 
-def _own_sizes(tower: nn.Module) -> list[Grid]:
+def own_sizes(tower: nn.Module) -> list[Grid]:
     """Sizes of frames that the tower and its parts name as their own."""
     sizes = []
     for module in tower.modules():
