@@ -75,9 +75,16 @@ def _in_order(anatomy: Anatomy, frame: dict[str, Any], active: torch.Tensor) -> 
 
 
 def _attributes(tower: nn.Module) -> list[Any]:
-    """What a tower's modules hold, by identity, apart from what was learned of their own methods."""
+    """What a tower's modules hold, by identity, apart from what was learned of their own methods.
+
+    Tensors are left out, as a normed weight is made anew in each pass.
+    """
     return [
-        {name: len(value) if name.endswith("_hooks") else id(value) for name, value in vars(module).items()}
+        {
+            name: len(value) if name.endswith("_hooks") else id(value)
+            for name, value in vars(module).items()
+            if not isinstance(value, torch.Tensor)
+        }
         for module in tower.modules()
     ]
 
