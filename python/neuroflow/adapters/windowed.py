@@ -7,7 +7,7 @@ position has the biases of the projection for its key and value.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
