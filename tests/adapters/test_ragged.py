@@ -230,6 +230,17 @@ def test_the_example_differs_where_it_says(name):
     assert active.flatten().nonzero()[:, 0].tolist() == numbers
 
 
+@pytest.mark.filterwarnings("ignore:neuroflow. .* has the attention implementation:RuntimeWarning")
+def test_a_tower_that_is_loaded_with_the_implementation_is_patched():
+    kind, model = tower("qwen2_vl")
+    picture = clip(kind)[0][0]
+    model.set_attn_implementation("neuroflow")
+    frames = [encoded_unpatched(model, kind, picture) for _ in range(3)]
+    (report,) = neuroflow.last_pass(model)
+    assert (neuroflow.summary(model).streams["default"].frames, report.key_frame) == (2, None)
+    assert_same(frames[2], frames[0])
+
+
 TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
 TEXT |= {"num_key_value_heads": 2, "vocab_size": 200, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 MARKS = {"vision_start_token_id": 192, "vision_end_token_id": 193, "image_token_id": 190, "video_token_id": 191}

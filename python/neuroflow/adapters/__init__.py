@@ -1,5 +1,6 @@
 """What the engine needs to know of a model: where its parts are. One file for each kind of tower."""
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Callable
 from typing import NamedTuple
@@ -156,7 +157,8 @@ def describe(model: nn.Module, tower: str | None = None) -> Anatomy:
     if engine is not None:
         return engine.anatomy
     try:
-        return family.adapter(module)
+        anatomy = family.adapter(module)
+        return anatomy if callable(family.found_by) else dataclasses.replace(anatomy, example=None)
     except AttributeError as error:
         library = family.library
         if family in FAMILIES:
