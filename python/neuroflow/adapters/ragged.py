@@ -138,9 +138,9 @@ def ragged(tower: nn.Module) -> Anatomy:
         return of_frames
 
     def example(differing: Iterable[int]) -> dict[str, Any]:
-        # Of what merges later than the order of its patches says too, and of more than one window.
-        unit = math.lcm(*_merges(tower))
-        size = 4 if layout.side is None else layout.side * layout.merge // unit + 1
+        # What merges patches behind the blocks may ask for more than their order says. More than one window is made.
+        unit = math.lcm(4 * layout.merge, *_merges(tower))
+        size = 1 if layout.side is None else layout.side * layout.merge // unit + 1
         made = (size * unit, (size + 1) * unit)
         generator = torch.Generator().manual_seed(0)
         first, other = torch.randn(2, made[0] * made[1], *layout.row, generator=generator)
