@@ -66,7 +66,8 @@ FAMILIES = (
     Family("DINOv3 ViT", "transformers", ("DINOv3ViTEmbeddings",), dinov3),
     Family("AIMv2", "transformers", ("Aimv2VisionEmbeddings",), aimv2),
     Family("InternVL", "transformers", ("InternVLVisionEmbeddings",), internvl),
-    Family("Any SAM image encoder", "transformers", has_windows, sam, "ACDE"),
+    Family("SAM image encoder", "transformers", ("SamVisionEncoder",), sam, "ACDE"),
+    Family("Any copy of SAM's image encoder", "transformers", has_windows, sam, "ACDE"),
     Family("SAM 3 image encoder", "transformers", ("Sam3ViTModel",), sam3, "ACDE"),
     Family("ViTDet", "transformers", ("VitDetEmbeddings",), vitdet, "ACDE"),
     Family("Qwen2.5-VL", "transformers", ("Qwen2_5_VisionTransformerPretrainedModel",), ragged, "ACDE"),
@@ -158,7 +159,8 @@ def describe(model: nn.Module, tower: str | None = None) -> Anatomy:
         return engine.anatomy
     try:
         anatomy = family.adapter(module)
-        return anatomy if callable(family.found_by) else dataclasses.replace(anatomy, example=None)
+        is_known = family in FAMILIES and isinstance(family.found_by, tuple)
+        return dataclasses.replace(anatomy, example=None) if is_known else anatomy
     except AttributeError as error:
         library = family.library
         if family in FAMILIES:
