@@ -96,6 +96,11 @@ def clips(frames):
     return {"pixel_values": torch.stack((quarters, quarters / 2), 2).flatten(1, 2)}  # [S, 8, 3, H / 2, W / 2]
 
 
+def videos(frames):
+    """`clips`, under the name that V-JEPA 2 has for them."""
+    return {"pixel_values_videos": clips(frames)["pixel_values"]}
+
+
 def installed(name):
     """The class `name` of transformers; skips the test where the installed release has none."""
     if not hasattr(transformers, name):
@@ -152,6 +157,12 @@ def of_clips(name, **settings):
         return installed(f"{name}Model")(config)
 
     return Tiny(make, clips, sizes=False)
+
+
+def _vjepa2(size):
+    config = {"crop_size": size // 2, "patch_size": PATCH, "frames_per_clip": 8, "tubelet_size": 2, "mlp_ratio": 2}
+    predictor = {"pred_hidden_size": 32, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 2}
+    return installed("VJEPA2Model")(installed("VJEPA2Config")(**SIZES, **config, **predictor))
 
 
 def of_timm(model, **settings):
@@ -218,6 +229,7 @@ FAMILIES = {
     "gemma4": Tiny(_gemma4, placed, architectures="ACDE"),
     "videomae": of_clips("VideoMAE", patch_size=PATCH, tubelet_size=2),
     "vivit": of_clips("Vivit", tubelet_size=[2, PATCH, PATCH]),
+    "vjepa2": Tiny(_vjepa2, videos, architectures="ACDE"),
     "qwen2-vl": Tiny(_qwen2, merged_pairs, architectures="ACDE"),
     "qwen2.5-vl": Tiny(
         lambda size: Qwen2_5_VisionTransformerPretrainedModel(qwen2_5_config()), merged_pairs, architectures="ACDE"

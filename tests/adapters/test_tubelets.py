@@ -1,9 +1,9 @@
-"""VideoMAE and ViViT, whose streams are of clips: which tubelets are encoded, what is refused, and what is on top."""
+"""VideoMAE, ViViT and V-JEPA 2, whose streams are of clips: what is encoded, what is refused, and what is on top."""
 
 import neuroflow
 import pytest
 import torch
-from models import SIZES, clip, clips, exact, smooth_clip, tiny
+from models import SIZES, OldRows, clip, clips, exact, smooth_clip, tiny
 from neuroflow.adapters import describe
 from neuroflow.adapters.anatomy import is_patch_projection
 from neuroflow.engine.projection import patch_windows, project_windows
@@ -15,11 +15,13 @@ from transformers import (
     VideoMAEModel,
     VivitConfig,
     VivitForVideoClassification,
+    VJEPA2Config,
+    VJEPA2ForVideoClassification,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILIES = ("videomae", "vivit")
+FAMILIES = ("videomae", "vivit", "vjepa2")
 
 
 def encoded(model, *pixels):
@@ -27,7 +29,7 @@ def encoded(model, *pixels):
     found = []
     with torch.inference_mode():
         for each in pixels:
-            model(pixel_values=each[None])
+            model(each[None])
             active = neuroflow.summary(model).streams["default"].active
             found.append(active.unflatten(0, (-1, 3)).nonzero().tolist())
     return found
@@ -85,7 +87,7 @@ def test_what_is_no_clip_is_refused(family):
     model = tiny(family)
     neuroflow.enable_cache(model)
     for shape in ((8, 3, 24, 24), (1, 3, 8, 24, 24), (1, 8, 3, 24)):
-        with pytest.raises(ValueError, match=r"pixel_values has shape .*; accepted is \[S, T, 3, H, W\]"):
+        with pytest.raises(ValueError, match=r"pixel_values\w* has shape .*; accepted is \[S, T, 3, H, W\]"):
             model(torch.zeros(shape))
 
 
@@ -124,20 +126,30 @@ def of_vivit():
     return VivitForVideoClassification(config)
 
 
+def of_vjepa2():
+    sizes = {"crop_size": 24, "patch_size": 8, "frames_per_clip": 8, "mlp_ratio": 2, "pred_num_hidden_layers": 1}
+    return VJEPA2ForVideoClassification(VJEPA2Config(**SIZES, **sizes, num_labels=10, initializer_range=0.08))
+
+
 @pytest.mark.parametrize(
     ("make", "tower"),
-    [(lambda: of_videomae(True), "videomae"), (lambda: of_videomae(False), "videomae"), (of_vivit, "vivit")],
-    ids=["videomae, mean", "videomae, first token", "vivit"],
+    [
+        (lambda: of_videomae(True), "videomae"),
+        (lambda: of_videomae(False), "videomae"),
+        (of_vivit, "vivit"),
+        (of_vjepa2, "vjepa2.encoder"),
+    ],
+    ids=["videomae, mean", "videomae, first token", "vivit", "vjepa2"],
 )
 def test_a_classifier_reads_all_tubelets(make, tower):
     torch.manual_seed(0)
     model = make().eval()
-    assert describe(model).tower is getattr(model, tower)
+    assert describe(model).tower is model.get_submodule(tower)
     frames = smooth_clip()
 
     def logits():
         with torch.inference_mode():
-            return torch.cat([model(**clips(frame[None])).logits for frame in frames])
+            return torch.cat([model(clips(frame[None])["pixel_values"]).logits for frame in frames])
 
     dense = logits()
     for arch in "ACDE":
@@ -149,3 +161,28 @@ def test_a_classifier_reads_all_tubelets(make, tower):
     assert int(neuroflow.summary(model).streams["default"].active.sum()) == 18
     assert torch.cosine_similarity(sparse, dense).min() >= 0.98
     assert not torch.equal(sparse, dense)
+
+
+@pytest.mark.parametrize("size", [(1, 24, 24), (6, 16, 40)])
+def test_v_jepa_s_predictor_reads_old_tokens_where_tubelets_are_inactive(size):
+    """Of an image, which is repeated, and of a clip of another size than the model's, in whose grid it counts."""
+    times, *size = size
+    model = tiny("vjepa2").double()
+    frames = clip(frames=4 * times, size=size, changed=2).double().split(times)
+
+    def run(pixels):
+        with torch.inference_mode():
+            output = model(pixels[None])
+        return output.last_hidden_state, output.predictor_output.last_hidden_state
+
+    neuroflow.enable_cache(model, exact(arch="E", threshold=1e-4))
+    sparse, active = [], []
+    for frame in frames:
+        sparse.append(run(frame))
+        active.append(neuroflow.summary(model).streams["default"].active)
+    neuroflow.disable_cache(model)
+    reference = OldRows(describe(model))
+    for frame, ours, reference.active in zip(frames, sparse, active, strict=True):
+        for mine, other in zip(ours, run(frame), strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+    assert 0 < active[-1].sum() < active[-1].numel()

@@ -9,7 +9,7 @@ import neuroflow
 import pytest
 import torch
 from host_graph import HostGraph, memory, tensors
-from models import clip, exact, inputs, tiny
+from models import FAMILIES, clip, exact, inputs, tiny
 from neuroflow.engine import gate, graphs, projection
 from neuroflow.engine.projection import project_windows
 from neuroflow.patch import engine_of
@@ -18,7 +18,7 @@ from neuroflow.weights import write
 LADDER = (4, 8, 16)
 PLAIN = (
     "siglip", "clip", "vit", "deit", "ijepa", "vit_mae", "dinov2 with registers", "dinov3", "aimv2", "internvl",
-    "videomae", "vivit",
+    "videomae", "vivit", "vjepa2",
 )  # fmt: skip
 
 
@@ -133,8 +133,7 @@ def test_disabling_gives_the_memory_of_graphs_back_at_once(clock):
         gc.enable()
 
 
-@pytest.mark.parametrize("arch", ["A", "B", "C", "D", "E"])
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize(("family", "arch"), [(each, arch) for each in PLAIN for arch in FAMILIES[each].architectures])
 def test_recorded_frames_equal_launched_ones(clock, family, arch):
     """The first is a key frame, the second is done as it is, the third recorded, timed by a replay, and replayed."""
     frames = torch.cat([clip(frames=6, changed=5), clip(frames=6, changed=5)[-1:]])[:, None]

@@ -18,7 +18,7 @@ from .ragged import is_ragged, ragged
 from .siglip import siglip
 from .timm import vision_transformer
 from .tracing import in_evaluation
-from .tubelets import tubelets
+from .tubelets import tubelets, vjepa2
 from .vit import vit, vit_mae
 from .windowed import has_windows, sam, sam3, vitdet
 
@@ -74,6 +74,7 @@ FAMILIES = (
     Family("Qwen3-VL", "transformers", ("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel"), ragged, "ACDE"),
     Family("VideoMAE", "transformers", ("VideoMAEEmbeddings",), tubelets),
     Family("ViViT", "transformers", ("VivitEmbeddings",), tubelets),
+    Family("V-JEPA 2", "transformers", ("VJEPA2Embeddings",), vjepa2, "ACDE"),
     Family("VisionTransformer", "timm", ("VisionTransformer", "VisionTransformerDistilled"), vision_transformer),
     Family("Eva", "timm", ("Eva",), vision_transformer),
     Family("Any tower of images end to end", "transformers", is_ragged, ragged, "ACDE"),

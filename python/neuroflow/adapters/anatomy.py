@@ -39,7 +39,8 @@ class Anatomy:
             as positions interpolated to a size; it is kept.
         positions: arguments of the blocks that hold something of each token, as rotary positions, and for each a
             function (its value, take) -> the value for packed tokens, where take(tensor [tokens, *], fill) gives the
-            rows of packed tokens; `fill` is what a tensor without rows for the prefix has there.
+            rows of packed tokens; `fill` is what a tensor without rows for the prefix has there. take(None, fill) gives
+            their numbers instead, int32 [M], for blocks that count where all tokens come.
         attention: (module, attend, the forward's own arguments) -> what the forward of one of `attentions` returns,
             for towers that do not call transformers' attention interface. `attend` is `engine.attention.attend` without
             its first two arguments.

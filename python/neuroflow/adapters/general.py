@@ -234,6 +234,8 @@ def _positions(seen: Trace, others: int) -> tuple[tuple[str, Callable[[Any, Call
 
 def _pack(dims: list[int | None], value: Any, take: Callable) -> Any:
     """The rows of the tensors in `value`, along a dimension of each, for packed tokens; those of frames are one."""
+    if value is None:  # as some blocks take
+        return None
     leaves, spec = tree_flatten(value)
     for number, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
         fill = 1.0 - number  # a cosine, and a sine, of what is not turned

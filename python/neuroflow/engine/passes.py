@@ -307,14 +307,16 @@ class Pass:
 
     def pack_positions(self, name: str, pack: Callable[[Any, Callable], Any], value: Any) -> Any:
         """The value of one of `Anatomy.positions`, for the packed tokens."""
-        if value is None:
-            return None
         if name not in self.positions or self.positions[name][0] is not value:
             self.positions[name] = value, pack(value, self._take)
         return self.positions[name][1]
 
-    def _take(self, table: torch.Tensor, fill: float) -> torch.Tensor:
-        """The rows of packed tokens, of a table for one entry or for all, with rows for the prefix or without."""
+    def _take(self, table: torch.Tensor | None, fill: float) -> torch.Tensor:
+        """The rows of packed tokens, of a table for one entry or for all, with rows for the prefix or without; of None,
+        their numbers among all tokens of their entry.
+        """
+        if table is None:
+            return torch.cat(self.rows)
         entries, prefix, rows = len(self.states), self.plan.anatomy.prefix, self.shape[:-1].numel()
         if len(table) == rows:
             return table[self.index]

@@ -90,7 +90,8 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
         rows = [found[entry] for entry in range(len(windows))]
     else:  # it would be waited for, and loses little by projecting all
         rows = [project_windows(projection, own) for own in windows]
-    shared = len(rows) == 1 and not projection._forward_hooks  # which may change it in place
+    # A hook may change it in place; and it may be the first of the hidden states, which the next frame must not change.
+    shared = len(rows) == 1 and not projection._forward_hooks and not current.asked
     projected = rows[0] if shared else torch.cat(rows)
     counts = [length // size for length, size in zip(pixels.shape[2:], projection.kernel_size, strict=True)]
     current.projected = projected.transpose(1, 2).unflatten(2, counts)
