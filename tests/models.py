@@ -165,6 +165,17 @@ def _vjepa2(size):
     return installed("VJEPA2Model")(installed("VJEPA2Config")(**SIZES, **config, **predictor))
 
 
+def of_eomt(name, inputs, **settings):
+    """`name`ForUniversalSegmentation of transformers, whose queries are joined in front of the last of four blocks."""
+    sizes = {"patch_size": PATCH, "num_blocks": 1, "num_queries": 5, "num_register_tokens": 2, "num_upscale_blocks": 1}
+
+    def make(size):
+        config = installed(f"{name}Config")(**SIZES, image_size=size, layerscale_value=0.3, **sizes | settings)
+        return installed(f"{name}ForUniversalSegmentation")(config)
+
+    return Tiny(make, inputs, sizes=False, architectures="ACDE")
+
+
 def of_timm(model, **settings):
     """A tower of timm, of the sizes that all have here; it takes any size if `dynamic_img_size` is among `settings`."""
     module = {"VisionTransformer": "vision_transformer", "VisionTransformerDistilled": "deit", "Eva": "eva"}[model]
@@ -230,6 +241,9 @@ FAMILIES = {
     "videomae": of_clips("VideoMAE", patch_size=PATCH, tubelet_size=2),
     "vivit": of_clips("Vivit", tubelet_size=[2, PATCH, PATCH]),
     "vjepa2": Tiny(_vjepa2, videos, architectures="ACDE"),
+    "eomt": of_eomt("Eomt", plain, mlp_ratio=2),
+    "eomt with dinov3": of_eomt("EomtDinov3", plain),
+    "videomt": of_eomt("Videomt", lambda frames: {"pixel_values_videos": frames[:, None]}, mlp_ratio=2),
     "qwen2-vl": Tiny(_qwen2, merged_pairs, architectures="ACDE"),
     "qwen2.5-vl": Tiny(
         lambda size: Qwen2_5_VisionTransformerPretrainedModel(qwen2_5_config()), merged_pairs, architectures="ACDE"

@@ -11,6 +11,7 @@ from .aimv2 import aimv2
 from .anatomy import Anatomy, Grid
 from .clip import clip
 from .dino import dinov2, dinov3
+from .eomt import eomt, videomt
 from .general import general, towers_by_structure
 from .internvl import internvl
 from .missing import missing_parts
@@ -75,6 +76,8 @@ FAMILIES = (
     Family("VideoMAE", "transformers", ("VideoMAEEmbeddings",), tubelets),
     Family("ViViT", "transformers", ("VivitEmbeddings",), tubelets),
     Family("V-JEPA 2", "transformers", ("VJEPA2Embeddings",), vjepa2, "ACDE"),
+    Family("EoMT, on DINOv2 and DINOv3", "transformers", ("EomtEmbeddings", "EomtDinov3Embeddings"), eomt, "ACDE"),
+    Family("VidEoMT", "transformers", ("VideomtEmbeddings",), videomt, "ACDE"),
     Family("VisionTransformer", "timm", ("VisionTransformer", "VisionTransformerDistilled"), vision_transformer),
     Family("Eva", "timm", ("Eva",), vision_transformer),
     Family("Any tower of images end to end", "transformers", is_ragged, ragged, "ACDE"),
