@@ -6,14 +6,13 @@ through the unpatched one whose blocks are handed, and give, their old tokens wh
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten_with_path
 
 from .adapters import Anatomy, in_evaluation
 from .attributes import Replaced
@@ -102,13 +101,14 @@ def _compare(kind: str, ours: Any, expected: Any) -> None:
             raise Disproven(f"{kind} differs: {name} by {off / largest if largest else off:.2g} of its largest value")
 
 
-def _tensors(output: Any) -> list[tuple[str, torch.Tensor]]:
-    leaves, _ = tree_flatten_with_path(output)
-    return [
-        (".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf)
-        for path, leaf in leaves
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-    ]
+def _tensors(output: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of floats in what a tower returns, and where they are in it."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield path, output
+    elif isinstance(output, Mapping | tuple | list):
+        for key, value in output.items() if isinstance(output, Mapping) else enumerate(output):
+            yield from _tensors(value, f"{path}.{key}" if path else str(key))
 
 
 class _OldTokens:

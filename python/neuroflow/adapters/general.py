@@ -221,6 +221,8 @@ def _positions(seen: Trace, others: int) -> tuple[tuple[str, Callable[[Any, Call
     """`Anatomy.positions`: the arguments of the blocks that have rows for tokens."""
     tokens, found = seen.tokens.shape[1:-1].numel(), []
     for name, value in seen.arguments.items():
+        if "mask" in name:  # of whole frames; attention between packed tokens needs none
+            continue
         leaves, _ = tree_flatten(value)
         dims = [_dim_of_tokens(leaf, {tokens, tokens - others}) for leaf in leaves]
         lengths = {leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None}
@@ -247,13 +249,10 @@ def _pack(dims: list[int | None], value: Any, take: Callable) -> Any:
 
 
 def _dim_of_tokens(leaf: Any, lengths: set[int]) -> int | None:
-    """The dimension of a block's argument along which it has rows for tokens; None for masks, and what has none."""
+    """The dimension of a block's argument along which it has rows for tokens."""
     if not isinstance(leaf, torch.Tensor):
         return None
-    dims = [dim for dim, length in enumerate(leaf.shape) if length in lengths]
-    if len(dims) > 1 and dims[-1] == leaf.ndim - 1 and dims[-2] == leaf.ndim - 2:
-        return None
-    return dims[0] if dims else None
+    return next((dim for dim, length in enumerate(leaf.shape) if length in lengths), None)
 
 
 def _attention(calls: dict[nn.Module, Call], module: nn.Module, attend: Callable, *args: Any, **kwargs: Any) -> Any:
