@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from neuroflow.adapters.anatomy import by_name
 from PIL import Image
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -307,12 +308,20 @@ class OldRows:
 
     Args:
         anatomy: of the tower. It stays as long as the model lives.
+        streams: how many take turns at the frames.
+
+    `active` is bool [rows, columns] of the frame at hand, or [frames, rows, columns].
     """
 
-    def __init__(self, anatomy):
-        self.anatomy, self.active, self.held = anatomy, None, {}
+    def __init__(self, anatomy, streams=1):
+        self.anatomy, self.streams, self.active, self.held, self.order = anatomy, streams, None, {}, None
         for layer in anatomy.layers:  # inside of whatever captures hidden states
             layer.forward = functools.partial(self.run, layer, layer.forward)
+        if anatomy.order is not None:
+            anatomy.tower.register_forward_pre_hook(self.see, with_kwargs=True)
+
+    def see(self, tower, args, kwargs):
+        self.order = self.anatomy.order(by_name(inspect.signature(tower.forward).bind(*args, **kwargs)))
 
     def run(self, layer, forward, *args, **kwargs):
         tokens, *args = args or [kwargs.pop(next(iter(inspect.signature(forward).parameters)))]
@@ -324,16 +333,23 @@ class OldRows:
         return self.mixed(layer, output)
 
     def mixed(self, name, tokens):
-        """`active` is [rows, columns] of the frame at hand, in the order of the tower's tokens."""
-        if tokens.ndim == 4:  # a map, with channels first or last
-            fresh = self.active[None, :, :, None] if tokens.shape[1:3] == self.active.shape else self.active
-        else:
-            prefix, suffix = (
-                torch.ones(count, dtype=torch.bool) for count in (self.anatomy.prefix, self.anatomy.suffix)
-            )
-            fresh = torch.cat((prefix, self.active.flatten(), suffix))[:, None]
-        self.held[name] = torch.where(fresh, tokens, self.held.get(name, tokens))
-        return self.held[name]
+        frames = tokens if tokens.ndim == 4 else tokens.reshape(self.active[..., 0, 0].numel(), -1, tokens.shape[-1])
+        mixed = []
+        for number, frame in enumerate(frames):
+            fresh, key = self.fresh(number, frame), (name, number % self.streams)
+            self.held[key] = torch.where(fresh, frame, self.held.get(key, frame))
+            mixed.append(self.held[key])
+        return torch.stack(mixed).view_as(tokens)
+
+    def fresh(self, number, frame):
+        """Where the tokens of a frame, or its map with channels first or last, are new."""
+        active = self.active if self.active.ndim == 2 else self.active[number]
+        if frame.ndim == 3:
+            return active[:, :, None] if frame.shape[:2] == active.shape else active
+        active = active.flatten() if self.order is None else active.flatten()[self.order[number]]
+        fresh = torch.ones(len(frame), dtype=torch.bool)
+        fresh[self.anatomy.prefix :][: len(active)] = active
+        return fresh[:, None]
 
 
 def inputs(family, pixels):
