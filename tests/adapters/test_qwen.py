@@ -1,19 +1,12 @@
-"""The vision towers of Qwen2.5-VL and Qwen3-VL: windows, merge order, deepstack, and their place in the whole model."""
+"""The vision towers of Qwen2.5-VL and Qwen3-VL: windows, merge order and deepstack."""
 
 import copy
-import inspect
 
 import neuroflow
 import pytest
 import torch
-from models import PATCH, QWEN, clip, exact, inputs, qwen2_5_config, qwen3_config, tiny
+from models import PATCH, QWEN, clip, exact, inputs, tiny
 from neuroflow.adapters import describe
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeVisionConfig
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
 
@@ -185,56 +178,3 @@ def test_pixels_are_no_signal_where_their_order_is_another():
     for frame in frames:
         encoded(model, "qwen3-vl", frame[None], "a")
     assert int(neuroflow.summary(model).streams["a"].active.sum()) == 4
-
-
-LANGUAGE = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-LANGUAGE |= {"num_key_value_heads": 2, "vocab_size": 100}
-MARKS = {"vision_start_token_id": 96, "vision_end_token_id": 97, "image_token_id": 98, "video_token_id": 99}
-
-
-def whole(family):
-    torch.manual_seed(0)
-    if family == "qwen2.5-vl":
-        rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
-        config = Qwen2_5_VLConfig(
-            text_config={**LANGUAGE, "rope_scaling": rope}, vision_config=qwen2_5_config().to_dict(), **MARKS
-        )
-        return Qwen2_5_VLForConditionalGeneration(config).eval()
-    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
-    config = Qwen3VLConfig(
-        text_config={**LANGUAGE, "head_dim": 16, "rope_scaling": rope}, vision_config=qwen3_config().to_dict(), **MARKS
-    )
-    return Qwen3VLForConditionalGeneration(config).eval()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_whole_model_answers_about_a_stream(family):
-    model, frames = whole(family), clip(frames=2)
-    assert describe(model).tower is model.model.visual
-    typed = "mm_token_type_ids" in inspect.signature(model.forward).parameters  # from transformers 5 on
-
-    def answer(frame):
-        given = inputs(family, frame[None])
-        ids = torch.tensor([[1, 96, *[98] * 9, 97, 2, 3]])
-        kinds = {"mm_token_type_ids": (ids == 98).int()} if typed else {}
-        with torch.inference_mode():
-            return model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                **kinds,
-                pixel_values=given["hidden_states"],
-                image_grid_thw=given["grid_thw"],
-                max_new_tokens=4,
-                do_sample=False,
-                output_scores=True,
-                return_dict_in_generate=True,
-            ).scores
-
-    dense = answer(frames[0])
-    neuroflow.enable_cache(model, exact(threshold=1e-4))
-    with neuroflow.cache_context(model, "a"):
-        key, still, moved = (answer(frame) for frame in frames[[0, 0, 1]])
-    stream = neuroflow.summary(model).streams["a"]
-    assert (stream.frames, stream.key_frames, int(stream.active.sum())) == (3, 1, 4)
-    torch.testing.assert_close((key, still), (dense, dense))
-    assert not torch.equal(moved[0], still[0])
