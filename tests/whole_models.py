@@ -4,10 +4,13 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
-from models import PATCH, QWEN, SIZES, installed, merged_pairs
+import transformers
+from models import PATCH, QWEN, SIZES, installed, merged_pairs, naflex
 from torch import nn
 
+BLOCKS = {"hidden_size": 64, "mlp_ratio": 2, "num_hidden_layers": 4, "num_attention_heads": 4}
 IMAGE = {"image_size": 48, "patch_size": PATCH}
 PATCHES = 36
 TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
@@ -229,6 +232,25 @@ def sam_prompt(frame):
     return pixels(frame) | {"input_points": torch.tensor([[[[20.0, 30.0]]]], dtype=frame.dtype)}
 
 
+def vitpose():
+    sizes = BLOCKS | {"image_size": [48, 48], "patch_size": [PATCH, PATCH]}
+    config = installed("VitPoseBackboneConfig")(**sizes, out_indices=[4])
+    config = installed("VitPoseConfig")(backbone_config=config, num_labels=3, scale_factor=2)
+    return installed("VitPoseForPoseEstimation")(config)
+
+
+def owlv2(**settings):
+    if transformers.__version__.startswith("4."):
+        pytest.skip("the mask of its texts overflows in float64")
+    config = installed("Owlv2Config")(vision_config=SIZES | IMAGE | settings, text_config=WORDS, projection_dim=64)
+    return installed("Owlv2ForObjectDetection")(config)
+
+
+def two_labels(frame):
+    ids = torch.tensor([[1, 7, 9, 2], [1, 8, 2, 0]])
+    return pixels(frame) | {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
 def dual(name, **settings):
     """A picture's embedding, of a model that has one of texts too."""
 
@@ -276,6 +298,43 @@ def of_video_llava(frame):
     return question(PATCHES) | {name: frame}
 
 
+def one_moment(windows):
+    """Those of `merged_pairs`, whose two moments are alike."""
+    return windows.unflatten(1, (3, 2, -1))[:, :, 0].flatten(1)
+
+
+def videollama3_picture(frame):
+    given = merged_picture(frame) | {"image_merge_sizes": torch.tensor([2])}
+    return given | {"pixel_values": one_moment(given["pixel_values"])}
+
+
+def videollama3_clip(frames):
+    given = merged_clip(together=True, token=VIDEO)(frames) | {"video_merge_sizes": torch.tensor([2])}
+    return given | {"pixel_values_videos": one_moment(given["pixel_values_videos"])}
+
+
+def gemma4_patches(frames):
+    """Windows and their (column, row), and 9 more of padding."""
+    windows = torch.nn.functional.pad(naflex(frames)["pixel_values"] / 2 + 0.5, (0, 0, 0, 9))
+    places = torch.cartesian_prod(torch.arange(6), torch.arange(6)).flip(1)
+    places = torch.nn.functional.pad(places, (0, 0, 0, 9), value=-1)
+    return windows, places.expand(len(frames), -1, -1)
+
+
+def gemma4_picture(frame):
+    windows, places = gemma4_patches(frame)
+    return question(4) | {"pixel_values": windows, "image_position_ids": places}
+
+
+def gemma4_clip(frames):
+    windows, places = gemma4_patches(frames)
+    if not takes("Gemma4ForConditionalGeneration", "num_frames_per_video"):
+        windows, places = windows[None], places[None]
+    given = {"pixel_values_videos": windows, "video_position_ids": places}
+    given |= {"num_frames_per_video": torch.tensor([len(frames)])}
+    return question(*[4] * len(frames), token=VIDEO, kind=2) | given
+
+
 def pi0():
     vlm = {"model_type": "paligemma", "vision_config": SIGLIP | {"vision_use_head": False}, "projection_dim": 64}
     vlm |= {"text_config": TEXT | GEMMA, "image_token_id": PICTURE}
@@ -299,8 +358,13 @@ both_named = named | {"video_token_index": VIDEO}
 tiled = both_named | {"image_grid_pinpoints": [[48, 48]]}
 marked = {"image_token_id": PICTURE, "video_token_id": VIDEO}
 marked_qwen = marked | {"vision_start_token_id": START, "vision_end_token_id": END}
+marked_glm = marked | {"image_start_token_id": START, "image_end_token_id": END}
+marked_glm |= {"video_start_token_id": 11, "video_end_token_id": 12}
 several = {"vision_feature_layer": [-2, 1]}
 internvl = {"image_size": [48, 48], "patch_size": [PATCH, PATCH], "layer_scale_init_value": 0.3}
+gemma4 = {"patch_size": PATCH, "num_key_value_heads": 4, "head_dim": 8}
+gemma4 |= {"pooling_kernel_size": 3, "position_embedding_size": 16}
+gemma4_text = {"global_head_dim": 16, "hidden_size_per_layer_input": 0}
 windows = {"window_size": 4 * PATCH, "fullatt_block_indexes": [1, 3]}
 positions = {"num_position_embeddings": PATCHES}
 deepstack = {"deepstack_visual_indexes": [0, 2, 3]}
@@ -312,6 +376,8 @@ def turned(**settings):
     return {"rope_parameters": rope | {"rope_theta": 10000.0}, "rope_scaling": rope}
 
 
+linear = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
+linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_value_heads": 2}
 WHOLE = {
     "dinov2 backbone": backbone("Dinov2"),
     "dinov2 backbone, as they are": backbone("Dinov2", apply_layernorm=False, reshape_hidden_states=False),
@@ -328,6 +394,11 @@ WHOLE = {
     "upernet": Case(upernet, pixels),
     "mask2former": Case(mask2former, pixels, ("masks_queries_logits",)),
     "sam": Case(sam, sam_prompt, ("pred_masks", "iou_scores")),
+    "owlv2": Case(owlv2, two_labels, ("logits", "pred_boxes", "image_embeds")),
+    "owlv2 of another size": Case(
+        lambda: owlv2(image_size=32), lambda frame: two_labels(frame) | interpolated(frame), ("logits", "pred_boxes")
+    ),
+    "vitpose": Case(vitpose, pixels, ("heatmaps",)),
     "clip": dual("CLIP"),
     "siglip": dual("Siglip"),
     "siglip of another size": dual("Siglip", image_size=32)._replace(picture=interpolated),
@@ -353,13 +424,27 @@ WHOLE = {
         language_model("VideoLlava", CLIP, LLAMA, **both_named), of_video_llava, video=about_clip(PATCHES + 1)
     ),
     "deepseek-vl hybrid": Case(hybrid, of_both_sizes),
+    "smolvlm": Case(
+        language_model("SmolVLM", SIZES | IMAGE, LLAMA, image_token_id=PICTURE),
+        lambda frame: about(MERGED)(frame) | {"pixel_values": frame[None]},
+        video=lambda frames: about(MERGED)(frames) | {"pixel_values": frames[None]},
+    ),
     "internvl": Case(
         language_model("InternVL", SIZES | internvl, QWEN2, image_token_id=PICTURE, image_seq_length=MERGED),
         about(MERGED),
         video=about(MERGED),
     ),
     "gemma 3": Case(language_model("Gemma3", SIGLIP, {}, **named, mm_tokens_per_image=MERGED), about(MERGED)),
+    "gemma 4": Case(
+        language_model("Gemma4", SIZES | gemma4, gemma4_text, audio_config=None, **marked),
+        gemma4_picture,
+        video=gemma4_clip,
+    ),
     "paligemma": Case(language_model("PaliGemma", SIGLIP, GEMMA, **named, projection_dim=64), about(PATCHES)),
+    "mistral 3": Case(
+        language_model("Mistral3", {**SIZES, **IMAGE, "model_type": "pixtral"}, {"model_type": "mistral"}, **named),
+        about(MERGED, image_sizes=torch.tensor([[48, 48]])),
+    ),
     "qwen2.5-vl": Case(
         language_model("Qwen2_5_VL", QWEN | windows, turned(), **marked_qwen),
         merged_picture,
@@ -369,6 +454,26 @@ WHOLE = {
         language_model("Qwen3VL", QWEN | positions | deepstack, turned(mrope_interleaved=True), **marked_qwen),
         merged_picture,
         video=merged_clip(token=VIDEO),
+    ),
+    "qwen3.5": Case(
+        language_model(
+            "Qwen3_5",
+            QWEN | positions,
+            linear | turned(mrope_interleaved=True, partial_rotary_factor=1.0),
+            **marked_qwen,
+        ),
+        merged_picture,
+        video=merged_clip(token=VIDEO),
+    ),
+    "glm-4v": Case(
+        language_model("Glm4v", QWEN | {"image_size": 48}, turned(), **marked_glm),
+        merged_picture,
+        video=merged_clip(around=([11], [12])),
+    ),
+    "videollama 3": Case(
+        language_model("VideoLlama3", SIZES | {"patch_size": PATCH}, QWEN2, **marked),
+        videollama3_picture,
+        video=videollama3_clip,
     ),
     "pi0": Case(pi0, two_cameras, streams=2, method="sample_actions"),
 }

@@ -127,7 +127,7 @@ def test_disabling_leaves_the_model_as_it_was(case, model):
     assert_close(run(case, model, FRAMES[0]), dense, 0)
 
 
-@pytest.mark.parametrize("name", ["ViT", "DeiT", "Dinov2", "DINOv3ViT", "InternVLVision"])
+@pytest.mark.parametrize("name", ["ViT", "DeiT", "Dinov2", "DINOv3ViT", "InternVLVision", "Beit"])
 def test_masked_patches_are_refused(name):
     """As they are put in place of patches that the caches hold."""
     config = installed(f"{name}Config")(**SIZES, **IMAGE)
