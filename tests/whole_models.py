@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from models import PATCH, QWEN, SIZES, installed, merged_pairs, naflex
+from models import PATCH, QWEN, SIZES, clips, installed, merged_pairs, naflex
 from torch import nn
 
 BLOCKS = {"hidden_size": 64, "mlp_ratio": 2, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -215,6 +215,22 @@ def mask2former():
     return installed("Mask2FormerForUniversalSegmentation")(config)
 
 
+def eomt():
+    config = installed("EomtConfig")(
+        **BLOCKS,
+        **IMAGE,
+        layerscale_value=0.3,
+        num_blocks=2,
+        num_queries=5,
+        num_register_tokens=2,
+        num_upscale_blocks=1,
+        num_labels=4,
+    )
+    model = installed("EomtForUniversalSegmentation")(config)
+    model.attn_mask_probs.zero_()  # as at the end of training
+    return model
+
+
 def sam():
     vision = {"mlp_ratio": 2.0, "output_channels": 32, "window_size": 4, "global_attn_indexes": [1, 3]}
     vision |= {"num_pos_feats": 16, "mlp_dim": 128}
@@ -249,6 +265,20 @@ def owlv2(**settings):
 def two_labels(frame):
     ids = torch.tensor([[1, 7, 9, 2], [1, 8, 2, 0]])
     return pixels(frame) | {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def vjepa2():
+    config = installed("VJEPA2Config")(
+        **BLOCKS,
+        patch_size=PATCH,
+        crop_size=24,
+        frames_per_clip=8,
+        pred_hidden_size=32,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=1,
+        num_pooler_layers=1,
+    )
+    return installed("VJEPA2ForVideoClassification")(config)
 
 
 def dual(name, **settings):
@@ -394,11 +424,13 @@ WHOLE = {
     "upernet": Case(upernet, pixels),
     "mask2former": Case(mask2former, pixels, ("masks_queries_logits",)),
     "sam": Case(sam, sam_prompt, ("pred_masks", "iou_scores")),
+    "eomt": Case(eomt, pixels, ("masks_queries_logits", "class_queries_logits")),
     "owlv2": Case(owlv2, two_labels, ("logits", "pred_boxes", "image_embeds")),
     "owlv2 of another size": Case(
         lambda: owlv2(image_size=32), lambda frame: two_labels(frame) | interpolated(frame), ("logits", "pred_boxes")
     ),
     "vitpose": Case(vitpose, pixels, ("heatmaps",)),
+    "v-jepa 2": Case(vjepa2, lambda frame: {"pixel_values_videos": clips(frame)["pixel_values"]}),
     "clip": dual("CLIP"),
     "siglip": dual("Siglip"),
     "siglip of another size": dual("Siglip", image_size=32)._replace(picture=interpolated),
