@@ -231,12 +231,13 @@ FAMILIES = {
     "sam": of("SamVision", plain, sizes=False, **sam)._replace(architectures="ACDE"),
     "sam 3": of("Sam3ViT", plain, sizes=False, **sam3)._replace(architectures="ACDE"),
     "vitdet": of("VitDet", plain, **vitdet)._replace(architectures="ACDE"),
-    # Found by their structure: images end to end, positions added to scores, a class token behind the patches, rows of
-    # patches with their places.
+    # Found by their structure: images end to end, positions added to scores, keys that queries share, a class token
+    # behind the patches, rows of patches with their places.
     "pixtral": of("PixtralVision", plain)._replace(architectures="ACDE"),
     "beit": of("Beit", plain, **relative, model={"add_pooling_layer": False})._replace(
         sizes=False, architectures="ACDE"
     ),
+    "sapiens2": of("Sapiens2", plain, num_key_value_heads_per_layer=[4, 2, 2, 4])._replace(architectures="ACDE"),
     "llama4": Tiny(_llama4, plain, sizes=False, architectures="ACDE"),
     "gemma4": Tiny(_gemma4, placed, architectures="ACDE"),
     "videomae": of_clips("VideoMAE", patch_size=PATCH, tubelet_size=2),

@@ -193,7 +193,8 @@ def _check_caches(engine: Engine, state: StreamState, caches: dict[Hashable, tor
     if not expected <= set(caches) <= expected | hidden | optional:
         raise ValueError(f"it holds {sorted(map(_text, caches))}")
     wide = torch.promote_types(dtype, torch.float32) if 0 < engine.gate.decay < 1 else dtype
-    kinds: dict[str, torch.Tensor] = {}
+    widest = max((caches[key].shape[-1] for key in caches if key[0] == "key"), default=0)
+    kinds: dict[Hashable, torch.Tensor] = {}
     for key, tensor in caches.items():
         if key in ("reference", "fast"):
             _checked(key, tensor, [1, state.patches, dim], wide)
@@ -202,7 +203,9 @@ def _check_caches(engine: Engine, state: StreamState, caches: dict[Hashable, tor
             _checked(key, tensor, [1, state.patches, 3], torch.float32)
             continue
         name = key if isinstance(key, str) else key[0]
-        kind = kinds.setdefault("key" if name == "value" else name, tensor)
+        kind = kinds.setdefault(("key", key[1]) if name in ("key", "value") else name, tensor)
+        if name == "key" and tensor.numel() and widest % tensor.shape[-1]:
+            raise ValueError(f"{_text(key)} is {list(tensor.shape)}; accepted is a width that divides {widest}")
         if tensor.dtype not in DTYPES.values() or not tensor.numel():
             raise ValueError(f"{_text(key)} is {list(tensor.shape)} {tensor.dtype}")
         _checked(

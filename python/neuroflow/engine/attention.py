@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .passes import Pass, StaticPass, Unrecordable
+from .passes import Pass, StaticPass, Unrecordable, for_each_query
 
 ATTENTION = "neuroflow"  # what transformers knows it by
 
@@ -86,7 +86,8 @@ def attend(
         if product is not None:
             attended = product(queries, keys, values, rows, key_rows, current.grids[entry])
         elif partial and current.measured:
-            of_rows = (each[0].transpose(0, 1) for each in (queries, keys, values))  # [*, heads, head_dim]
+            each_head = (queries, for_each_query(keys, queries, 1), for_each_query(values, queries, 1))
+            of_rows = (each[0].transpose(0, 1) for each in each_head)  # [*, heads, head_dim]
             attended = current.kernels.attend(*of_rows, kwargs["scaling"])[None]
         else:
             attended = _of_model(current, module)(module, queries, keys, values, None, **kwargs)[0]

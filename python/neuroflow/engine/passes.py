@@ -139,6 +139,12 @@ def split(values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
     return [part[None, :count] for part, count in zip(values.flatten(1, -2), counts, strict=True)]
 
 
+def for_each_query(heads: torch.Tensor, queries: torch.Tensor, dim: int) -> torch.Tensor:
+    """Keys or values with as many heads along `dim` as the queries, several of which may share one."""
+    groups = queries.shape[dim] // heads.shape[dim]
+    return heads if groups == 1 else heads.repeat_interleave(groups, dim)
+
+
 def is_parallel(device: torch.device) -> bool:
     """Whether the entries of a clip are attended from at once; a processor does one after the other, in its cache."""
     return device.type == "cuda"
@@ -402,7 +408,9 @@ class Pass:
         for name, fresh in (("key", key), ("value", value)):
             caches = [state.tensors[name, layer][0].unflatten(1, (key.shape[1], -1)) for state in self.going_on]
             rows.append(torch.cat((*caches, fresh[0].transpose(0, 1))))  # [R, heads, head_dim]
-        attended = attend_versions(query[0].transpose(0, 1), *rows, self.table, self.cu_seqlens, scaling)[None]
+        queries = query[0].transpose(0, 1)
+        of_heads = (for_each_query(each, queries, 1) for each in rows)
+        attended = attend_versions(queries, *of_heads, self.table, self.cu_seqlens, scaling)[None]
         for state, followed, table in zip(self.states, self.followed, self.table, strict=True):
             if not followed:
                 for name, held in zip(("key", "value"), rows, strict=True):
@@ -419,6 +427,7 @@ class Pass:
         """Add the attention of CLS, query [S, heads, head_dim], to keys [S, heads, T, head_dim] of streams from `first`
         on.
         """
+        keys = for_each_query(keys, query, 1)
         self.add_attention(list(cls_attention(query, keys, scaling, self.plan.anatomy.prefix)), first)
 
     def restored(self, name: Hashable) -> torch.Tensor:
@@ -517,7 +526,8 @@ class StaticPass(Pass):
 
     def attend_cached(self, query: torch.Tensor, layer: int, watched: bool, scaling: float | None) -> torch.Tensor:
         """Attention of the active queries [1, heads, M, head_dim] to all cached tokens of their stream."""
-        key, value = (self.slab.caches[name, layer].unflatten(2, (query.shape[1], -1)) for name in ("key", "value"))
+        caches = (self.slab.caches[name, layer].unflatten(2, (-1, query.shape[3])) for name in ("key", "value"))
+        key, value = (for_each_query(cache, query.transpose(1, 2), 2) for cache in caches)
         rows = query[0].transpose(0, 1)  # [M, heads, head_dim]
         if watched:
             self.add_cls_attention(rows[self.cu_seqlens[:-1]], key.transpose(1, 2), scaling)
