@@ -230,6 +230,7 @@ FAMILIES = {
     "internvl": Tiny(_internvl, plain),
     "sam": of("SamVision", plain, sizes=False, **sam)._replace(architectures="ACDE"),
     "sam 3": of("Sam3ViT", plain, sizes=False, **sam3)._replace(architectures="ACDE"),
+    "sam-hq": of("SamHQVision", plain, sizes=False, **sam, mlp_dim=128)._replace(architectures="ACDE"),
     "vitdet": of("VitDet", plain, **vitdet)._replace(architectures="ACDE"),
     # Found by their structure: images end to end, positions added to scores, keys that queries share, a class token
     # behind the patches, rows of patches with their places.

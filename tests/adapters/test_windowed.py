@@ -253,7 +253,7 @@ class Mixing(torch.nn.Sequential):
 
 
 def test_a_copy_of_sam_that_does_more_is_refused():
-    model = tiny("sam")
+    model = copied("sam_hq")
     layer = describe(model).layers[2]
     layer.mlp = Mixing(layer.mlp)
     with pytest.raises(TypeError, match="it would not compute the same: a partial frame differs: last_hidden_state by"):

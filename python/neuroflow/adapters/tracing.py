@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -101,6 +102,8 @@ def first_tokens(tower: nn.Module, blocks: nn.Module, frame: dict[str, Any]) -> 
 def trace(tower: nn.Module, blocks: nn.Module, frame: dict[str, Any]) -> Trace:
     """Run a frame, the tower's arguments by name, and note what its blocks do.
 
+    What their linear layers give is made up, as only where it goes is of interest.
+
     Raises:
         Unsuitable: its blocks do something that a sparse frame has no place for.
     """
@@ -154,6 +157,7 @@ class _Watch(TorchFunctionMode):
         self.reads: set[int] = set()
         self.attentions: list[Call] = []
         self.mlps: list[nn.Module] = []
+        self.noise: torch.Tensor | None = None
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.running.append(module)
@@ -194,6 +198,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.block is not None and func is F.linear:  # what it gives is none of the trace's business
+            return self.made_up(*args, **kwargs)
         result = func(*args, **kwargs)
         if self.block is None:
             if self.outputs and any(isinstance(each, torch.Tensor) for each in tree_leaves(result)):
@@ -208,6 +214,15 @@ class _Watch(TorchFunctionMode):
         elif getattr(func, "__name__", "") == "softmax":
             self.events.append(("softmax", self.running[-1], args, result))
         return result
+
+    def made_up(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Values of the shape and dtype that a linear layer gives, at no cost."""
+        shape = (*rows.shape[:-1], weight.shape[0])
+        count = math.prod(shape)
+        if self.noise is None or len(self.noise) < count:
+            generator = torch.Generator().manual_seed(2)
+            self.noise = torch.randn(count, generator=generator).to(rows.device, rows.dtype)
+        return self.noise[:count].view(shape).clone()
 
     def kinds(self) -> list[str]:
         return [kind for kind, *_ in self.events]
