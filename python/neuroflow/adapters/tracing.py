@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class Trace:
     reads: tuple[int, ...]
 
 
-class Stopped(Exception):
+class _Stopped(Exception):
     """The pass went as far as it had to."""
 
 
@@ -87,12 +88,14 @@ def in_evaluation(tower: nn.Module) -> Iterator[None]:
 def first_tokens(tower: nn.Module, blocks: nn.Module, frame: dict[str, Any]) -> torch.Tensor:
     """What the first block takes."""
     found: list[torch.Tensor] = []
+    here = threading.get_ident()
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(_split(module, args, kwargs)[0])
-        raise Stopped
+        if threading.get_ident() == here:
+            found.append(_split(module, args, kwargs)[0])
+            raise _Stopped
 
-    with blocks[0].register_forward_pre_hook(stop, with_kwargs=True), contextlib.suppress(Stopped):
+    with blocks[0].register_forward_pre_hook(stop, with_kwargs=True), contextlib.suppress(_Stopped):
         tower(**frame)
     if not found:
         raise Unsuitable("its blocks are not called, or only their forward is")
@@ -143,10 +146,11 @@ def _split(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 class _Watch(TorchFunctionMode):
-    """What is noted while a frame passes: modules as they begin and end, and torch's functions."""
+    """What is noted while a frame passes in this thread: modules as they begin and end, and torch's functions."""
 
     def __init__(self, blocks: nn.Module) -> None:
         super().__init__()
+        self.thread = threading.get_ident()
         self.numbers = {block: number for number, block in enumerate(blocks)}
         self.running: list[nn.Module] = []
         self.block: nn.Module | None = None
@@ -157,9 +161,11 @@ class _Watch(TorchFunctionMode):
         self.reads: set[int] = set()
         self.attentions: list[Call] = []
         self.mlps: list[nn.Module] = []
-        self.noise: torch.Tensor | None = None
+        self.noise = torch.empty(0)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != self.thread:
+            return
         self.running.append(module)
         if module not in self.numbers:
             return
@@ -176,6 +182,8 @@ class _Watch(TorchFunctionMode):
         self.block, self.events, self.candidates, self.interfaces = module, [], [], []
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() != self.thread:
+            return
         self.running.pop()
         if self.block is None:
             return
@@ -190,16 +198,16 @@ class _Watch(TorchFunctionMode):
         number = self.numbers[module]
         if not isinstance(given, torch.Tensor) or given.shape != self.tokens.shape:
             raise Unsuitable(f"block {number} gives another shape than the {list(self.tokens.shape)} that it takes")
-        self.block = None
         self.held.append(given)
         self.outputs[id(given)] = number
         self.attentions.append(self._attention(number))
-        self._note_mlp(module, self.attentions[-1].module)
+        self._note_mlp(self.attentions[-1].module)
+        self.block = None
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.block is not None and func is F.linear:  # what it gives is none of the trace's business
-            return self.made_up(*args, **kwargs)
+        if self.block is not None and func is F.linear:
+            return self.made_up(*args, *kwargs.values())
         result = func(*args, **kwargs)
         if self.block is None:
             if self.outputs and any(isinstance(each, torch.Tensor) for each in tree_leaves(result)):
@@ -215,14 +223,13 @@ class _Watch(TorchFunctionMode):
             self.events.append(("softmax", self.running[-1], args, result))
         return result
 
-    def made_up(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def made_up(self, rows: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
         """Values of the shape and dtype that a linear layer gives, at no cost."""
         shape = (*rows.shape[:-1], weight.shape[0])
         count = math.prod(shape)
-        if self.noise is None or len(self.noise) < count:
-            generator = torch.Generator().manual_seed(2)
-            self.noise = torch.randn(count, generator=generator).to(rows.device, rows.dtype)
-        return self.noise[:count].view(shape).clone()
+        if len(self.noise) < count:
+            self.noise = torch.randn(count, generator=torch.Generator().manual_seed(2))
+        return self.noise[:count].to(rows.device, rows.dtype, copy=True).view(shape)
 
     def kinds(self) -> list[str]:
         return [kind for kind, *_ in self.events]
@@ -245,7 +252,9 @@ class _Watch(TorchFunctionMode):
             if biased and (mask.dtype == torch.bool or mask.shape[-2:] != (tokens, tokens)):
                 raise Unsuitable(f"block {number} masks its attention scores")
         elif "multihead" in kinds:
-            _, module, args, _ = self.events[kinds.index("multihead")]
+            _, module, _, kwargs = self.events[kinds.index("multihead")]
+            if kwargs.get("attn_mask") is not None or kwargs.get("key_padding_mask") is not None:
+                raise Unsuitable(f"block {number} masks its attention scores")
             return Call(module, "multihead", module.num_heads)
         elif kinds == ["product", "softmax", "product"]:
             (_, module, (query, keys), scores), (_, _, (weighed, *_), _), (_, other, (left, _), _) = self.events
@@ -262,17 +271,14 @@ class _Watch(TorchFunctionMode):
             raise Unsuitable(f"block {number} does not attend from all tokens to all: windows, or pooled keys")
         if self.interfaces:
             return Call(self.interfaces[0], "interface", query.shape[-3], biased="sdpa" in kinds and biased)
-        if module is self.block_of(number):
+        if module is self.block:
             raise Unsuitable(f"block {number} attends in its own forward, not in a module of its own")
         if "sdpa" in kinds:
             return Call(module, "sdpa", query.shape[-3], biased=biased)
         return Call(module, "products", query.shape[-3], scale)
 
-    def block_of(self, number: int) -> nn.Module:
-        return next(block for block, its in self.numbers.items() if its == number)
-
-    def _note_mlp(self, block: nn.Module, attention: nn.Module) -> None:
-        """The outermost part of a block that maps tokens by two linears or more, and holds no attention."""
+    def _note_mlp(self, attention: nn.Module) -> None:
+        """The outermost part of the block that maps tokens by two linears or more, and holds no attention."""
         parts = [
             part
             for part in self.candidates
