@@ -305,6 +305,28 @@ def test_a_model_is_explained():
         assert f"\n  {line}" in found
 
 
+class Parallel(Block):
+    """Whose MLP is no module."""
+
+    def __init__(self, width, heads, attention):
+        super().__init__(width, heads, attention)
+        self.first, self.last = self.mlp[0], self.mlp[2]
+        del self.mlp
+
+    def forward(self, tokens, turn=None):
+        normed = self.norm1(tokens)
+        return tokens + self.scale(self.attention(normed, turn)) + self.last(F.gelu(self.first(normed)))
+
+
+def test_without_an_mlp_that_can_be_told_there_is_no_a():
+    with mock.patch(f"{__name__}.Block", Parallel):
+        model = made()
+    assert "architectures: C, D, E" in neuroflow.explain(model)
+    with pytest.raises(ValueError, match=r"arch is 'mlp'; no MLP could be told from the rest of HandWritten's blocks"):
+        neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch="A"))
+    neuroflow.enable_cache(model)
+
+
 def test_a_corrected_anatomy_is_taken():
     """As when what reads a block's output was not seen."""
     model = made()

@@ -277,6 +277,8 @@ def _biased(
 ) -> torch.Tensor:
     """`product` of `attend` with what the model adds to its scores, [S or 1, heads, T, T], the same for all frames."""
     bias = mask[:1]
+    if len(mask) > 1 and not torch.equal(mask, bias.expand_as(mask)):
+        raise ValueError("what is added to attention scores differs from frame to frame; accepted is the same for all")
     if rows is not None:
         bias = bias.index_select(2, rows)
     if key_rows is not None:

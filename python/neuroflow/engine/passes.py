@@ -65,6 +65,11 @@ class Plan:
                 f"arch is 'active'; {tower} makes a map of all patches, so accepted is one that serves the others too: "
                 "'context', 'dual', 'midlayer' or 'mlp'"
             )
+        if config.arch == "mlp" and not anatomy.mlps:
+            raise ValueError(
+                f"arch is 'mlp'; no MLP could be told from the rest of {tower}'s blocks, so accepted are 'context', "
+                "'dual' and 'midlayer'"
+            )
         # What the pooled output reads in the last blocks tells best what it reads of a patch altogether.
         watched = depth - max(depth // 3, 1) if anatomy.prefix and config.score == "staleness" else depth
         return cls(
