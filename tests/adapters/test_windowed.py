@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import operator
+import re
 
 import neuroflow
 import pytest
@@ -200,12 +201,13 @@ SOFTMAX_IN_FLOAT32 = ("got_ocr2", "pp_formulanet", "slanext")
 def copied(name):
     """A random tower of transformers that is SAM's under another name, float64, for 48 x 48 pixels."""
     try:
-        tower = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), COPIES[name])
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     except ModuleNotFoundError:
         pytest.skip(f"this release of transformers has no {name}")
     sizes = {"image_size": 48, "patch_size": PATCH, "mlp_dim": 128, "downsample_channels": [16, 16]}
     torch.manual_seed(0)
-    model = tower(tower.config_class(**SIZES, **sam, **sizes, post_conv_in_channels=sam["output_channels"]))
+    config = getattr(module, re.sub("Encoder|Model", "Config", COPIES[name]))
+    model = getattr(module, COPIES[name])(config(**SIZES, **sam, **sizes, post_conv_in_channels=sam["output_channels"]))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
