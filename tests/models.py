@@ -235,8 +235,8 @@ FAMILIES = {
     # Found by their structure: images end to end, positions added to scores, keys that queries share, a class token
     # behind the patches, rows of patches with their places.
     "pixtral": of("PixtralVision", plain)._replace(architectures="ACDE"),
-    "beit": of("Beit", plain, **relative, model={"add_pooling_layer": False})._replace(
-        sizes=False, architectures="ACDE"
+    "beit": of("Beit", plain, **relative, sizes=False, model={"add_pooling_layer": False})._replace(
+        architectures="CDE"  # up to transformers 5, its MLP lies in two modules
     ),
     "sapiens2": of("Sapiens2", plain, num_key_value_heads_per_layer=[4, 2, 2, 4])._replace(architectures="ACDE"),
     "llama4": Tiny(_llama4, plain, sizes=False, architectures="ACDE"),

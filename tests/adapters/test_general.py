@@ -54,6 +54,18 @@ class Batched(Fused):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
+class Biased(Fused):
+    """With something added to the scores, of every pair of tokens."""
+
+    def __init__(self, width, heads):
+        super().__init__(width, heads)
+        self.bias = nn.Parameter(torch.randn(1, heads, 37, 37))
+
+    def forward(self, tokens, turn=None):
+        attended = F.scaled_dot_product_attention(*self.projected(tokens), attn_mask=self.bias)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
 class Multihead(nn.Module):
     """By torch's own module, as open_clip does."""
 
@@ -123,6 +135,7 @@ HAND_WRITTEN = {
     "torch's attention": {},
     "products": {"attention": Products},
     "batched products": {"attention": Batched},
+    "relative positions": {"attention": Biased},
     "nn.MultiheadAttention": {"attention": Multihead},
     "rotary": {"turns": True},
 }

@@ -319,7 +319,9 @@ class _Attends(TorchFunctionMode):
         """Heads as they come, [S, heads, T, head_dim] or [S * heads, T, head_dim]."""
         heads = [each if each.ndim == 4 else each.unflatten(0, (-1, self.call.heads)) for each in (query, key, value)]
         product = None if mask is None else functools.partial(_biased, scaling=scale, mask=mask)
-        outputs = self.attend(*heads, None, product, scaling=scale)[0].transpose(1, 2)
+        batch, _, rows, _ = heads[0].shape
+        outputs = self.attend(*heads, None, product, scaling=scale)[0]
+        outputs = outputs.reshape(batch, rows, *outputs.shape[2:]).transpose(1, 2)
         return outputs if query.ndim == 4 else outputs.flatten(0, 1)
 
 

@@ -39,6 +39,7 @@ def attend(
     context, layer = current.plan.config.arch == "context", current.plan.layer_of[module]
     if kwargs.get("scaling") is None:
         kwargs["scaling"] = query.shape[-1] ** -0.5
+    kwargs.setdefault("is_causal", False)  # which sdpa is of modules that do not say, and eager attention never
     rounds = current.packed and current.rounded
     watched = layer in current.plan.watched
     if isinstance(current, StaticPass) and (current.packed or product is not None):
