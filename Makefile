@@ -20,7 +20,7 @@ COMPAT_TORCH ?= 2.10.0 2.11.0 newest
 STRUCTURAL := tests/adapters tests/engine tests/ops/test_reference_vectors.py tests/bench/test_baselines.py \
   tests/bench/test_vit_tiny.py tests/test_llm.py
 # What takes one core about as long as everything else takes the other.
-KERNELS := $(addprefix tests/,ops adapters/test_timm.py engine/test_stream_cache.py)
+KERNELS := $(addprefix tests/,ops adapters/test_timm.py adapters/test_whole_models.py engine/test_stream_cache.py)
 
 .PHONY: demo test test-kernels test-others test-slow fuzz soak gpu lock compat $(COMPAT:%=compat-%) compat-torch \
   $(COMPAT_TORCH:%=compat-torch-%) lint format bench zoo clean always
