@@ -231,17 +231,17 @@ def eomt():
     return model
 
 
-def sam():
+def sam(name="Sam", **of_decoder):
     vision = {"mlp_ratio": 2.0, "output_channels": 32, "window_size": 4, "global_attn_indexes": [1, 3]}
     vision |= {"num_pos_feats": 16, "mlp_dim": 128}
     prompt = {**IMAGE, "hidden_size": 32, "image_embedding_size": 6, "mask_input_channels": 4}
-    decoder = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32}
-    config = installed("SamConfig")(
+    decoder = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32} | of_decoder
+    config = installed(f"{name}Config")(
         vision_config=SIZES | IMAGE | vision,
         prompt_encoder_config=prompt,
         mask_decoder_config=decoder,
     )
-    return installed("SamModel")(config)
+    return installed(f"{name}Model")(config)
 
 
 def sam_prompt(frame):
@@ -424,6 +424,7 @@ WHOLE = {
     "upernet": Case(upernet, pixels),
     "mask2former": Case(mask2former, pixels, ("masks_queries_logits",)),
     "sam": Case(sam, sam_prompt, ("pred_masks", "iou_scores")),
+    "sam-hq": Case(lambda: sam("SamHQ", vit_dim=64), sam_prompt, ("pred_masks", "iou_scores")),
     "eomt": Case(eomt, pixels, ("masks_queries_logits", "class_queries_logits")),
     "owlv2": Case(owlv2, two_labels, ("logits", "pred_boxes", "image_embeds")),
     "owlv2 of another size": Case(
