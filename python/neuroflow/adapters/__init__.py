@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .aimv2 import aimv2
-from .anatomy import Anatomy, Grid
+from .anatomy import Anatomy, Grid, is_in
 from .clip import clip
 from .dino import dinov2, dinov3
 from .eomt import eomt, videomt
@@ -49,10 +49,10 @@ class Family(NamedTuple):
         """Whether `module` is such a tower."""
         if callable(self.found_by):
             return self.found_by(module)
-        kinds = (type(module), type(module._modules.get("embeddings")))  # its own, not that of what it wraps
-        return any(
-            kind.__module__.partition(".")[0] == self.library and kind.__name__ in self.found_by for kind in kinds
-        )
+        for kind in (type(module), type(module._modules.get("embeddings"))):  # its own, not that of what it wraps
+            if kind.__name__ in self.found_by and kind.__module__.partition(".")[0] == self.library:
+                return True
+        return False
 
 
 FAMILIES = (
@@ -121,7 +121,7 @@ def towers(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
         raise TypeError(f"model is a {type(model).__name__}; accepted is a torch.nn.Module{inner}")
     found: dict[str, tuple[nn.Module, Family]] = {}
     for name, module in model.named_modules():
-        if any(_is_in(name, outer) for outer in found):
+        if any(is_in(name, outer) for outer in found):
             continue
         family = _registered.get(type(module)) or next((family for family in FAMILIES if family.knows(module)), None)
         if family is not None:
@@ -150,7 +150,7 @@ def describe(model: nn.Module, tower: str | None = None) -> Anatomy:
         ValueError: a ViTDet that cannot be sparse; several towers and no name, or the name of none.
     """
     found = towers(model)
-    named = {name: of for name, of in found.items() if tower is None or _is_in(name, tower)}
+    named = {name: of for name, of in found.items() if tower is None or is_in(name, tower)}
     if len(named) != 1:
         names = ", ".join(repr(name) for name in found)
         given = f"tower is {tower!r}" if tower is not None else f"{type(model).__name__} has {len(found)} vision towers"
@@ -171,11 +171,6 @@ def describe(model: nn.Module, tower: str | None = None) -> Anatomy:
             library += f" {importlib.metadata.version(library)}"
         message = f"{type(module).__name__} of {library} is not built as the adapter of {family.name} expects"
         raise TypeError(f"{message}: {error}") from error
-
-
-def _is_in(name: str, outer: str) -> bool:
-    """Whether the module `name` is the module `outer` or a part of it."""
-    return f"{name}.".startswith(f"{outer}.") if outer else True
 
 
 __all__ = [

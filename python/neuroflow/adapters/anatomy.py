@@ -1,10 +1,11 @@
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 Grid = tuple[int, int]
 
@@ -195,7 +196,38 @@ def refuse(arguments: dict[str, Any], *names: str) -> None:
             raise ValueError(f"{name} is given; accepted is None, as a sparse frame has no place for it")
 
 
+def is_in(name: str, outer: str) -> bool:
+    """Whether the module `name` is the module `outer` or a part of it."""
+    return f"{name}.".startswith(f"{outer}.") if outer else True
+
+
+def dims_of_rows(value: Any, lengths: Container[int]) -> tuple[int | None, ...]:
+    """Of each leaf of a block's argument, the dimension along which it has rows for tokens, whose length is given."""
+    return tuple(
+        next((dim for dim, length in enumerate(leaf.shape) if length in lengths), None)
+        if isinstance(leaf, torch.Tensor)
+        else None
+        for leaf in tree_leaves(value)
+    )
+
+
+def pack_rows(dims: tuple[int | None, ...], value: Any, take: Callable) -> Any:
+    """`Anatomy.positions` of an argument whose leaves have rows for tokens along `dims`.
+
+    What comes before the tokens in dimension 1 are frames, which packed are one.
+    """
+    if value is None:  # as some blocks take
+        return None
+    leaves, spec = tree_flatten(value)
+    for number, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
+        fill = 1.0 - number  # a cosine, and a sine, of what is not turned
+        if dim == 1:
+            leaves[number] = take(leaf.flatten(0, 1), fill)[None]
+        elif dim is not None:
+            leaves[number] = take(leaf.movedim(dim, 0), fill).movedim(0, dim)
+    return tree_unflatten(leaves, spec)
+
+
 def cos_and_sin(value: tuple[torch.Tensor, torch.Tensor], take: Callable) -> tuple[torch.Tensor, torch.Tensor]:
     """`Anatomy.positions` of towers that hand (cos, sin) to their blocks: what has no position is not turned."""
-    cos, sin = value
-    return take(cos, 1.0), take(sin, 0.0)
+    return pack_rows((0, 0), value, take)

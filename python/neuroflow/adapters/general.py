@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
-from .anatomy import Anatomy, Grid
+from .anatomy import Anatomy, Grid, dims_of_rows, is_in, pack_rows
 from .frames import Images, Rows, first_argument
 from .tracing import PRODUCTS, Call, Trace, Unsuitable, first_tokens, in_evaluation, trace
 
@@ -42,7 +42,7 @@ def towers_by_structure(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in found.items()
-        if not any(other != name and f"{other}.".startswith(f"{name}." if name else "") for other in found)
+        if not any(other != name and is_in(other, name) for other in found)
     }
 
 
@@ -219,40 +219,18 @@ def _embedding(prefix: int, output: Any) -> torch.Tensor:
 
 def _positions(seen: Trace, others: int) -> tuple[tuple[str, Callable[[Any, Callable], Any]], ...]:
     """`Anatomy.positions`: the arguments of the blocks that have rows for tokens."""
-    tokens, found = seen.tokens.shape[1:-1].numel(), []
+    tokens, found = seen.tokens.shape[:-1].numel(), []
     for name, value in seen.arguments.items():
         if "mask" in name:  # of whole frames; attention between packed tokens needs none
             continue
-        leaves, _ = tree_flatten(value)
-        dims = [_dim_of_tokens(leaf, {tokens, tokens - others}) for leaf in leaves]
+        leaves, dims = tree_leaves(value), dims_of_rows(value, {tokens, tokens - others})
         lengths = {leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None}
         if not lengths:
             continue
         if others and tokens not in lengths and not (isinstance(value, tuple) and len(leaves) == 2):
             raise Unsuitable(f"{name} of its blocks has no rows for the {others} tokens that are no patches")
-        found.append((name, functools.partial(_pack, dims)))
+        found.append((name, functools.partial(pack_rows, dims)))
     return tuple(found)
-
-
-def _pack(dims: list[int | None], value: Any, take: Callable) -> Any:
-    """The rows of the tensors in `value`, along a dimension of each, for packed tokens; those of frames are one."""
-    if value is None:  # as some blocks take
-        return None
-    leaves, spec = tree_flatten(value)
-    for number, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
-        fill = 1.0 - number  # a cosine, and a sine, of what is not turned
-        if dim == 1:
-            leaves[number] = take(leaf.flatten(0, 1), fill)[None]
-        elif dim is not None:
-            leaves[number] = take(leaf.movedim(dim, 0), fill).movedim(0, dim)
-    return tree_unflatten(leaves, spec)
-
-
-def _dim_of_tokens(leaf: Any, lengths: set[int]) -> int | None:
-    """The dimension of a block's argument along which it has rows for tokens."""
-    if not isinstance(leaf, torch.Tensor):
-        return None
-    return next((dim for dim, length in enumerate(leaf.shape) if length in lengths), None)
 
 
 def _attention(calls: dict[nn.Module, Call], module: nn.Module, attend: Callable, *args: Any, **kwargs: Any) -> Any:

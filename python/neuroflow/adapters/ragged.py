@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
-from .anatomy import Anatomy, Grid
+from .anatomy import Anatomy, Grid, dims_of_rows, pack_rows
 
 GRIDS = ("grid_thw", "grid_thws", "image_grid_thw", "image_grid_hw", "target_sizes", "spatial_shapes")
 SEGMENTS = "cu_seqlens"
@@ -92,7 +92,10 @@ def ragged(tower: nn.Module) -> Anatomy:
         _layouts[tower] = _layout(tower, layers)
     layout = _layouts[tower]
     attentions = tuple(_attentions(layer)[0] for layer in layers)
-    axis = int(layout.batched)
+    axis, positions = int(layout.batched), ()
+    if layout.rotary is not None:
+        name, dims = layout.rotary
+        positions = ((name, functools.partial(pack_rows, dims)),)
 
     def merges(arguments: dict[str, Any]) -> list[int]:
         given = arguments.get("merge_sizes")
@@ -159,7 +162,7 @@ def ragged(tower: nn.Module) -> Anatomy:
         grids=grids,
         embedding=_embedding,
         needs_every_token=True,
-        positions=() if layout.rotary is None else ((layout.rotary[0], functools.partial(_packed, layout.rotary[1])),),
+        positions=positions,
         order=order,
         times=lambda arguments: [times for times, _, _ in sizes(arguments)],
         part=({rows, grid, "merge_sizes"}, part) if layout.alike else None,
@@ -325,7 +328,7 @@ def _layout(tower: nn.Module, layers: nn.ModuleList) -> _Layout:
         raise _refusal(tower, "the number of tokens changes between its blocks")
     if any(SEGMENTS not in given for _, given in watch.calls):
         raise _refusal(tower, f"its blocks do not get {SEGMENTS} by name")
-    axes = {name: _axes(value, count) for name, value in arguments.items()}
+    axes = {name: dims_of_rows(value, {count}) for name, value in arguments.items()}
     with_rows = {name: of for name, of in axes.items() if any(axis is not None for axis in of)}
     if len(with_rows) > 1:
         raise _refusal(tower, f"its blocks get rows for each token by several names, {list(with_rows)}")
@@ -429,26 +432,6 @@ def _said(of: Any) -> Iterator[Any]:
 
 def _refusal(tower: nn.Module, reason: str) -> TypeError:
     return TypeError(f"{type(tower).__name__} cannot be sparse: {reason}")
-
-
-def _axes(value: Any, count: int) -> tuple[int | None, ...]:
-    """Where each leaf of `value` has a row for each of `count` tokens."""
-    return tuple(
-        next((axis for axis, length in enumerate(leaf.shape[:2]) if length == count), None)
-        if isinstance(leaf, torch.Tensor)
-        else None
-        for leaf in tree_leaves(value)
-    )
-
-
-def _packed(axes: tuple[int | None, ...], value: Any, take: Callable) -> Any:
-    """`Anatomy.positions`: the rows of packed tokens in the tensors of `value`."""
-    leaves, spec = tree_flatten(value)
-    packed = (
-        leaf if axis is None else take(leaf.movedim(axis, 0), 1.0).movedim(0, axis)
-        for leaf, axis in zip(leaves, axes, strict=True)
-    )
-    return tree_unflatten(list(packed), spec)
 
 
 def _run_block(dimensions: int, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

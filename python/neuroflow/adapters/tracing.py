@@ -236,7 +236,7 @@ class _Watch(TorchFunctionMode):
 
     def _attention(self, number: int) -> Call:
         """What the events in block `number` say of its attention."""
-        tokens = self.tokens.shape[1:-1].numel() if self.tokens.ndim > 2 else self.tokens.shape[0]
+        tokens = self.tokens.shape[:-1].numel()
         kinds = self.kinds()
         if len(self.interfaces) > 1 or kinds.count("sdpa") + kinds.count("multihead") > 1 or kinds.count("softmax") > 1:
             raise Unsuitable(f"block {number} attends more than once")
