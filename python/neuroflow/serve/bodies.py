@@ -1,0 +1,260 @@
+"""From the bodies of requests to what a model takes, bounded in memory and in what can be reached from them."""
+
+import dataclasses
+import io
+import math
+import struct
+import threading
+from collections.abc import Iterator
+
+import av
+import numpy as np
+import torch
+
+from ..video.preprocess import Preprocessor
+from ..video.source import Frame
+
+PICTURES = "a JPEG, PNG or WebP picture"
+VIDEOS = "a video in MP4, WebM or Matroska"
+# Chunks that say what a PNG's pixels are and which way is up. Others may hold text or profiles that are a few bytes
+# here and gigabytes when they are unpacked, or further pictures of an animation.
+PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"cICP", b"sBIT", b"eXIf", b"IDAT", b"IEND"}
+# Each scan of a progressive JPEG takes as long as a pass over its pixels, however few bytes it has; encoders make 10.
+MAX_SCANS = 64
+MAX_ARRAY_HEADER = 1000  # characters; those of arrays that are accepted have 80
+VIDEO_DECODERS = "h264,hevc,av1,libdav1d,vp8,vp9,libvpx,libvpx-vp9,mpeg4,mjpeg"
+ALIGNMENT = 128  # FFmpeg takes pictures to be wider than they are, by less than this
+
+_own = threading.local()
+
+
+class BodyError(ValueError):
+    """A body that is not accepted. The message is one line that says what is.
+
+    Attributes:
+        status: as HTTP has it: 400 damaged, 413 too large, 415 of another type, 422 of another shape.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def picture(body: bytes, preprocess: Preprocessor, max_pixels: int) -> torch.Tensor:
+    """A JPEG, PNG or WebP, told apart by content, as `Source` and `preprocess` make it of a file.
+
+    May be called in several threads at once: each prepares with a preprocessor of its own. Of an animated PNG it is
+    the picture that is shown where animations are not; one in WebP is refused.
+
+    Args:
+        body: the file's content.
+        preprocess: what makes frames the model's input.
+        max_pixels: pictures of more pixels (height x width) are refused, before they are decoded.
+
+    Returns:
+        [1, 3, height, width] float32.
+
+    Raises:
+        BodyError: 400, 413 or 415.
+    """
+    codec, width, height, body = _still(body)
+    _check_pixels("picture", width, height, max_pixels)
+    try:
+        context = av.CodecContext.create(codec, "r")
+        context.thread_count = 1
+        context.options = {"max_pixels": str((width + ALIGNMENT) * height)}
+        decoded = context.decode(av.Packet(body)) or context.decode(None)
+    # Damaged input raises MemoryError, IndexError, UnicodeDecodeError and more besides FFmpegError.
+    except Exception as error:
+        raise _damaged("picture", error) from None
+    if not decoded:
+        raise _damaged("picture", None)
+    return _prepared(Frame(0, 0.0, decoded[0]), preprocess, max_pixels)
+
+
+def array(body: bytes, shape: tuple[int, int, int], clip: int | None = None) -> torch.Tensor:
+    """Frames as the model takes them, in NumPy's format: float32 or float16 in either order of bytes and of axes.
+
+    Args:
+        body: what `numpy.save` writes.
+        shape: 3, height and width that the model takes.
+        clip: how many frames of [T, 3, height, width] are accepted; None for one, [3, height, width] or with T = 1.
+
+    Returns:
+        [T, 3, height, width] float32, T = 1 without `clip`. Values are not looked at.
+
+    Raises:
+        BodyError: 400, 413, 415 or 422.
+    """
+    sides = ", ".join(str(side) for side in shape)
+    accepted = f"float32 or float16 of [{'T, ' if clip else ''}{sides}] in NumPy's format"
+    if not body.startswith(np.lib.format.MAGIC_PREFIX):
+        raise BodyError(415, f"the body is no array; accepted is {accepted}")
+    file = io.BytesIO(body)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        claimed, by_columns, dtype = read(file, max_header_size=MAX_ARRAY_HEADER)
+    # A header is a Python literal, which fails in as many ways as there are to write one.
+    except Exception:
+        raise BodyError(400, f"the array's header cannot be read; accepted is {accepted}") from None
+    if dtype.newbyteorder("=") not in (np.float32, np.float16):
+        raise BodyError(422, f"the array is of {str(dtype)[:40]}; accepted is {accepted}")
+    frames = claimed if clip or len(claimed) == 4 else (1, *claimed)
+    if len(frames) != 4 or frames[1:] != shape or frames[0] < 1 or (clip is None and frames[0] > 1):
+        found = ", ".join(str(side) for side in claimed[:6])
+        raise BodyError(422, f"the array is [{found[:60]}]; accepted is {accepted}")
+    if clip is not None and frames[0] > clip:
+        raise BodyError(413, f"the array has {frames[0]} frames; accepted are {clip} at most, send it in parts")
+    begin, size = file.tell(), math.prod(frames) * dtype.itemsize
+    if len(body) - begin != size:
+        raise BodyError(400, f"the array has {len(body) - begin:,} bytes where its shape takes {size:,}; send it whole")
+    values = np.frombuffer(body, dtype, offset=begin).reshape(frames, order="F" if by_columns else "C")
+    return torch.from_numpy(values.astype(np.float32, order="C"))
+
+
+def video(body: bytes, preprocess: Preprocessor, max_pixels: int, most: int) -> torch.Tensor:
+    """Every frame of a short MP4, WebM or Matroska, told apart by content, as `Source` and `preprocess` make them.
+
+    May be called in several threads at once: each prepares with a preprocessor of its own. A decoder holds up to 17
+    pictures of `max_pixels` at a time.
+
+    Args:
+        body: the file's content.
+        preprocess: what makes frames the model's input.
+        max_pixels: videos with frames of more pixels (height x width) are refused, before they are decoded.
+        most: videos of more frames are refused.
+
+    Returns:
+        [T, 3, height, width] float32, T at most `most`.
+
+    Raises:
+        BodyError: 400, 413 or 415.
+    """
+    if body[4:8] == b"ftyp":
+        container_format = "mp4"
+    elif body.startswith(b"\x1aE\xdf\xa3"):
+        container_format = "matroska"
+    else:
+        raise BodyError(415, f"the body is no video that is known here; accepted is {VIDEOS}")
+    prepared = []
+    try:
+        for frame in _frames(body, container_format, max_pixels):
+            if len(prepared) == most:
+                raise BodyError(413, f"the video has more frames than {most}; send it in parts")
+            prepared.append(_prepared(frame, preprocess, max_pixels))
+    except BodyError:
+        raise
+    except Exception as error:
+        raise _damaged("video", error) from None
+    if not prepared:
+        raise BodyError(400, f"the video has no frame; accepted is {VIDEOS}")
+    return torch.cat(prepared)
+
+
+def _still(body: bytes) -> tuple[str, int, int, bytes]:
+    """The decoder of a picture, its width and height, and the part of the body that the decoder is to see."""
+    try:
+        if body.startswith(b"\xff\xd8\xff"):
+            return "mjpeg", *_jpeg_size(body), body
+        if body.startswith(b"\x89PNG\r\n\x1a\n"):
+            return "png", *struct.unpack_from(">II", body, 16), _png_pixels(body)
+        if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
+            return "webp", *_webp_size(body), body
+    except (IndexError, struct.error):
+        raise _damaged("picture", None) from None
+    raise BodyError(415, f"the body is no picture that is known here; accepted is {PICTURES}")
+
+
+def _jpeg_size(body: bytes) -> tuple[int, int]:
+    if body.rfind(b"\xff\xd9") < body.rfind(b"\xff\xda"):
+        raise BodyError(400, "the picture is cut off; send it whole")
+    if body.count(b"\xff\xda") > MAX_SCANS:
+        raise BodyError(413, f"the picture has more scans than {MAX_SCANS}; send a JPEG that is not progressive")
+    place = 2
+    while True:
+        if body[place] != 0xFF:
+            raise IndexError
+        marker = body[place + 1]
+        if marker == 0xFF:
+            place += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", body, place + 5)
+            return width, height
+        else:
+            place += 2 + struct.unpack_from(">H", body, place + 2)[0]
+
+
+def _png_pixels(body: bytes) -> bytes:
+    """A PNG without what is not needed for its pixels."""
+    kept, place = [body[:8]], 8
+    while True:
+        size, name = struct.unpack_from(">I4s", body, place)
+        if place + size + 12 > len(body) or (place == 8 and (name, size) != (b"IHDR", 13)):
+            raise IndexError
+        if name in PNG_CHUNKS:
+            kept.append(body[place : place + size + 12])
+        if name == b"IEND":
+            return b"".join(kept)
+        place += size + 12
+
+
+def _webp_size(body: bytes) -> tuple[int, int]:
+    size, kind = struct.unpack_from("<I4x4s", body, 4)
+    if size + 8 > len(body):
+        raise IndexError
+    if kind == b"VP8X":
+        if body[20] & 2:
+            raise BodyError(415, f"the picture is an animation; accepted is {PICTURES}, or a clip of several")
+        return tuple(int.from_bytes(body[place : place + 3], "little") + 1 for place in (24, 27))
+    if kind == b"VP8L":
+        (sides,) = struct.unpack_from("<I", body, 21)
+        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack_from("<HH", body, 26)
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _frames(body: bytes, container_format: str, max_pixels: int) -> Iterator[Frame]:
+    # Nothing else can be opened from inside, and nothing but common video is decoded.
+    options = {
+        "protocol_whitelist": "none",
+        "codec_whitelist": VIDEO_DECODERS,
+        "max_pixels": str(max_pixels + ALIGNMENT * 2**14),
+    }
+    with av.open(io.BytesIO(body), format=container_format, options=options) as container:
+        if not container.streams.video:
+            raise BodyError(415, f"the body has no video in it; accepted is {VIDEOS}")
+        stream = container.streams.video[0]
+        _check_pixels("video", stream.width, stream.height, max_pixels)
+        stream.codec_context.options = options
+        stream.codec_context.thread_count = 1
+        for index, decoded in enumerate(container.decode(stream)):
+            _check_pixels("video", decoded.width, decoded.height, max_pixels)
+            yield Frame(index, 0.0, decoded)
+
+
+def _check_pixels(what: str, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BodyError(413, f"the {what} is {width}x{height}; accepted are {max_pixels:,} pixels at most")
+
+
+def _prepared(frame: Frame, preprocess: Preprocessor, max_pixels: int) -> torch.Tensor:
+    left, top, right, bottom = preprocess.region(frame.size)
+    # A sliver whose short side is resized as asked is of a size that has nothing to do with its own.
+    grown = preprocess.height * preprocess.width / ((right - left) * (bottom - top))
+    height, width = frame.size
+    if height * width * grown > max_pixels:
+        raise BodyError(
+            413, f"{width}x{height} is over {max_pixels:,} pixels once it is resized to be cropped; crop it"
+        )
+    if getattr(_own, "given", None) != preprocess:
+        _own.given, _own.copy = preprocess, dataclasses.replace(preprocess)
+    return _own.copy(frame)
+
+
+def _damaged(what: str, error: Exception | None) -> BodyError:
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    why = f" ({reason})" if error else ""
+    return BodyError(
+        400, f"the {what} is damaged or cut off{why}; accepted is {PICTURES if what == 'picture' else VIDEOS}"
+    )
