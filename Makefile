@@ -29,7 +29,7 @@ KERNELS := $(addprefix tests/,ops adapters/test_timm.py adapters/test_whole_mode
 	$(PYTHON) -m venv .venv
 	$(BIN)/$(INSTALL) --upgrade setuptools wheel
 	$(BIN)/$(INSTALL) torch
-	$(BIN)/$(INSTALL) --no-build-isolation --editable '.[video,bench,test]'
+	$(BIN)/$(INSTALL) --no-build-isolation --editable '.[video,serve,bench,test]'
 	touch $@
 
 # timm for its tests, out of the way of everything else: it needs torchvision, which changes what transformers does.
@@ -61,7 +61,7 @@ lock:
 	$(PYTHON) -m venv --clear .venv/lock
 	.venv/lock/bin/pip install --quiet --upgrade setuptools wheel
 	.venv/lock/bin/pip install --quiet $(TORCH)
-	NEUROFLOW_BUILD=0 .venv/lock/bin/pip install --quiet --no-build-isolation --editable '.[video,bench,test]'
+	NEUROFLOW_BUILD=0 .venv/lock/bin/pip install --quiet --no-build-isolation --editable '.[video,serve,ray,bench,test]'
 	.venv/lock/bin/pip install --quiet --no-deps timm torchvision==0.28.0
 	echo '# Written by `make lock`.' > $(LOCK)
 	.venv/lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//' >> $(LOCK)

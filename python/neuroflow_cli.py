@@ -17,6 +17,7 @@ COMMANDS = {
     "calibrate": ("neuroflow.cli.calibrate", "find the threshold for a fidelity or a skip rate"),
     "distill": ("neuroflow.cli.distill", "train a tower to do with the active patches alone"),
     "eval": (None, "measure what reuse costs: accuracy on labelled clips, the laws of reuse, language models"),
+    "serve": ("neuroflow.cli.serve", "encode the frames that cameras send over HTTP"),
     "track": ("neuroflow.cli.track", "follow what moves"),
     "demo": ("neuroflow.cli.demo", "draw labelled scenes, classify them dense and patched, show the table"),
 }
@@ -27,6 +28,11 @@ EVALUATIONS = {
         "neuroflow.cli.eval_llm",
         "perplexity and drift of a language model whose layers repeat themselves between decode steps",
     ),
+}
+# Library -> the extra that brings it.
+EXTRAS = {
+    **dict.fromkeys(("av", "PIL", "scipy"), "video"),
+    **dict.fromkeys(("fastapi", "pydantic", "starlette", "prometheus_client", "uvicorn"), "serve"),
 }
 
 
@@ -60,9 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _carry_out(_parser().parse_args(argv))
     except ModuleNotFoundError as error:
         library = str(error.name).partition(".")[0]
-        if library not in ("av", "PIL", "scipy"):
+        extra = EXTRAS.get(library)
+        if extra is None:
             raise
-        print(f"neuroflow: error: {library} is missing; install the video extra: neuroflow[video]", file=sys.stderr)
+        print(f"neuroflow: error: {library} is missing; install the {extra} extra: neuroflow[{extra}]", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

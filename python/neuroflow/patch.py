@@ -60,6 +60,7 @@ class StreamSummary:
         surprise: float32 [rows, columns], 1 - cosine of each patch of the last frame to its reference, inf at patches
             with NaN; NaN throughout after a key frame, which starts with new references.
         state_bytes: what the stream holds.
+        frame_id: the number of the last frame, where the caller numbers them.
     """
 
     frames: int
@@ -70,6 +71,7 @@ class StreamSummary:
     active: torch.Tensor
     surprise: torch.Tensor
     state_bytes: int
+    frame_id: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -584,6 +586,7 @@ def summary(model: nn.Module) -> Summary:
             active=state.active.view(state.grid).clone(),
             surprise=state.surprise.view(state.grid).clone(),
             state_bytes=state.state_bytes,
+            frame_id=state.frame_id,
         )
         for name, state in ((name, copy.copy(state)) for name, state in engine.streams.items())
     }

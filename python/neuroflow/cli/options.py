@@ -73,6 +73,14 @@ def add_gate(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return gate
 
 
+def add_rule(gate: argparse._ArgumentGroup) -> None:
+    """Threshold and budget."""
+    gate.add_argument("--threshold", type=float, metavar="T", help="encode patches of a higher score; 0 encodes all")
+    gate.add_argument(
+        "--budget", type=float, metavar="K", help="instead: the K of the highest score, a count or a share < 1"
+    )
+
+
 def add_frames(parser: argparse.ArgumentParser, most: int | None, most_help: str) -> argparse._ArgumentGroup:
     """Which of the source's frames are taken: `most` at most by default."""
     frames = parser.add_argument_group("which frames")

@@ -16,7 +16,7 @@ from ..video.source import Source
 from . import CommandError
 from .common import INTERRUPTED, KEPT, gate_config, load_model, pinned_model, require_writable
 from .encoding import encode_video
-from .options import add_frames, add_gate, add_model, count
+from .options import add_frames, add_gate, add_model, add_rule, count
 
 DESCRIPTION = """\
 Encode a video with a vision transformer, re-encoding only the patches that changed, and report what that saved and,
@@ -55,11 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", action="store_true", help="run the unpatched model beside it: dense times, fidelity"
     )
-    gate = add_gate(parser)
-    gate.add_argument("--threshold", type=float, metavar="T", help="encode patches of a higher score; 0 encodes all")
-    gate.add_argument(
-        "--budget", type=float, metavar="K", help="instead: the K of the highest score, a count or a share < 1"
-    )
+    add_rule(add_gate(parser))
     frames = add_frames(parser, None, "stop after N frames")
     frames.add_argument(
         "--clip",

@@ -92,7 +92,7 @@ class Preprocessor:
         """Left, top, right and bottom edge, in its pixels, of what the model sees of a frame of a height and width."""
         if not self.crop:
             return 0.0, 0.0, float(size[1]), float(size[0])
-        height, width = self._resized_size(size)
+        height, width = self.size_before_crop(size)
         across, down = size[1] / width, size[0] / height
         left, top = (width - self.width) // 2, (height - self.height) // 2
         return left * across, top * down, (left + self.width) * across, (top + self.height) * down
@@ -112,13 +112,19 @@ class Preprocessor:
         pixels /= np.float32(self.std)[:, None, None]
         return torch.from_numpy(pixels[None])
 
-    def _resized_size(self, size: tuple[int, int]) -> tuple[int, int]:
+    def shown(self, pixels: torch.Tensor) -> np.ndarray:
+        """The picture that a model's input stands for: [3, height, width] -> [height, width, 3] uint8."""
+        rgb = pixels.float().numpy().transpose(1, 2, 0) * np.float32(self.std) + np.float32(self.mean)
+        return np.nan_to_num(rgb / np.float32(self.rescale)).round().clip(0, 255).astype(np.uint8)
+
+    def size_before_crop(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The height and width to which a frame of a height and width is resized."""
         if isinstance(self.resize, int):
             return tuple(self.resize * side // min(size) for side in size)
         return self.resize or size
 
     def _middle(self, frame: Frame) -> np.ndarray:
-        height, width = self._resized_size(frame.size)
+        height, width = self.size_before_crop(frame.size)
         if height * width > MAX_PIXELS:
             shape = "x".join(str(side) for side in reversed(frame.size))
             raise SourceError(

@@ -1,0 +1,78 @@
+"""What Prometheus is told of a service."""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from .service import Answer, StreamStatus
+
+SECONDS = (0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
+class Metrics:
+    """Counters of one service, in a registry of its own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self._frames = Counter("neuroflow_frames", "Frames that were answered", registry=registry)
+        self._patches = Counter("neuroflow_patches", "Patches of these frames", registry=registry)
+        self._encoded = Counter("neuroflow_patches_encoded", "Patches that were encoded", registry=registry)
+        self._key_frames = Counter("neuroflow_key_frames", "Frames encoded in full", ["reason"], registry=registry)
+        self._latency = Histogram(
+            "neuroflow_latency_seconds", "From arrival to answer", buckets=SECONDS, registry=registry
+        )
+        self._pass = Histogram("neuroflow_pass_seconds", "A pass of the model", buckets=SECONDS, registry=registry)
+        self._together = Histogram(
+            "neuroflow_pass_frames", "Frames in a pass", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
+        )
+        self.queue = Gauge("neuroflow_queue_requests", "Requests that wait", registry=registry)
+        self.refused = Counter(
+            "neuroflow_refused", "Requests that were refused or failed", ["status"], registry=registry
+        )
+
+    def passed(self, frames: int, seconds: float) -> None:
+        """Note a pass."""
+        self._pass.observe(seconds)
+        self._together.observe(frames)
+
+    def answered(self, answer: "Answer", seconds: float) -> None:
+        """Note a frame that was answered so long after its arrival."""
+        self._frames.inc()
+        self._patches.inc(answer.patches)
+        self._encoded.inc(answer.active)
+        self._latency.observe(seconds)
+        if answer.key_frame is not None:
+            self._key_frames.labels(answer.key_frame).inc()
+
+    def text(self, streams: "Iterable[StreamStatus]", state_bytes: int, by_stream: bool) -> bytes:
+        """All of it in Prometheus' text format, each stream by itself where that is asked for."""
+        now = CollectorRegistry()
+        now.register(_Streams(list(streams), state_bytes, by_stream))
+        return generate_latest(self.registry) + generate_latest(now)
+
+
+class _Streams(Collector):
+    """What streams hold when they are looked at; those that are closed leave nothing behind."""
+
+    def __init__(self, streams: "list[StreamStatus]", state_bytes: int, by_stream: bool) -> None:
+        self._streams, self._state_bytes, self._by_stream = streams, state_bytes, by_stream
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("neuroflow_streams", "Open streams", value=len(self._streams))
+        yield GaugeMetricFamily("neuroflow_state_bytes", "What streams hold", value=self._state_bytes)
+        if not self._by_stream:
+            return
+        frames = CounterMetricFamily("neuroflow_stream_frames", "Frames of a stream", labels=["stream"])
+        key_frames = CounterMetricFamily("neuroflow_stream_key_frames", "Those encoded in full", labels=["stream"])
+        skipped = GaugeMetricFamily("neuroflow_stream_skipped_ratio", "Share of patches skipped", labels=["stream"])
+        held = GaugeMetricFamily("neuroflow_stream_state_bytes", "What a stream holds", labels=["stream"])
+        for status in self._streams:
+            frames.add_metric([status.stream], status.summary.frames)
+            key_frames.add_metric([status.stream], status.summary.key_frames)
+            skipped.add_metric([status.stream], status.summary.skipped)
+            held.add_metric([status.stream], status.summary.state_bytes)
+        yield from (frames, key_frames, skipped, held)
