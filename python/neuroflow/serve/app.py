@@ -296,7 +296,8 @@ def create_app(
     @app.get("/metrics", response_class=Response, **guarded)
     async def get_metrics(by: Annotated[str | None, Query(pattern="^stream$")] = None) -> Response:
         """For Prometheus; `?by=stream` has each stream by itself as well."""
-        text = service.metrics.text(service.streams(), service.state_bytes, by == "stream")
+        summaries = {status.stream: status.summary for status in service.streams()}
+        text = service.metrics.text(summaries, service.state_bytes, by == "stream")
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/healthz")

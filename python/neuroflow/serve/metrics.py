@@ -1,14 +1,12 @@
 """What Prometheus is told of a service."""
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-if TYPE_CHECKING:
-    from .service import Answer, StreamStatus
+from ..patch import StreamSummary
 
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
 
@@ -39,26 +37,26 @@ class Metrics:
         self._pass.observe(seconds)
         self._together.observe(frames)
 
-    def answered(self, answer: "Answer", seconds: float) -> None:
-        """Note a frame that was answered so long after its arrival."""
+    def answered(self, active: int, patches: int, key_frame: str | None, seconds: float) -> None:
+        """Note a frame of which so many patches were encoded, and how long after its arrival it was answered."""
         self._frames.inc()
-        self._patches.inc(answer.patches)
-        self._encoded.inc(answer.active)
+        self._patches.inc(patches)
+        self._encoded.inc(active)
         self._latency.observe(seconds)
-        if answer.key_frame is not None:
-            self._key_frames.labels(answer.key_frame).inc()
+        if key_frame is not None:
+            self._key_frames.labels(key_frame).inc()
 
-    def text(self, streams: "Iterable[StreamStatus]", state_bytes: int, by_stream: bool) -> bytes:
+    def text(self, streams: Mapping[str, StreamSummary], state_bytes: int, by_stream: bool) -> bytes:
         """All of it in Prometheus' text format, each stream by itself where that is asked for."""
         now = CollectorRegistry()
-        now.register(_Streams(list(streams), state_bytes, by_stream))
+        now.register(_Streams(streams, state_bytes, by_stream))
         return generate_latest(self.registry) + generate_latest(now)
 
 
 class _Streams(Collector):
     """What streams hold when they are looked at; those that are closed leave nothing behind."""
 
-    def __init__(self, streams: "list[StreamStatus]", state_bytes: int, by_stream: bool) -> None:
+    def __init__(self, streams: Mapping[str, StreamSummary], state_bytes: int, by_stream: bool) -> None:
         self._streams, self._state_bytes, self._by_stream = streams, state_bytes, by_stream
 
     def collect(self) -> Iterator[Metric]:
@@ -70,9 +68,9 @@ class _Streams(Collector):
         key_frames = CounterMetricFamily("neuroflow_stream_key_frames", "Those encoded in full", labels=["stream"])
         skipped = GaugeMetricFamily("neuroflow_stream_skipped_ratio", "Share of patches skipped", labels=["stream"])
         held = GaugeMetricFamily("neuroflow_stream_state_bytes", "What a stream holds", labels=["stream"])
-        for status in self._streams:
-            frames.add_metric([status.stream], status.summary.frames)
-            key_frames.add_metric([status.stream], status.summary.key_frames)
-            skipped.add_metric([status.stream], status.summary.skipped)
-            held.add_metric([status.stream], status.summary.state_bytes)
+        for name, summary in self._streams.items():
+            frames.add_metric([name], summary.frames)
+            key_frames.add_metric([name], summary.key_frames)
+            skipped.add_metric([name], summary.skipped)
+            held.add_metric([name], summary.state_bytes)
         yield from (frames, key_frames, skipped, held)

@@ -438,7 +438,7 @@ class Service:
         for answer in outcome:
             past = Past(frame=answer.frame, time=time.time(), skipped=answer.skipped, ms=ms, key_frame=answer.key_frame)
             known.history.append(past)
-            self.metrics.answered(answer, ms / 1e3)
+            self.metrics.answered(answer.active, answer.patches, answer.key_frame, ms / 1e3)
         watched = now - known.watched < WATCHED
         known.picture = self.preprocess.shown(request.pixels[-1]) if watched else None
         if not request.future.cancelled():
