@@ -55,6 +55,10 @@ async def running(limits=None, **settings):
         await service.stop()
 
 
+def finished(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 120))
+
+
 def decoded(pixels):
     return lambda: pixels
 
@@ -90,7 +94,7 @@ def test_frames_that_arrive_together_are_one_pass_and_equal_each_camera_alone():
                     answers[name] += got
             return answers
 
-    answers = asyncio.run(go())
+    answers = finished(go())
     for name in CAMERAS:
         same(answers[name], expected(clips[name]))
         assert [answer.frame for answer in answers[name]] == list(range(6))
@@ -126,12 +130,31 @@ def test_a_backlog_keeps_each_streams_order_and_gives_streams_turns():
             answers = await asyncio.gather(*sent)
             return [answer for each in answers[:6] for answer in each], answers[6:]
 
-    door, others = asyncio.run(go())
+    door, others = finished(go())
     same(door, expected(clips["door"]))
     assert [answer.frame for answer in door] == list(range(6))
     assert max(answer.together for answer in door) <= 4
     for name, answers in zip(CAMERAS[1:], others, strict=True):
         same(answers, expected(clips[name][:1]))
+
+
+def test_no_stream_has_its_second_turn_before_the_others_had_their_first():
+    async def go():
+        async with running(most=2) as service:
+            gate, order = Gate(service), []
+
+            async def send(name):
+                await service.encode(name, decoded(camera(0)[:1]))
+                order.append(name)
+
+            tasks = [asyncio.create_task(send(name)) for name in CAMERAS for _ in range(2)]
+            await asyncio.sleep(0)
+            gate.open()
+            await asyncio.gather(*tasks)
+            return order
+
+    order = finished(go())
+    assert set(order[:3]) == set(order[3:]) == set(CAMERAS)
 
 
 def test_a_clip_in_one_request_equals_its_frames():
@@ -141,7 +164,7 @@ def test_a_clip_in_one_request_equals_its_frames():
         async with running(most=4) as service:
             return await service.encode("door", decoded(clip[:1])) + await service.encode("door", decoded(clip[1:]))
 
-    same(asyncio.run(go()), expected(clip))
+    same(finished(go()), expected(clip))
 
 
 def test_a_full_queue_refuses_and_one_stream_has_a_quarter_of_it():
@@ -165,7 +188,7 @@ def test_a_full_queue_refuses_and_one_stream_has_a_quarter_of_it():
             assert "late" not in [status.stream for status in service.streams()]
             return await service.encode("door", decoded(clip[2][None]))
 
-    same(asyncio.run(go()), expected(clip)[2:3])
+    same(finished(go()), expected(clip)[2:3])
 
 
 def test_what_fails_fails_alone():
@@ -189,7 +212,7 @@ def test_what_fails_fails_alone():
             after = await service.encode("door", decoded(clip[2][None]))
             return [status.stream for status in service.streams()], door + after
 
-    names, answers = asyncio.run(go())
+    names, answers = finished(go())
     assert names == ["door"]
     same(answers, expected(clip)[1:3])
 
@@ -210,7 +233,7 @@ def test_a_repeated_number_is_answered_again_and_a_gap_is_a_key_frame():
             unnumbered = await service.encode("door", decoded(clip[4][None]))
             return first, waited, again, lost, unnumbered, service.streams()[0].summary.frames
 
-    first, waited, again, lost, unnumbered, frames = asyncio.run(go())
+    first, waited, again, lost, unnumbered, frames = finished(go())
     outcomes = expected(clip[:2])
     same(first + waited[0], outcomes)
     assert waited[0] == waited[1] == again
@@ -236,7 +259,7 @@ def test_new_streams_push_none_out_that_is_in_use():
                 await service.close("dock")
             return [status.stream for status in service.streams()]
 
-    assert asyncio.run(go()) == ["yard"]
+    assert finished(go()) == ["yard"]
 
 
 def test_streams_outlive_the_service(tmp_path):
@@ -259,9 +282,9 @@ def test_streams_outlive_the_service(tmp_path):
         async with running(state=tmp_path / "kept") as service:
             return await service.encode("door", decoded(clip[2:]))
 
-    answers = asyncio.run(first()) + asyncio.run(second())
+    answers = finished(first()) + finished(second())
     same(answers, expected(clip))
     assert [answer.frame for answer in answers] == list(range(6))
     (tmp_path / "kept" / "streams.safetensors").write_bytes(b"damaged")
     with pytest.warns(UserWarning, match="begin anew"):
-        assert asyncio.run(second())[0].key_frame == "first"
+        assert finished(second())[0].key_frame == "first"
