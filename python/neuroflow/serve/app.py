@@ -1,7 +1,9 @@
 """The service over HTTP: its routes, and what bounds a request."""
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import io
 import math
 import secrets
@@ -186,6 +188,8 @@ def create_app(
     if token is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK), www_redirect=False)
     arriving = Arriving(max_body)
+    page = PAGE.read_text(encoding="utf-8")
+    policy = page_policy(page)
     guarded: dict[str, Any] = {"dependencies": [Depends(require_token)]}
     size = (3, service.preprocess.height, service.preprocess.width)
 
@@ -277,12 +281,12 @@ def create_app(
     @app.get("/v1/streams/{stream}/picture", response_class=Response, **guarded)
     async def get_picture(stream: Stream) -> Response:
         """What the model saw of a stream last, as JPEG. It is kept for who looks at it: the first is that of the frame
-        after this was asked for.
+        after this was asked for, and until then the answer is 204.
         """
         with open_stream(stream):
             shown = service.picture(stream)
         if shown is None:
-            raise HTTPException(404, f"stream {stream} has had no frame since its picture was asked for; ask again")
+            return Response(status_code=204, headers={"Cache-Control": "no-store"})
         file = io.BytesIO()
         Image.fromarray(shown).save(file, "JPEG", quality=90)
         return Response(file.getvalue(), media_type="image/jpeg", headers={"Cache-Control": "no-store"})
@@ -314,9 +318,19 @@ def create_app(
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def get_page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text())
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     return app
+
+
+def page_policy(page: str) -> str:
+    """A Content-Security-Policy under which the page runs its own script, asks this server, and nothing else."""
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 def media_type(header: str) -> str:
