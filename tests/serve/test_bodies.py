@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from neuroflow.serve.bodies import MAX_SCANS, BodyError, array, picture, video
+from neuroflow.serve.bodies import MAX_DESCRIPTION, MAX_PARTS, MAX_SCANS, BodyError, array, picture, video
 from neuroflow.video.preprocess import Preprocessor
 from neuroflow.video.source import Source
 from PIL import Image
@@ -134,6 +134,19 @@ def test_a_png_s_text_is_not_unpacked(tmp_path):
     assert picture(png[:33] + text + png[33:], PREPROCESS, LIMIT).equal(picture(png, PREPROCESS, LIMIT))
 
 
+def test_pixels_beyond_those_of_a_png_are_not_unpacked():
+    png = encoded("PNG")
+    zeros = zlib.compress(bytes(64 * 48 * 8 + 48 * 16 + 1))
+    body = png[:33] + chunk(b"IDAT", zeros) + png[-12:]
+    assert "more than its pixels" in refused(400, picture, body, PREPROCESS, LIMIT)
+
+
+def test_more_parts_than_pictures_have_are_refused():
+    png, jpeg = encoded("PNG"), encoded("JPEG")
+    refused(400, picture, png[:33] + chunk(b"tEXt", b"") * MAX_PARTS + png[33:], PREPROCESS, LIMIT)
+    refused(400, picture, jpeg[:2] + b"\xff\xfe\x00\x02" * MAX_PARTS + jpeg[2:], PREPROCESS, LIMIT)
+
+
 def test_a_sliver_is_not_resized_to_what_has_no_bound():
     refused(413, picture, encoded("PNG", noise(1, 3000)), CROPPING, LIMIT)
     assert picture(encoded("PNG", noise(1, 3000)), PREPROCESS, LIMIT).shape == (1, 3, 24, 32)
@@ -234,3 +247,29 @@ def test_videos_that_are_damaged_or_none_are_refused():
                 assert 1 <= len(video(bytes(damaged), PREPROCESS, LIMIT, 6)) <= 6
             except BodyError as error:
                 assert error.status in (400, 413, 415)
+
+
+def test_what_videos_claim_is_not_believed():
+    """FFmpeg makes gigabytes of any of these."""
+    mp4, matroska = clip(), clip("matroska")
+
+    def patched(name, offset, content):
+        place = mp4.index(name) + offset
+        return mp4[:place] + content + mp4[place + len(content) :]
+
+    refused(413, video, patched(b"stsz", 8, struct.pack(">II", 1, 50_000_000)), PREPROCESS, LIMIT, 6)
+    refused(413, video, patched(b"stsz", 0, b"trun" + struct.pack(">II", 0, 50_000_000)), PREPROCESS, LIMIT, 6)
+    refused(413, video, mp4 + struct.pack(">I4s", 16, b"moov") + struct.pack(">I4s", 8, b"cmov"), PREPROCESS, LIMIT, 6)
+    refused(413, video, mp4 + struct.pack(">I4s", 8, b"free") * MAX_PARTS, PREPROCESS, LIMIT, 6)
+    tracks = matroska.index(b"\x16\x54\xae\x6b", matroska.index(b"\x16\x54\xae\x6b") + 4)
+    empty = b"\x16\x54\xae\x6b" + (1 << 28 | MAX_DESCRIPTION).to_bytes(4, "big") + b"\xae\x80" * (MAX_DESCRIPTION // 2)
+    refused(413, video, matroska[:tracks] + empty + matroska[tracks:], PREPROCESS, LIMIT, 6)
+    refused(413, video, matroska + b"\xec\x80" * MAX_PARTS, PREPROCESS, LIMIT, 6)
+
+
+def test_videos_open_nothing_else(tmp_path):
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(clip())
+    for body in (f"ffconcat version 1.0\nfile {secret}\n", f"#EXTM3U\n#EXTINF:1,\n{secret}\n"):
+        refused(415, video, body.encode(), PREPROCESS, LIMIT, 6)
+        refused(400, video, struct.pack(">I4s", 8, b"ftyp") + body.encode(), PREPROCESS, LIMIT, 6)

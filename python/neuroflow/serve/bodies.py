@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import math
+import re
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
 
 import av
@@ -21,8 +23,15 @@ VIDEOS = "a video in MP4, WebM or Matroska"
 PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"cICP", b"sBIT", b"eXIf", b"IDAT", b"IEND"}
 # Each scan of a progressive JPEG takes as long as a pass over its pixels, however few bytes it has; encoders make 10.
 MAX_SCANS = 64
+MAX_PARTS = 20_000  # chunks, segments or boxes of a file; looking at one takes longer here than in a decoder
 MAX_ARRAY_HEADER = 1000  # characters; those of arrays that are accepted have 80
 VIDEO_DECODERS = "h264,hevc,av1,libdav1d,vp8,vp9,libvpx,libvpx-vp9,mpeg4,mjpeg"
+# FFmpeg makes gigabytes of a few bytes that claim that a video has many samples, or tracks with nothing in them.
+MAX_SAMPLES = 1_000_000
+MAX_DESCRIPTION = 256 * 2**10  # bytes of a video that are not its frames; a clip of a few seconds has 4,000
+COUNTED = re.compile(rb"(?:stsz|stz2)....(?:....)(....)|trun....(....)|(cmov)", re.DOTALL)
+SEGMENT, CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
+BLOCKS = (b"\xa3", b"\xa0", b"\xec")  # SimpleBlock, BlockGroup and Void
 ALIGNMENT = 128  # FFmpeg takes pictures to be wider than they are, by less than this
 
 _own = threading.local()
@@ -132,13 +141,14 @@ def video(body: bytes, preprocess: Preprocessor, max_pixels: int, most: int) -> 
         BodyError: 400, 413 or 415.
     """
     if body[4:8] == b"ftyp":
-        container_format = "mp4"
-    elif body.startswith(b"\x1aE\xdf\xa3"):
-        container_format = "matroska"
+        container_format, check = "mp4", _check_boxes
+    elif body.startswith(b"\x1a\x45\xdf\xa3"):
+        container_format, check = "matroska", _check_elements
     else:
         raise BodyError(415, f"the body is no video that is known here; accepted is {VIDEOS}")
     prepared = []
     try:
+        check(body)
         for frame in _frames(body, container_format, max_pixels):
             if len(prepared) == most:
                 raise BodyError(413, f"the video has more frames than {most}; send it in parts")
@@ -161,7 +171,7 @@ def _still(body: bytes) -> tuple[str, int, int, bytes]:
             return "png", *struct.unpack_from(">II", body, 16), _png_pixels(body)
         if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
             return "webp", *_webp_size(body), body
-    except (IndexError, struct.error):
+    except (IndexError, struct.error, zlib.error):
         raise _damaged("picture", None) from None
     raise BodyError(415, f"the body is no picture that is known here; accepted is {PICTURES}")
 
@@ -172,9 +182,9 @@ def _jpeg_size(body: bytes) -> tuple[int, int]:
     if body.count(b"\xff\xda") > MAX_SCANS:
         raise BodyError(413, f"the picture has more scans than {MAX_SCANS}; send a JPEG that is not progressive")
     place = 2
-    while True:
+    for _ in range(MAX_PARTS):
         if body[place] != 0xFF:
-            raise IndexError
+            break
         marker = body[place + 1]
         if marker == 0xFF:
             place += 1
@@ -183,20 +193,38 @@ def _jpeg_size(body: bytes) -> tuple[int, int]:
             return width, height
         else:
             place += 2 + struct.unpack_from(">H", body, place + 2)[0]
+    raise IndexError
 
 
 def _png_pixels(body: bytes) -> bytes:
     """A PNG without what is not needed for its pixels."""
-    kept, place = [body[:8]], 8
-    while True:
+    kept, pixels, place = [body[:8]], [], 8
+    for _ in range(MAX_PARTS):
         size, name = struct.unpack_from(">I4s", body, place)
         if place + size + 12 > len(body) or (place == 8 and (name, size) != (b"IHDR", 13)):
-            raise IndexError
+            break
         if name in PNG_CHUNKS:
             kept.append(body[place : place + size + 12])
+        if name == b"IDAT":
+            pixels.append(body[place + 8 : place + 8 + size])
         if name == b"IEND":
+            _check_unpacked(b"".join(pixels), *struct.unpack_from(">II", body, 16))
             return b"".join(kept)
         place += size + 12
+    raise IndexError
+
+
+def _check_unpacked(packed: bytes, width: int, height: int) -> None:
+    """FFmpeg goes on unpacking when it has all pixels, which takes seconds for each megabyte of zeros."""
+    most = (8 * width + 16) * height  # four channels of 16 bits, and a byte for each row of each pass
+    unpacker, unpacked = zlib.decompressobj(), 0
+    for begin in range(0, len(packed), 2**16):
+        left = packed[begin : begin + 2**16]
+        while left and not unpacker.eof:
+            unpacked += len(unpacker.decompress(left, 2**20))
+            left = unpacker.unconsumed_tail
+            if unpacked > most:
+                raise BodyError(400, "the picture unpacks to more than its pixels; send it as it was encoded")
 
 
 def _webp_size(body: bytes) -> tuple[int, int]:
@@ -212,6 +240,53 @@ def _webp_size(body: bytes) -> tuple[int, int]:
         return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
     width, height = struct.unpack_from("<HH", body, 26)
     return width & 0x3FFF, height & 0x3FFF
+
+
+def _check_boxes(body: bytes) -> None:
+    """Refuse an MP4 that claims more than a short video has. Raises struct.error or IndexError for a damaged one."""
+    place = described = samples = 0
+    for _ in range(MAX_PARTS):
+        if place == len(body):
+            break
+        size, name = struct.unpack_from(">I4s", body, place)
+        if size == 1:
+            (size,) = struct.unpack_from(">Q", body, place + 8)
+        elif size == 0:
+            size = len(body) - place
+        if size < 8 or place + size > len(body):
+            raise IndexError("it is cut off")
+        if name != b"mdat":
+            described += size
+            if described > MAX_DESCRIPTION:
+                break
+            for found in COUNTED.finditer(body, place, place + size):
+                packed = found[3] is not None
+                samples += MAX_SAMPLES + 1 if packed else int.from_bytes(found[1] or found[2], "big")
+        place += size
+    if place != len(body) or samples > MAX_SAMPLES:
+        raise BodyError(413, "the video has more samples or data beside its frames than a short one; send it in parts")
+
+
+def _check_elements(body: bytes) -> None:
+    """Refuse a Matroska that describes more than a short video has. Raises IndexError for a damaged one."""
+    place = described = 0
+    for _ in range(MAX_PARTS):
+        if place == len(body):
+            break
+        length = 9 - body[place].bit_length()
+        name, place = body[place : place + length], place + length
+        length = 9 - body[place].bit_length()
+        unknown = (1 << 7 * length) - 1
+        size, place = int.from_bytes(body[place : place + length], "big") & unknown, place + length
+        if name in (SEGMENT, CLUSTER):  # whose end may be unknown
+            continue
+        if size == unknown or place + size > len(body):
+            raise IndexError("it is cut off")
+        if name not in BLOCKS:
+            described += size
+        place += size
+    if place != len(body) or described > MAX_DESCRIPTION:
+        raise BodyError(413, "the video has more data beside its frames than a short one; send it in parts")
 
 
 def _frames(body: bytes, container_format: str, max_pixels: int) -> Iterator[Frame]:
