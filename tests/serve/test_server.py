@@ -163,9 +163,11 @@ def test_headers_that_are_too_large_or_none():
             answer(connected(address, GET))
 
 
-def test_an_address_that_is_taken():
-    with listening("127.0.0.1", 0) as listener, pytest.raises(OSError):
-        listening("localhost", listener.getsockname()[1])
+def test_an_address_that_is_taken(neuroflow):
+    with listening("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        code, _, message = neuroflow("serve", "--model", "never/loaded", "--port", port)
+    assert code == 2 and f"--port {port}: cannot be listened on" in message and message.count("\n") == 1
 
 
 def test_connections_fit_the_files_that_may_be_open(monkeypatch):

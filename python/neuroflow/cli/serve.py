@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         CommandError: bad options, or an address that cannot be listened on.
     """
     from ..serve.app import LOOPBACK, create_app
-    from ..serve.server import serve
+    from ..serve.server import listening, serve
     from ..serve.service import Service
 
     token = os.environ.get("NEUROFLOW_TOKEN") or None
@@ -94,6 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
             f"--host {arguments.host}: others could reach it, and NEUROFLOW_TOKEN is not set; set it, or leave --host"
         )
     config = gate_config(arguments)
+    try:
+        listener = listening(arguments.host, arguments.port)
+    except OSError as error:
+        where = f"--host {arguments.host} --port {arguments.port}"
+        raise CommandError(f"{where}: cannot be listened on ({error.strerror}); give another") from None
     streams = neuroflow.StreamCache(arguments.max_streams, arguments.max_bytes, arguments.idle_seconds)
     model, preprocess = load_model(arguments)
     try:
@@ -112,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     app = create_app(service, token=token, max_body=arguments.max_body, max_pixels=arguments.max_pixels)
     size = f"{preprocess.width}x{preprocess.height}"
     print(f"{type(model).__name__}, {size}, {format_gate(config)}", file=sys.stderr)
-    return serve(app, arguments.host, arguments.port)
+    return serve(app, listener)
 
 
 def port(text: str) -> int:

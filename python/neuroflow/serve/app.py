@@ -20,6 +20,7 @@ from PIL import Image
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 from .bodies import BodyError, array, picture, video
 from .service import Answer, Full, Past, Service, StreamStatus
@@ -139,6 +140,8 @@ class Arriving:
                         if self._held > self._most:
                             raise HTTPException(503, "too much arrives at once; try again", {"Retry-After": "1"})
                         chunks.append(chunk)
+            except ClientDisconnect:
+                raise HTTPException(400, "the client has gone before all of the body came") from None
             except TimeoutError:
                 raise HTTPException(408, f"the body took more than {self._seconds:g} seconds; send it faster") from None
             yield b"".join(chunks)

@@ -115,21 +115,14 @@ class Server(uvicorn.Server):
             print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
 
 
-def serve(app: FastAPI, host: str, port: int) -> int:
-    """Serve an application until SIGINT or SIGTERM, and answer what has arrived by then.
+def serve(app: FastAPI, listener: socket.socket) -> int:
+    """Serve an application until SIGINT or SIGTERM, answer what has arrived by then, and return the exit code.
 
     Args:
         app: an ASGI application.
-        host: name or address to listen on.
-        port: 0 takes a free one; where it listens is said on stderr.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        OSError: it cannot listen there.
+        listener: of `listening`; where it listens is said on stderr.
     """
-    with listening(host, port) as listener:
+    with listener:
         server(app, connections()).run([listener])
     return 0
 
@@ -154,7 +147,7 @@ def server(app: FastAPI, most: int) -> Server:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """A socket that listens on a name or an address, on a free port where that is 0.
 
     Raises:
         OSError: it cannot.
