@@ -24,7 +24,6 @@ PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"cICP", b"s
 # Each scan of a progressive JPEG takes as long as a pass over its pixels, however few bytes it has; encoders make 10.
 MAX_SCANS = 64
 MAX_PARTS = 20_000  # chunks, segments or boxes of a file; looking at one takes longer here than in a decoder
-MAX_ARRAY_HEADER = 1000  # characters; those of arrays that are accepted have 80
 VIDEO_DECODERS = "h264,hevc,av1,libdav1d,vp8,vp9,libvpx,libvpx-vp9,mpeg4,mjpeg"
 # FFmpeg makes gigabytes of a few bytes that claim that a video has many samples, or tracks with nothing in them.
 MAX_SAMPLES = 1_000_000
@@ -103,7 +102,7 @@ def array(body: bytes, shape: tuple[int, int, int], clip: int | None = None) -> 
     try:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        claimed, by_columns, dtype = read(file, max_header_size=MAX_ARRAY_HEADER)
+        claimed, by_columns, dtype = read(file)
     # A header is a Python literal, which fails in as many ways as there are to write one.
     except Exception:
         raise BodyError(400, f"the array's header cannot be read; accepted is {accepted}") from None
