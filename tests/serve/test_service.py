@@ -167,6 +167,36 @@ def test_a_clip_in_one_request_equals_its_frames():
     same(finished(go()), expected(clip))
 
 
+def test_who_looks_during_a_pass_sees_the_patches_of_the_frame_before():
+    clip = camera(0)
+
+    async def go():
+        async with running() as service:
+            for frame in clip[:3]:
+                await service.encode("door", decoded(frame[None]))
+            encoded, looked, embedding_of = threading.Event(), threading.Event(), service._embedding_of
+
+            def held(output):
+                encoded.set()
+                looked.wait()
+                return embedding_of(output)
+
+            service._embedding_of = held
+            later = asyncio.create_task(service.encode("door", decoded(clip[3][None])))
+            await asyncio.to_thread(encoded.wait)
+            try:
+                during = service.status("door")
+            finally:
+                looked.set()
+            await later
+            return during, service.status("door")
+
+    for status, (_, report) in zip(asyncio.run(go()), expected(clip)[2:4], strict=True):
+        assert status.history[-1].skipped == report.skipped
+        assert torch.equal(status.summary.active, report.active)
+        assert torch.equal(status.summary.surprise, report.surprise)
+
+
 def test_a_full_queue_refuses_and_one_stream_has_a_quarter_of_it():
     clip = camera(0, 12)
 

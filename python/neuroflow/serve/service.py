@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +116,7 @@ class _Request:
     future: asyncio.Future[list[Answer]]
     pixels: torch.Tensor | None = None  # [T, 3, H, W], once it is decoded
     ready: float = 0.0
+    report: neuroflow.FrameReport | None = None  # on the last of its frames, once they are encoded
 
 
 @dataclass
@@ -128,6 +129,7 @@ class _Stream:
     history: collections.deque[Past] = field(default_factory=lambda: collections.deque(maxlen=HISTORY))
     used: float = field(default_factory=time.monotonic)
     watched: float = -math.inf
+    report: neuroflow.FrameReport | None = None  # on its last frame
     picture: np.ndarray | None = None  # [H, W, 3] uint8
 
 
@@ -267,7 +269,7 @@ class Service:
         now = time.monotonic()
         summaries = neuroflow.summary(self._model).streams
         return [
-            StreamStatus(name, summaries[name], now - known.used, list(known.history))
+            StreamStatus(name, _as_answered(summaries[name], known.report), now - known.used, list(known.history))
             for name, known in sorted(self._streams.items())
             if name in summaries
         ]
@@ -408,6 +410,8 @@ class Service:
         answers: list[list[Answer] | Exception] = []
         for request in batch:
             waited = (begun - request.arrived) * 1e3
+            own = list(itertools.islice(frames, len(request.pixels)))
+            request.report = own[-1][2]
             answers.append(
                 [
                     Answer(
@@ -421,7 +425,7 @@ class Service:
                         waited_ms=waited,
                         together=len(names),
                     )
-                    for number, embedding, report in itertools.islice(frames, len(request.pixels))
+                    for number, embedding, report in own
                 ]
             )
         return answers
@@ -434,6 +438,7 @@ class Service:
             return
         known, now = self._streams[request.stream], time.monotonic()
         known.number, known.answers, known.used = outcome[-1].frame, list(outcome), now
+        known.report = request.report
         ms = (now - request.arrived) * 1e3
         for answer in outcome:
             past = Past(frame=answer.frame, time=time.time(), skipped=answer.skipped, ms=ms, key_frame=answer.key_frame)
@@ -454,3 +459,8 @@ class Service:
             for shade in (0.0, 0.5):
                 neuroflow.encode(self._model, pixels + shade, [name], **interpolation(self._model, pixels))
         neuroflow.reset_cache(self._model, name)
+
+
+def _as_answered(summary: neuroflow.StreamSummary, report: neuroflow.FrameReport | None) -> neuroflow.StreamSummary:
+    """With the patches of the last frame that was answered, where the model is at the next one already."""
+    return summary if report is None else replace(summary, active=report.active, surprise=report.surprise)
