@@ -127,6 +127,12 @@ def test_idle_clients_do_not_lock_others_out():
         app.released.set()
         for client in busy:
             answer(client)
+        # They have waited for the server, not it for them.
+        for _ in range(3):
+            answer(connected(address, GET))
+        for client in busy:
+            client.sendall(GET)
+            answer(client)
 
 
 def test_one_more_than_can_be_answered_is_closed():

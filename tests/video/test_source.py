@@ -7,6 +7,8 @@ import itertools
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -100,6 +102,20 @@ def test_times_are_those_of_presentation_whatever_the_container(tmp_path, contai
     assert [brightness(frame) for frame in frames] == pytest.approx([20 * i for i in range(12)], abs=8)
     step = frames[1].time - frames[0].time if container == "h264" else 0.1
     assert [frame.time - frames[0].time for frame in frames] == pytest.approx([step * i for i in range(12)], abs=2e-3)
+
+
+def test_pictures_with_a_colour_profile(tmp_path):
+    """Whose name PyAV would free twice, which ends the process now or later."""
+    for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"):
+        Image.new(mode, (64, 48)).save(tmp_path / f"{mode}.png", icc_profile=bytes(300))
+    code = """
+import gc, sys
+from neuroflow.video.source import Source
+for _ in range(20):
+    assert {frame.size for frame in Source(sys.argv[1])} == {(48, 64)}
+    gc.collect()
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
 def test_times_rise_where_a_containers_begin_again(tmp_path):

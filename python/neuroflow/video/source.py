@@ -34,6 +34,9 @@ LOCAL = "file,pipe,crypto,data"
 WEB = "http,https,httpproxy,tcp,tls,crypto,data"
 NETWORK = {"http": WEB, "https": WEB, "rtsp": f"rtsp,rtp,srtp,udp,{WEB}", "rtsps": f"rtsp,rtp,srtp,udp,{WEB}"}
 
+# What PNGs are decoded to, and hardly any video.
+PNG_FORMATS = {"gray", "gray16be", "monob", "pal8", "rgb24", "rgb48be", "rgba", "rgba64be", "ya16be", "ya8"}
+
 T = TypeVar("T")
 
 
@@ -416,17 +419,19 @@ def _is_endless(container: InputContainer, name: str) -> bool:
 
 
 def _side_data(picture: av.VideoFrame) -> dict:
-    try:
-        return picture.side_data
-    # PyAV 18 gives none of it where there is some that it does not know, such as EXIF: without that, it does.
-    except ValueError:
-        graph = av.filter.Graph()
-        base = picture.time_base or Fraction(1)
-        nodes = [graph.add_buffer(width=picture.width, height=picture.height, format=picture.format, time_base=base)]
-        nodes += [graph.add("sidedata", f"mode=delete:type={number}") for number in range(len(Type), 40)]
-        graph.link_nodes(*nodes, graph.add("buffersink")).configure()
-        graph.push(picture)
-        return graph.pull().side_data
+    # PyAV 18 gives none of it where there is some that it does not know, such as EXIF; and the name of a colour
+    # profile, which those of PNGs have, it frees a second time. Without these two, all is well.
+    if picture.format.name not in PNG_FORMATS:
+        with contextlib.suppress(ValueError):
+            return picture.side_data
+    graph = av.filter.Graph()
+    base = picture.time_base or Fraction(1)
+    nodes = [graph.add_buffer(width=picture.width, height=picture.height, format=picture.format, time_base=base)]
+    numbers = (Type.ICC_PROFILE.value, *range(len(Type), 40))
+    nodes += [graph.add("sidedata", f"mode=delete:type={number}") for number in numbers]
+    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+    graph.push(picture)
+    return graph.pull().side_data
 
 
 def _apart(call: Callable[[], T]) -> T:
