@@ -44,6 +44,9 @@ class Full(Exception):
         super().__init__(message)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[type, tuple[str, float]]:
+        return type(self), (str(self), self.retry_after)
+
 
 @dataclass(frozen=True)
 class Answer:
