@@ -1,0 +1,262 @@
+"""The service on Ray Serve: replicas of one application, and a stream's frames all go to the same one.
+
+  serve run neuroflow.serve.ray_app:app model=google/siglip2-base-patch16-224
+  serve run serve.yaml
+
+Routes and answers are those of `neuroflow serve`. `routing.StreamRouter` finds the replica by the header x-session-id,
+or without one by the stream in the path. Where replicas come, go or die, some streams move; a stream that moves begins
+with a key frame at its new replica, which knows nothing of it, and is as before from then on. For the same reason
+nothing is kept when a replica stops: it answers what it has taken, and its streams begin anew elsewhere.
+
+GET /v1/streams and /metrics are of all replicas, and say which. A stream that moved is listed where it is now.
+
+NEUROFLOW_TOKEN is read where the application is built, and goes to every replica. Without it only clients that call the
+proxy localhost are answered, as by `neuroflow serve`.
+"""
+
+import argparse
+import itertools
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from fastapi import FastAPI, HTTPException, Query, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from ray import cloudpickle, serve
+from ray.exceptions import RayActorError
+from ray.serve.config import RequestRouterConfig
+
+import neuroflow
+
+from ..cli.common import gate_config, load_model
+from ..cli.options import size
+from . import routing
+from .app import MAX_BODY, MAX_PIXELS, OpenStream, create_app, summary
+from .service import Answer, Service
+
+TARGET = 8  # requests of a replica, waiting ones included, above which another one is added
+REPLICA_SECONDS = 5.0  # in which every replica has to say what it holds
+
+# Proxies get the class itself, and so do not import neuroflow, nor torch.
+cloudpickle.register_pickle_by_value(routing)
+
+
+class Settings(BaseModel):
+    """What `app` takes, as `key=value` behind `serve run`, or below `args` in a file for it. All have defaults.
+
+    Paths of models and weights are those of the machines on which replicas run; the settings in `config` are read once.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(
+        default_factory=lambda: os.environ.get("NEUROFLOW_MODEL"),
+        description="Hugging Face id or directory; else NEUROFLOW_MODEL, else the package's own",
+    )
+    config: Path | None = Field(
+        default_factory=lambda: os.environ.get("NEUROFLOW_CONFIG"),
+        validate_default=True,
+        description="file of NeuroFlowConfig.save or `neuroflow calibrate`; else NEUROFLOW_CONFIG, else the defaults",
+    )
+    weights: Path | None = Field(None, description="file of `neuroflow distill`")
+    size: tuple[int, int] | None = Field(None, description="input width and height, as 448 or 640x384")
+    device: str = Field("cpu", description="cpu, or cuda, of which each replica then takes one")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_streams: PositiveInt = Field(64, description="open streams of a replica")
+    max_bytes: PositiveInt | None = Field(None, description="what they may hold together")
+    idle_seconds: PositiveFloat = Field(300.0, description="one that sent nothing for so long makes room for a new one")
+    window_ms: PositiveFloat = Field(5.0, description="how long a frame waits for those of other streams")
+    most: PositiveInt = Field(16, description="frames in a pass")
+    queue: PositiveInt = Field(64, description="requests that wait at a replica; more are answered 503")
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt = Field(4, description="at most, while many requests wait")
+    max_body: PositiveInt = Field(MAX_BODY, description="bytes of a request")
+    max_pixels: PositiveInt = Field(MAX_PIXELS, description="of a picture")
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _read_size(cls, value: object) -> object:
+        try:
+            return size(str(value)) if isinstance(value, str | int) else value
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(str(error)) from None
+
+
+class LocatedStream(OpenStream):
+    """An open stream, and the replica that has it."""
+
+    replica: str
+
+
+class LocatedStreams(BaseModel):
+    """All open streams."""
+
+    streams: list[LocatedStream]
+
+
+@serve.deployment(
+    # A dead replica is found by the next check; until then its streams are served elsewhere, but it is not replaced.
+    health_check_period_s=1.0,
+    request_router_config=RequestRouterConfig(
+        request_router_class=routing.StreamRouter,
+        request_router_kwargs={"num_virtual_nodes": 100, "num_fallback_replicas": 1},
+    ),
+)
+@serve.ingress()
+class Encoder:
+    """A replica: the service with a model of its own.
+
+    Args:
+        settings: of `app`.
+        config: which patches are encoded.
+        token: what clients have to send.
+    """
+
+    def __init__(self, settings: Settings, config: neuroflow.NeuroFlowConfig, token: str | None) -> None:
+        self._settings, self._token = settings, token
+        streams = neuroflow.StreamCache(settings.max_streams, settings.max_bytes, settings.idle_seconds)
+        model, self._preprocess = load_model(argparse.Namespace(**settings.model_dump()))
+        neuroflow.enable_cache(model, config, streams=streams, weights=settings.weights)
+        self._service = Service(
+            model,
+            self._preprocess,
+            streams,
+            window_ms=settings.window_ms,
+            most=settings.most,
+            queue=settings.queue,
+        )
+        self._replica = serve.get_replica_context().replica_tag
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        settings = self._settings
+        app = create_app(self._service, token=self._token, max_body=settings.max_body, max_pixels=settings.max_pixels)
+
+        async def get_streams() -> Response:
+            """All open streams, of all replicas."""
+            held = itertools.chain(*await self._everywhere("own_streams"))
+            # One that has moved is still open where it was, until it is idle for too long.
+            latest = {each["stream"]: each for each in sorted(held, key=lambda each: -each["idle_seconds"])}
+            return JSONResponse({"streams": [latest[name] for name in sorted(latest)]})
+
+        async def get_metrics(by: Annotated[str | None, Query(pattern="^stream$")] = None) -> Response:
+            """For Prometheus, of all replicas; `?by=stream` has each stream by itself as well."""
+            text = labelled(dict(await self._everywhere("own_metrics", by == "stream")))
+            return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+        replace(app, "/v1/streams", get_streams, response_model=LocatedStreams)
+        replace(app, "/metrics", get_metrics, response_class=Response)
+        return app
+
+    async def encode(self, stream: str, pixels: np.ndarray, frame: int | None = None) -> list[Answer]:
+        """The next frames of a stream, for other deployments: `handle.options(session_id=stream).encode.remote(...)`.
+
+        Args:
+            stream: its name, and the session's.
+            pixels: the model's input, [T, 3, height, width], float32 or float16.
+            frame: number of the first, as of `Service.encode`.
+
+        Raises:
+            Full: no room now.
+            ValueError: `pixels` is of another shape.
+        """
+        size = (3, self._preprocess.height, self._preprocess.width)
+        if pixels.ndim != 4 or not len(pixels) or pixels.shape[1:] != size:
+            raise ValueError(f"pixels is {list(pixels.shape)}; accepted is [T, {', '.join(map(str, size))}], T >= 1")
+        frames = torch.tensor(pixels, dtype=torch.float32)
+        return await self._service.encode(stream, lambda: frames, frame)
+
+    async def own_streams(self) -> list[dict[str, Any]]:
+        """The streams of this replica."""
+        return [{**summary(status), "replica": self._replica} for status in self._service.streams()]
+
+    async def own_metrics(self, by_stream: bool) -> tuple[str, bytes]:
+        """This replica and its metrics."""
+        summaries = {status.stream: status.summary for status in self._service.streams()}
+        return self._replica, self._service.metrics.text(summaries, self._service.state_bytes, by_stream)
+
+    async def check_health(self) -> None:
+        """Ray replaces a replica that raises.
+
+        Raises:
+            RuntimeError: it takes no frames any more.
+        """
+        if not self._service.running:
+            raise RuntimeError("the service has ended; the replica is to be replaced")
+
+    async def _everywhere(self, method: str, *arguments: object) -> list[Any]:
+        """What `method` gives on every replica that lives."""
+        replica = serve.get_replica_context()
+        handle = serve.get_deployment_handle(replica.deployment, replica.app_name)
+        response = handle.broadcast(method, *arguments)
+        try:
+            results = await response.results_async(timeout_s=REPLICA_SECONDS, return_exceptions=True)
+        except TimeoutError:
+            reason = f"a replica did not answer in {REPLICA_SECONDS:g} seconds; try again"
+            raise HTTPException(503, reason, {"Retry-After": "1"}) from None
+        living = [result for result in results if not isinstance(result, RayActorError)]
+        for result in living:
+            if isinstance(result, BaseException):
+                raise result
+        return living
+
+
+def app(args: Settings) -> serve.Application:
+    """The application, for `serve run` and `serve.run`.
+
+    Args:
+        args: of which Ray makes Settings.
+
+    Raises:
+        CommandError: settings that cannot be read.
+    """
+    config = gate_config(argparse.Namespace(preset=None, config=args.config, weights=args.weights))
+    deployment = Encoder.options(
+        autoscaling_config={
+            "min_replicas": args.min_replicas,
+            "max_replicas": args.max_replicas,
+            "target_ongoing_requests": TARGET,
+        },
+        # What waits in the service is under way for Ray, so that it is the service that refuses, and says why. What
+        # arrives faster than Ray hands it on is bounded too.
+        max_ongoing_requests=2 * args.queue,
+        max_queued_requests=args.max_replicas * args.queue,
+        ray_actor_options={"num_cpus": 1, "num_gpus": int(args.device.startswith("cuda"))},
+    )
+    return deployment.bind(args, config, os.environ.get("NEUROFLOW_TOKEN") or None)
+
+
+def replace(app: FastAPI, path: str, endpoint: Any, **settings: Any) -> None:
+    """Answer GET of a path by another endpoint, to the same clients."""
+    [route] = [route for route in app.routes if isinstance(route, APIRoute) and route.path == path]
+    app.routes.remove(route)
+    app.get(path, dependencies=route.dependencies, **settings)(endpoint)
+
+
+class Families(Collector):
+    """Metrics that are given."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
+
+
+def labelled(texts: dict[str, bytes]) -> bytes:
+    """The metrics of several replicas, by their names, as one text in which each value says its replica's."""
+    families: dict[str, Metric] = {}
+    for replica, text in texts.items():
+        for family in text_string_to_metric_families(text.decode()):
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                merged.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+    registry = CollectorRegistry()
+    registry.register(Families(list(families.values())))
+    return generate_latest(registry)
