@@ -8,6 +8,9 @@ or without one by the stream in the path. Where replicas come, go or die, some s
 with a key frame at its new replica, which knows nothing of it, and is as before from then on. For the same reason
 nothing is kept when a replica stops: it answers what it has taken, and its streams begin anew elsewhere.
 
+What a replica had under way when it died is answered 500, or in rare cases not at all, as Ray hands the request on
+without its body. Clients send a frame again that was not answered within a few seconds, with its number as `frame`.
+
 GET /v1/streams and /metrics are of all replicas, and say which. A stream that moved is listed where it is now.
 
 NEUROFLOW_TOKEN is read where the application is built, and goes to every replica. Without it only clients that call the
