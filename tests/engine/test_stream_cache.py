@@ -429,9 +429,10 @@ def small(hidden_size=32, layers=1):
     return SiglipVisionModel(SiglipVisionConfig(**sizes, num_hidden_layers=layers, image_size=48, patch_size=8)).eval()
 
 
-def test_sixty_four_streams_at_random_are_sixty_four_streams_alone(one_thread):
-    """200 frames each, in passes of random streams, with resets, changes of size and frames with NaN among them."""
-    chance, streams, frames = random.Random(0), 64, 200
+@pytest.mark.parametrize(("frames", "max_age"), [(40, 8), pytest.param(200, 32, marks=pytest.mark.slow)])
+def test_sixty_four_streams_at_random_are_sixty_four_streams_alone(one_thread, frames, max_age):
+    """In passes of random streams, with resets, changes of size and frames with NaN among them."""
+    chance, streams = random.Random(0), 64
     model = small(layers=2)
     stills = [clip(frames=8, size=size, changed=3) for size in SIZES]
     scripts = []  # of each stream: (event, frame) in order
@@ -449,7 +450,7 @@ def test_sixty_four_streams_at_random_are_sixty_four_streams_alone(one_thread):
 
     def run(passes):
         """passes: lists of streams, each of whose next frames are encoded together -> pooled outputs by stream."""
-        neuroflow.enable_cache(model, exact(threshold=1e-4, max_age=32))
+        neuroflow.enable_cache(model, exact(threshold=1e-4, max_age=max_age))
         at, results = [0] * streams, [[] for _ in range(streams)]
         for members in passes:
             for stream in members:
@@ -488,17 +489,20 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_memory_is_flat_over_ten_thousand_streams(one_thread):
+def test_memory_is_flat_over_thousands_of_streams(one_thread):
+    """Not one object more for every other stream, nor 2 kB, where a stream holds 51."""
     model, frame = small(), clip(frames=1)
     neuroflow.enable_cache(model, exact(threshold=1e-4))
     seen = []
-    for cycle in range(10_000):
+    for cycle in range(2_000):
         encode(model, frame, [cycle])
         neuroflow.reset_cache(model, cycle)
-        if cycle in (1_000, 9_999):
-            seen.append(resident())
+        if cycle in (499, 1_999):
+            seen.append((resident(), sys.getallocatedblocks()))
     assert not open_streams(model)
-    assert seen[1] <= 1.01 * seen[0]
+    (size, objects), (later_size, later_objects) = seen
+    assert later_objects - objects < 750
+    assert later_size - size < 2_000 * 1_500
 
 
 @pytest.mark.parametrize("family", FAMILIES)
