@@ -18,15 +18,12 @@ def classifier(data, tmp_path_factory):
 
 def test_the_converted_classifier_recognises_photographs(classifier, data):
     model, _ = classifier
-    paths = sorted(data("imagenet256").glob("*.jpg"))
-    assert len(paths) == 500
-    correct = 0
+    paths = sorted(data("imagenet256").glob("*.jpg"))[::5]
+    assert len(paths) == 100
     with torch.inference_mode():
-        for start in range(0, 500, 50):
-            batch = paths[start : start + 50]
-            predicted = model(torch.stack([photograph(path) for path in batch])).logits.argmax(-1)
-            correct += sum(int(path.name[:4]) == label for path, label in zip(batch, predicted.tolist(), strict=True))
-    assert 0.80 <= correct / 500 <= 0.86
+        predicted = model(torch.stack([photograph(path) for path in paths])).logits.argmax(-1)
+    correct = sum(int(path.name[:4]) == label for path, label in zip(paths, predicted.tolist(), strict=True))
+    assert 0.80 <= correct / 100 <= 0.86
 
 
 def test_the_idle_clip_keeps_its_features(classifier, data, tmp_path, capsys):
@@ -68,7 +65,7 @@ def test_the_default_stays_close_on_footage(classifier, data, tmp_path, name, sk
     """A still camera saves most patches; a drone's saves none, and costs no fidelity."""
     out = tmp_path / "result.npz"
     video = data(f"videos/{name}.mp4")
-    command = ["run", str(video), "--model", str(classifier[1]), "--compare", "--max-frames", "50"]
+    command = ["run", str(video), "--model", str(classifier[1]), "--compare", "--max-frames", "30"]
     assert main([*command, "--out", str(out)]) == 0
     result = np.load(out)
     assert result["cosine"][1:].mean() >= 0.99
