@@ -77,8 +77,11 @@ def test_entries_attended_from_at_once_tell_the_gate_the_same(monkeypatch):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10 if one.dtype == torch.float64 else 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize(("family", "arch"), CASES)
+@pytest.mark.parametrize(
+    ("family", "arch", "dtype"),
+    [(*case, torch.float32) for case in CASES] + [(family, "E", torch.float64) for family in PICKED],
+    ids=str,
+)
 def test_a_clip_is_its_frames_one_after_the_other(family, arch, dtype):
     """Of three streams interleaved, with key frames of every kind within the pass."""
     model, frames = tiny(family).to(dtype), frames_of(ORDER).to(dtype)
