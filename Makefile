@@ -7,7 +7,8 @@ OUT ?= .benchmarks/gpu
 FUZZ_SECONDS ?= 60
 SOAK_MINUTES ?= 10
 BIN := .venv/bin
-INSTALL := pip install --quiet --constraint $(LOCK)
+# Its bytecode is written on all cores in the end, where pip would take one.
+INSTALL := pip install --quiet --no-compile --constraint $(LOCK)
 SOURCES := $(wildcard $(addprefix csrc/,*.h cpu/*.* cuda/*.* include/neuroflow/*.*))
 # CUDA for tests without a GPU.
 SHIM := $(wildcard tests/ops/cuda_on_host/*.* tests/ops/cuda_on_host/cuda/*)
@@ -20,7 +21,8 @@ COMPAT_TORCH ?= 2.10.0 2.11.0 newest
 STRUCTURAL := tests/adapters tests/engine tests/ops/test_reference_vectors.py tests/bench/test_baselines.py \
   tests/bench/test_vit_tiny.py tests/test_llm.py
 # What takes one core about as long as everything else takes the other.
-KERNELS := $(addprefix tests/,ops adapters/test_timm.py adapters/test_whole_models.py engine/test_stream_cache.py)
+KERNELS := $(addprefix tests/,ops adapters/test_families.py adapters/test_timm.py adapters/test_whole_models.py \
+  engine/test_stream_cache.py)
 
 .PHONY: demo test test-kernels test-others test-slow fuzz soak gpu lock compat $(COMPAT:%=compat-%) compat-torch \
   $(COMPAT_TORCH:%=compat-torch-%) lint format bench zoo clean always
@@ -30,6 +32,7 @@ KERNELS := $(addprefix tests/,ops adapters/test_timm.py adapters/test_whole_mode
 	$(BIN)/$(INSTALL) --upgrade setuptools wheel
 	$(BIN)/$(INSTALL) torch
 	$(BIN)/$(INSTALL) --no-build-isolation --editable '.[video,serve,bench,test]'
+	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true  # torch has a file for later Pythons
 	touch $@
 
 # timm for its tests, out of the way of everything else: it needs torchvision, which changes what transformers does.
