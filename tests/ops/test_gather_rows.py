@@ -160,14 +160,14 @@ def test_cu_seqlens_out_of_range():
         gather_rows(torch.zeros(2, 5, 3), torch.zeros(2).int(), torch.tensor([0, 1, 3]).int(), 3)
 
 
-@pytest.mark.parametrize("rows", [5, 2, 8, 13])
+@pytest.mark.parametrize("rows", [3, 2, 4, 8])
 @pytest.mark.parametrize("norm", [False, True])
 def test_gradients(backend, generator, norm, rows):
-    """Rows that are cut off or are padding have none; 13 are more than the index holds."""
+    """Rows that are cut off or are padding have none; 8 are more than the index holds."""
     torch.use_deterministic_algorithms(False)  # of poisoned memory, gradcheck's own too
-    x = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    index, cu_seqlens = select(generator, (2, 5, 4), [2, 3])
-    weights = layer_norm(generator, 4, torch.float64) if norm else {}
+    x = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    index, cu_seqlens = select(generator, (2, 3, 3), [1, 2])
+    weights = layer_norm(generator, 3, torch.float64) if norm else {}
     eps = {"eps": weights.pop("eps")} if norm else {}
     inputs = x, *(value.requires_grad_() for value in weights.values())
 

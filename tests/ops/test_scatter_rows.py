@@ -145,12 +145,12 @@ def test_an_index_in_the_memory_that_is_written(on_cpu):
         scatter_rows_(cache, torch.ones(4, 4), cache.view(torch.int32).flatten()[:4], torch.tensor([0, 4]).int())
 
 
-@pytest.mark.parametrize("rows", [5, 2, 8])
+@pytest.mark.parametrize("rows", [3, 2, 4])
 @pytest.mark.parametrize("blend", BLENDS)
 def test_gradients(backend, generator, blend, rows):
     torch.use_deterministic_algorithms(False)  # of poisoned memory, gradcheck's own too
-    cache, _, index, cu_seqlens = draw(generator, (2, 5, 4), [2, 3], torch.float64)
-    packed = torch.randn(rows, 4, generator=generator, dtype=torch.float64)
+    cache, _, index, cu_seqlens = draw(generator, (2, 3, 2), [1, 2], torch.float64)
+    packed = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
     inputs = cache.requires_grad_(), packed.requires_grad_()
     assert torch.autograd.gradcheck(lambda x, fresh: scatter_rows_(x.clone(), fresh, index, cu_seqlens, blend), inputs)
 
