@@ -24,7 +24,7 @@ STRUCTURAL := tests/adapters tests/engine tests/ops/test_reference_vectors.py te
 KERNELS := $(addprefix tests/,ops adapters/test_families.py adapters/test_timm.py adapters/test_whole_models.py \
   engine/test_stream_cache.py)
 
-.PHONY: demo test test-kernels test-others test-slow fuzz soak gpu lock compat $(COMPAT:%=compat-%) compat-torch \
+.PHONY: demo test test-kernels test-others test-slow test-ray fuzz soak gpu lock compat $(COMPAT:%=compat-%) compat-torch \
   $(COMPAT_TORCH:%=compat-torch-%) lint format bench zoo clean always
 
 .venv/installed: pyproject.toml setup.py $(LOCK) $(SOURCES)
@@ -40,6 +40,11 @@ KERNELS := $(addprefix tests/,ops adapters/test_families.py adapters/test_timm.p
 	$(BIN)/$(INSTALL) --no-deps --upgrade --target $@ timm torchvision
 	touch $@
 
+# Ray, which only its own tests need. What is compiled stays as it is.
+.venv/ray: pyproject.toml $(LOCK) | .venv/installed
+	NEUROFLOW_BUILD=0 $(BIN)/$(INSTALL) --no-build-isolation --editable '.[ray]'
+	touch $@
+
 demo: .venv/installed
 	$(BIN)/neuroflow demo --out-dir demo
 
@@ -48,13 +53,16 @@ test: .venv/installed .venv/timm lint
 	$(MAKE) --jobs=2 --output-sync=target test-kernels test-others
 
 test-kernels:
-	$(BIN)/python -m pytest -m 'not slow and not fuzz' $(KERNELS)
+	$(BIN)/python -m pytest -m 'not slow and not fuzz and not ray' $(KERNELS)
 
 test-others:
-	$(BIN)/python -m pytest -m 'not slow and not fuzz' $(KERNELS:%=--ignore=%)
+	$(BIN)/python -m pytest -m 'not slow and not fuzz and not ray' $(KERNELS:%=--ignore=%)
 
 test-slow: .venv/installed .venv/timm
-	$(BIN)/python -m pytest -m 'not fuzz'
+	$(BIN)/python -m pytest -m 'not fuzz and not ray'
+
+test-ray: .venv/installed .venv/ray
+	$(BIN)/python -m pytest -m ray tests/serve
 
 fuzz: .venv/installed
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -m fuzz tests

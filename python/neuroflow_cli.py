@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": (None, "measure what reuse costs: accuracy on labelled clips, the laws of reuse, language models"),
     "serve": ("neuroflow.cli.serve", "encode the frames that cameras send over HTTP"),
     "track": ("neuroflow.cli.track", "follow what moves"),
+    "archive": ("neuroflow.cli.archive", "encode many recordings, in this process or by Ray"),
     "demo": ("neuroflow.cli.demo", "draw labelled scenes, classify them dense and patched, show the table"),
 }
 EVALUATIONS = {
@@ -31,8 +32,9 @@ EVALUATIONS = {
 }
 # Library -> the extra that brings it.
 EXTRAS = {
-    **dict.fromkeys(("av", "PIL", "scipy"), "video"),
-    **dict.fromkeys(("fastapi", "pydantic", "starlette", "prometheus_client", "uvicorn"), "serve"),
+    **dict.fromkeys(("av", "PIL", "pyarrow", "scipy"), "video"),
+    **dict.fromkeys(("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"), "serve"),
+    "ray": "ray",
 }
 
 
@@ -60,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code: 0, 2 after bad input, 130 after Ctrl-C."""
+    """Run the command; the exit code: 0, 1 where a part failed, 2 after bad input, 130 after Ctrl-C."""
     warnings.showwarning = _show_warning
     try:
         return _carry_out(_parser().parse_args(argv))

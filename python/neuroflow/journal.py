@@ -101,13 +101,13 @@ class Journal:
             self._file.flush()
 
     def _resume(self, read: Callable[[Any], object]) -> None:
-        with _continuing(self.path):
+        with continuing(self.path):
             first = self._file.readline()
             # A kill can leave half a line behind; where it is the first, nothing is there to be continued.
             if not first.endswith(b"\n"):
                 self._file.seek(0)
                 return
-            _require_same(self.path, from_json(first)["settings"], self.settings)
+            require_same(self.path, from_json(first)["settings"], self.settings)
             end = self._file.tell()
             for line in self._file:
                 if not line.endswith(b"\n"):
@@ -154,9 +154,9 @@ class Findings:
         self._journal = Journal(path, settings, lambda line: self._take(*line), resume=resume)
         if resume and path.exists() and not self._journal.begun:
             try:
-                with _continuing(path):
+                with continuing(path):
                     content = from_json(path.read_bytes())
-                    _require_same(path, content["settings"], self._journal.settings)
+                    require_same(path, content["settings"], self._journal.settings)
                     for name, found in content["found"].items():
                         self._take(name, found)
             except JournalError:
@@ -198,8 +198,12 @@ class Findings:
 
 
 @contextlib.contextmanager
-def _continuing(path: Path) -> Iterator[None]:
-    """What is wrong with a file that is continued, as one line."""
+def continuing(path: Path) -> Iterator[None]:
+    """What is wrong with a file that is continued, as one line.
+
+    Raises:
+        JournalError: in place of what the block raises.
+    """
     try:
         yield
     except JournalError:
@@ -210,14 +214,24 @@ def _continuing(path: Path) -> Iterator[None]:
         raise JournalError(f"{path}: cannot be continued ({reason}); remove it, or run without --resume") from None
 
 
-def _require_same(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to continue a file whose settings differ, other than by what has been renamed since."""
+def require_same(path: Path, was: dict[str, Any], now: dict[str, Any], otherwise: str = "run without --resume") -> None:
+    """Refuse to continue a file whose settings differ, other than by what has been renamed since.
+
+    Args:
+        path: the file.
+        was: its settings.
+        now: those of this run.
+        otherwise: what else one can do.
+
+    Raises:
+        JournalError: they differ.
+    """
     if not isinstance(was, dict):
         raise TypeError("it has no settings")
     was, now = _renamed(was), _renamed(now)
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):
-            message = f"was made with {name} {was.get(name)}, not {now.get(name)}; use that, or run without --resume"
+            message = f"was made with {name} {was.get(name)}, not {now.get(name)}; use that, or {otherwise}"
             raise JournalError(f"{path}: {message}")
 
 

@@ -14,9 +14,9 @@ from tqdm import tqdm
 import neuroflow
 
 from ..calibration import Of
-from ..video.source import Source
+from ..video.source import Source, every
 from . import CommandError
-from .common import every, format_gate, gate_config, load_model, require_writable
+from .common import format_gate, gate_config, load_model, require_writable
 from .options import add_frames, add_gate, add_model, share
 
 DESCRIPTION = """\

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import neuroflow
 from ..journal import Findings
 from ..street import STREET
 from ..video.preprocess import Preprocessor
-from ..video.source import Frame, Source
 from ..weights import distilled_config
 from . import CommandError
 from .model import TOWERS, load_tower
@@ -170,14 +169,6 @@ def changed_settings(config: neuroflow.NeuroFlowConfig, without: Iterable[str]) 
     default = dataclasses.asdict(neuroflow.NeuroFlowConfig())
     values = dataclasses.asdict(config).items()
     return [f"{name} {value}" for name, value in values if name not in without and value != default[name]]
-
-
-def every(source: Source, stride: int, start: int = 0) -> Iterator[Frame]:
-    """The source's frames from `start`, at least `stride` apart: a live source has gaps of its own."""
-    for frame in source:
-        if frame.index >= start:
-            start = frame.index + stride
-            yield frame
 
 
 def pinned_model(arguments: argparse.Namespace) -> str:

@@ -16,9 +16,9 @@ from ..files import lock, writing
 from ..street import STREET, load_classes
 from ..video.clips import VIDEO_SUFFIXES
 from ..video.preprocess import Preprocessor
-from ..video.source import Source, is_hidden, natural_order
+from ..video.source import Source, every, is_hidden, natural_order
 from . import CommandError
-from .common import every, load_model, require_writable
+from .common import load_model, require_writable
 from .options import add_frames, add_loading, count, share
 
 DESCRIPTION = """\

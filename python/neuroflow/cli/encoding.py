@@ -17,11 +17,11 @@ from ..video.ahead import ReadAhead, prepare
 from ..video.overlay import OverlayWriter
 from ..video.preprocess import Preprocessor
 from ..video.results import Record, Results
-from ..video.source import DIRECTORY_RATE, Source, SourceError
+from ..video.source import DIRECTORY_RATE, Source, SourceError, every
 from ..video.stream import encode_stream
 from ..weights import copy_sharing_weights
 from . import CommandError
-from .common import INTERRUPTED, every, format_gate, pair
+from .common import INTERRUPTED, format_gate, pair
 from .report import Stages, format_report
 
 

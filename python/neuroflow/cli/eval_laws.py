@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from .. import laws
 from ..video.preprocess import Preprocessor
-from ..video.source import Source
+from ..video.source import Source, every
 from . import CommandError
-from .common import INTERRUPTED, KEPT, every, input_size, load_model, open_findings
+from .common import INTERRUPTED, KEPT, input_size, load_model, open_findings
 from .model import TOWERS
 from .options import add_frames, add_model, size
 from .report import machine

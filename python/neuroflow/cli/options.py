@@ -81,11 +81,14 @@ def add_rule(gate: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_frames(parser: argparse.ArgumentParser, most: int | None, most_help: str) -> argparse._ArgumentGroup:
-    """Which of the source's frames are taken: `most` at most by default."""
+def add_frames(
+    parser: argparse.ArgumentParser, most: int | None = None, most_help: str | None = None
+) -> argparse._ArgumentGroup:
+    """Which of the source's frames are taken: `most` at most by default; without its help, that is no option."""
     frames = parser.add_argument_group("which frames")
     frames.add_argument("--stride", type=count, default=1, metavar="N", help="every Nth frame (default: 1)")
-    frames.add_argument("--max-frames", type=count, default=most, metavar="N", help=most_help)
+    if most_help is not None:
+        frames.add_argument("--max-frames", type=count, default=most, metavar="N", help=most_help)
     frames.add_argument(
         "--max-pixels",
         type=count,

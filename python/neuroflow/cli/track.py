@@ -22,10 +22,10 @@ from ..objects import Track, Tracker, box_in_pixels, component_embeddings, compo
 from ..street import load_classes
 from ..video.ahead import Prepared, ReadAhead, prepare
 from ..video.overlay import BoxWriter
-from ..video.source import DIRECTORY_RATE, Frame, Source, SourceError
+from ..video.source import DIRECTORY_RATE, Frame, Source, SourceError, every
 from ..video.stream import STREAM
 from . import CommandError
-from .common import INTERRUPTED, every, load_model, require_writable
+from .common import INTERRUPTED, load_model, require_writable
 from .options import add_frames, add_model, share
 
 DESCRIPTION = """\

@@ -84,6 +84,9 @@ class Preprocessor:
             (size or min(height, width)) if cropped and resized else None,
         )
 
+    def __reduce__(self) -> tuple[type["Preprocessor"], tuple[Any, ...]]:
+        return type(self), tuple(getattr(self, each.name) for each in dataclasses.fields(self) if each.init)
+
     def resized(self, height: int, width: int) -> "Preprocessor":
         """The same, but for frames as a whole that are resized to this."""
         return dataclasses.replace(self, height=height, width=width, crop=False, resize=None)

@@ -5,13 +5,16 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args, get_type_hints
 
 import numpy as np
 
 from ..config import LARGEST
 from ..files import from_json, replacing
 from ..journal import Journal, JournalError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 SUFFIXES = (".jsonl", ".npz", ".parquet")
 
@@ -142,14 +145,26 @@ class Results:
         np.savez(file, **columns, embedding=embedding, settings=json.dumps(self._journal.settings))
 
     def _write_parquet(self, file: BinaryIO) -> None:
-        import pyarrow
         import pyarrow.parquet
 
         records, embedding = self._columns()
         columns = {field.name: [getattr(record, field.name) for record in records] for field in fields(Record)}
-        columns["embedding"] = pyarrow.FixedSizeListArray.from_arrays(embedding.ravel(), embedding.shape[1])
-        table = pyarrow.table(columns).replace_schema_metadata({"neuroflow": json.dumps(self._journal.settings)})
-        pyarrow.parquet.write_table(table, file)
+        table = parquet_table(columns, embedding)
+        about = {"neuroflow": json.dumps(self._journal.settings)}
+        pyarrow.parquet.write_table(table.replace_schema_metadata(about), file)
+
+
+def parquet_table(columns: dict[str, Any], embedding: np.ndarray) -> "pyarrow.Table":
+    """A table of T frames.
+
+    Args:
+        columns: T values or a pyarrow array by name.
+        embedding: [T, D] float32.
+    """
+    import pyarrow
+
+    vectors = pyarrow.FixedSizeListArray.from_arrays(embedding.ravel(), embedding.shape[1])
+    return pyarrow.table({**columns, "embedding": vectors})
 
 
 def _record(row: dict) -> Record:

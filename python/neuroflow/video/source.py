@@ -388,6 +388,16 @@ class Source:
         return " ".join(text.split())
 
 
+def every(source: Source, stride: int, begin: int = 0, end: int | None = None) -> Iterator[Frame]:
+    """The source's frames from `begin` up to `end`, at least `stride` apart: a live source has gaps of its own."""
+    for frame in source:
+        if end is not None and frame.index >= end:
+            return
+        if frame.index >= begin:
+            begin = frame.index + stride
+            yield frame
+
+
 def images_in(directory: Path) -> list[Path]:
     """The images in a directory that are not hidden, as a reader counts: 2 before 10.
 

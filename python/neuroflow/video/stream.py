@@ -30,6 +30,7 @@ class Encoded:
         record: what is known of it besides its embedding.
         embedding: [D] float32.
         active: [rows, columns] bool, the patches that were encoded.
+        key_frame: why it is a key frame, as `FrameReport` has it; None: it is none.
         wait_ms: until the input was there.
         together: how many frames went through the model with it; its times are shares of theirs.
     """
@@ -38,6 +39,7 @@ class Encoded:
     record: Record
     embedding: np.ndarray
     active: torch.Tensor
+    key_frame: str | None
     wait_ms: float
     together: int
 
@@ -94,7 +96,8 @@ def encode_stream(
                 predicted=predicted(embedding),
                 dense_predicted=predicted(dense_embedding),
             )
-            yield Encoded(prepared, record, embedding.cpu().numpy(), report.active, wait_ms, len(clip))
+            vector, together = embedding.cpu().numpy(), len(clip)
+            yield Encoded(prepared, record, vector, report.active, report.key_frame, wait_ms, together)
             first = False
         asked = time.perf_counter()
 

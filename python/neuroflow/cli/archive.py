@@ -1,0 +1,139 @@
+"""`neuroflow archive`: many recordings, each into a file of its own."""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+from ..embedding import CLIP
+from ..serve.archive import SUMMARY, Row, archive
+from ..street import load_classes
+from . import CommandError
+from .common import INTERRUPTED, KEPT, format_gate, gate_config, load_model, pinned_model
+from .options import add_frames, add_gate, add_loading, add_rule, count
+
+DESCRIPTION = """\
+Encode recordings with a vision transformer, re-encoding only the patches that changed, and write a Parquet file of the
+frames of each and a table of all: in this process, or by Ray on the cores of this machine or of many.
+
+A SOURCE is a video file, a directory of images, a directory in which both are searched for, or a pattern such as
+'archive/**/*.mp4'. Each recording is a stream of its own. DIR gets for each a NAME-HASH.parquet, the hash that of its
+whole path, and summary.parquet: path, bytes, frames, share skipped, key frames, file and error of each recording.
+One that cannot be read, or not to its end, is named there and on stderr, and keeps no other from being encoded.
+
+What is written is the same, bit for bit, in this process and by any number of workers, on processors of one kind. For
+that each worker computes on one thread; kernels are `rows` where they would be measured, and no frame is encoded whole
+because that is faster; and a shot, which begins where a frame has little in common with the one before, or --max-age
+frames after its begin where refresh is `key`, begins with a key frame and depends on nothing before. `neuroflow run`
+may place key frames elsewhere. So --by-shot may give the shots of one long recording to several workers; each decodes
+the file from its beginning, and before that one looks for the shots.
+
+What is done is what lies in DIR: after a kill, or with more SOURCES, the same command with --resume goes on, and tries
+again what failed. Another model, size or setting is refused. A worker that dies is replaced, and its recording encoded
+again, three times at most. On a cluster every machine must see SOURCES, MODEL and DIR under the same path, and have
+neuroflow installed.
+
+Exits with 0 where all was encoded, 1 where some recordings failed, 2 after bad input.
+"""
+
+EXAMPLES = """\
+examples:
+  neuroflow archive recordings/ --out embeddings/
+  neuroflow archive recordings/ --out embeddings/ --resume
+  neuroflow archive 'cameras/*/2026-*.mp4' --out embeddings/ --model ./my-vit --ray local --workers 8
+  neuroflow archive film.mp4 --out embeddings/ --model ./my-vit --ray local --workers 8 --by-shot
+  neuroflow archive /mnt/archive --out /mnt/embeddings --model ./my-vit --ray auto --workers 64 --stride 5
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `neuroflow archive`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.set_defaults(function=run)
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, directory or pattern")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of what is written")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="default: float32")
+    add_loading(parser)
+    add_rule(add_gate(parser))
+    frames = add_frames(parser)
+    frames.add_argument(
+        "--clip",
+        type=count,
+        default=CLIP,
+        metavar="N",
+        help=f"frames that go through the model in one call (default: {CLIP})",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the archive in --out")
+    spread = parser.add_argument_group("who encodes")
+    spread.add_argument(
+        "--ray", metavar="ADDRESS", help="local starts Ray on this machine; auto or an address joins a cluster"
+    )
+    spread.add_argument("--workers", type=count, metavar="N", help="of Ray, a core and a model each (default: 1)")
+    spread.add_argument("--by-shot", action="store_true", help="share long recordings out to several workers")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry out `neuroflow archive` and return the exit code.
+
+    Raises:
+        CommandError: bad options.
+        JournalError: --out holds another archive.
+        OutputError: --out cannot be written, or another run is writing it.
+    """
+    for option, given in (("--workers", arguments.workers is not None), ("--by-shot", arguments.by_shot)):
+        if given and arguments.ray is None:
+            raise CommandError(f"{option}: is for Ray; give --ray local, or a cluster's address, too")
+    config, model = gate_config(arguments), pinned_model(arguments)
+    # Workers may run in another directory.
+    asked = argparse.Namespace(**vars(arguments) | {"model": None if arguments.model is None else model})
+    settings = {
+        "model": model,
+        "size": arguments.size,
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+    }
+    try:
+        rows = archive(
+            arguments.sources,
+            arguments.out,
+            functools.partial(load_model, asked),
+            config,
+            settings=settings,
+            classes=load_classes() if arguments.model is None else None,
+            stride=arguments.stride,
+            clip=arguments.clip,
+            max_pixels=arguments.max_pixels,
+            ray=arguments.ray,
+            workers=arguments.workers or 1,
+            gpus=float(arguments.device.startswith("cuda")),
+            by_shot=arguments.by_shot,
+            resume=arguments.resume,
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    except KeyboardInterrupt:
+        print(KEPT, file=sys.stderr)
+        return INTERRUPTED
+    failed = [row for row in rows if row.error is not None]
+    for row in failed:
+        print(f"failed: {row.error}", file=sys.stderr)
+    print(format_rows(rows))
+    print(f"NeuroFlow         {format_gate(config.reproducible())}")
+    print(f"written           {arguments.out / SUMMARY}")
+    return 1 if failed else 0
+
+
+def format_rows(rows: list[Row]) -> str:
+    """What became of all recordings, at least one."""
+    frames = sum(row.frames for row in rows)
+    failed = sum(row.output is None for row in rows)
+    cut = sum(row.error is not None for row in rows) - failed
+    lines = [
+        f"recordings        {len(rows)}: {failed} cannot be read, {cut} not to the end",
+        f"frames            {frames}, {sum(row.key_frames for row in rows)} of them key frames",
+    ]
+    if frames:
+        skipped = sum(row.skipped * row.frames for row in rows if row.frames) / frames
+        lines.append(f"patches skipped   {skipped:.1%}, key frames included")
+    return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""A recording shot by shot: each is a stream of its own, so that it does not matter who encodes it."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from ..classes import ClassHead
+from ..config import NeuroFlowConfig
+from ..patch import reset_cache
+from .ahead import Prepared
+from .preprocess import Preprocessor
+from .stream import STREAM, Encoded, encode_stream
+
+CUT = 0.15  # mean difference of two frames, of black to white, from which on they are of two shots
+SIDE = 16  # of the pictures that are compared: coarse, so that what moves a little makes no difference
+
+
+class Shots:
+    """Which shot a frame belongs to, asked of every frame in order: a key for `itertools.groupby`.
+
+    A shot begins where a frame has little in common with the one before, and where the gate would refresh all patches
+    at once, `max_age` frames after the shot's begin. Both follow from the frames alone, so that whoever begins at the
+    begin of a shot finds the shots that follow as who has seen all before.
+
+    Args:
+        preprocess: what makes the frames' input.
+        config: the gate's settings.
+        why: the first frame that is asked for begins a shot.
+    """
+
+    def __init__(self, preprocess: Preprocessor, config: NeuroFlowConfig, why: str = "first") -> None:
+        self._scale = torch.tensor(preprocess.std)[:, None, None] / (255 * preprocess.rescale)
+        self._longest = config.max_age if config.refresh == "key" else None
+        self._before: torch.Tensor | None = None
+        self._length = 0
+        self._shot = 0, why
+
+    def __call__(self, prepared: Prepared) -> tuple[int, str]:
+        """The number of the shot's first frame, and why it begins there: "cut", "age", or as of the first."""
+        picture = F.adaptive_avg_pool2d(prepared.pixels[0], SIDE) * self._scale
+        if self._before is None:
+            self._begin(prepared, self._shot[1])
+        elif (picture - self._before).abs().mean() > CUT:
+            self._begin(prepared, "cut")
+        elif self._length == self._longest:
+            self._begin(prepared, "age")
+        self._before = picture
+        self._length += 1
+        return self._shot
+
+    def _begin(self, prepared: Prepared, why: str) -> None:
+        self._shot = prepared.frame.index, why
+        self._length = 0
+
+
+def encode_shots(
+    inputs: Iterable[Prepared],
+    model: PreTrainedModel,
+    shots: Shots,
+    classes: ClassHead | None = None,
+    length: int = 1,
+) -> Iterator[Encoded]:
+    """As `encode_stream`, but that every shot begins with a key frame, from nothing, and a call of its own."""
+    for (begin, why), shot in itertools.groupby(inputs, shots):
+        with contextlib.suppress(KeyError):
+            reset_cache(model, STREAM)
+        for encoded in encode_stream(shot, model, classes=classes, length=length):
+            yield dataclasses.replace(encoded, key_frame=why) if encoded.record.frame == begin else encoded
