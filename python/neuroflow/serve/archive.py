@@ -49,6 +49,7 @@ ABOUT, STOPPED = (
 ROWS = 4096  # frames of a row group
 LEAST = 512  # frames of a part of a video
 TRIES = 3  # of a video whose worker dies
+DIED = f"its worker died {TRIES} times, as for want of memory or by a damaged file; --resume tries again"
 OBJECT_STORE = 200 * 2**20  # bytes; nothing large goes between the workers
 
 Load = Callable[[], tuple[PreTrainedModel, Preprocessor]]
@@ -195,11 +196,25 @@ class Encoder:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """A part as Ray's rows have it, see `_item` -> the same with `error`, which is empty where it is done."""
         part = _part(item)
-        return item | {"error": "" if self._encoding.row(part) else self.encode(part) or ""}
+        done = self._encoding.row(part) is not None
+        return item | {"error": "" if done else _failure(part.video, self._try, part) or ""}
 
     def encode(self, part: Part) -> str | None:
         """Write the file of a part, and return in one line why it cannot be done; None: it is."""
         return _failure(part.video, self._encode, part)
+
+    def _try(self, part: Part) -> None:
+        """As `_encode`, unless that was tried before, and the workers died: Ray would try again without end."""
+        tries = self._encoding.out / f"{part.output}.tries"
+        with writing(tries), tries.open("ab") as file:
+            file.write(b".")
+            number = file.tell()
+        try:
+            if number > TRIES:
+                raise SourceError(f"{part.video.text}: {DIED}")
+            self._encode(part)
+        finally:
+            tries.unlink(missing_ok=True)
 
     def _encode(self, part: Part) -> None:
         encoding, preprocess = self._encoding, self._preprocess
@@ -293,6 +308,8 @@ def archive(
             stack.enter_context(lock(held))
         stack.callback(held.unlink, missing_ok=True)
         _pin(out / PINNED, pinned, resume)
+        for tries in out.glob("*.tries"):
+            tries.unlink()
         before = _read_summary(out / SUMMARY)
         waiting = [video for video in videos if encoding.row(Part(video)) is None]
         bar = stack.enter_context(tqdm(total=len(videos), unit="video", dynamic_ncols=True))
@@ -382,11 +399,16 @@ def _ray(address: str, workers: int) -> Iterator[None]:
         return
     if address == "local":
         # The workers have this process's environment, and with it PYTHONPATH.
-        where = {"num_cpus": workers, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
+        where = {
+            "address": "local",
+            "num_cpus": workers,
+            "object_store_memory": OBJECT_STORE,
+            "include_dashboard": False,
+        }
     else:
         where = {"address": address, "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(_import_path())}}}
     try:
-        ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
+        ray.init(**where, include_dashboard=False, logging_level=logging.CRITICAL, log_to_driver=False)
     except Exception as error:
         raise ValueError(f"ray {address}: cannot be joined ({error}); give local, auto or an address") from None
     try:
@@ -455,12 +477,11 @@ def _by_ray(
     items = [_item(part) for own in parts.values() for part in own]
     data = ray.data.from_items(items, override_num_blocks=len(items))  # one by one, to whoever is free
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
-    data.context.max_errored_blocks = -1  # the items whose workers died too often are missing in what comes back
+    data.context.max_errored_blocks = -1  # what is lost on the way is missing in the end, and no more
     answers = data.map(
         Encoder,
         fn_constructor_args=(encoding,),
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-        ray_remote_args_fn=lambda: {"max_task_retries": TRIES - 1},
         **resources,
     ).iter_rows()
     missing = {video: set(own) for video, own in parts.items()}
@@ -474,8 +495,7 @@ def _by_ray(
             if len(parts[video]) > 1 and errors[video] is None:
                 errors[video] = _failure(video, _join, encoding, video, parts[video])
             bar.update()
-    died = f"its worker died {TRIES} times, as for want of memory or by a damaged file; --resume tries again"
-    return errors | {video: f"{video.text}: {died}" for video, left in missing.items() if left}
+    return errors | {video: f"{video.text}: {DIED}" for video, left in missing.items() if left}
 
 
 def _item(part: Part) -> dict[str, Any]:
