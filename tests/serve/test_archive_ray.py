@@ -36,11 +36,11 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """The sources and the settings of the command: seven recordings, a damaged one, and one that is to be split."""
+    """The sources and the settings of the command: four recordings, a damaged one, and one that is to be split."""
     root = tmp_path_factory.mktemp("ray")
     tiny("siglip", SIDE).save_pretrained(root / "model")
-    for number in range(6):
-        write_recording(root / "recordings" / f"{number}.mp4", 200, seed=number)
+    for number in range(4):
+        write_recording(root / "recordings" / f"{number}.mp4", 100, seed=number)
     write_recording(root / "recordings" / "long.mp4", 1100, cuts=(700,))
     (root / "recordings" / "damaged.mp4").write_bytes(b"no video")
     return [root / "recordings", "--model", root / "model", "--threshold", 0.02, "--max-age", 64]
@@ -68,7 +68,7 @@ def test_a_worker_is_killed(tmp_path, neuroflow, cluster, options, expected):
     killer.start()
     code, table, message = neuroflow("archive", *options, "--out", out, "--ray", "local", "--workers", 2, "--by-shot")
     killer.join()
-    assert code == 1 and killed and "recordings        8: 1 cannot be read" in table
+    assert code == 1 and killed and "recordings        6: 1 cannot be read" in table
     assert message.count("failed: ") == 1 and "damaged.mp4: it cannot be opened" in message
     assert held(out) == expected
 
@@ -76,12 +76,12 @@ def test_a_worker_is_killed(tmp_path, neuroflow, cluster, options, expected):
 def test_the_driver_is_killed(tmp_path, neuroflow, cluster, options, expected):
     out = tmp_path / "out"
     driver = start(*options, "--out", out, "--ray", "local")
-    wait_for(lambda: written(out) and list(out.glob("*.partial")))
+    wait_for(lambda: (written(out) and list(out.glob("*.partial"))) or driver.poll() is not None)
     kill_driver(driver)
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("*-*.parquet")}
-    assert 0 < len(done) < 7 and not (out / "summary.parquet").exists()
+    assert 0 < len(done) < 5 and not (out / "summary.parquet").exists()
     code, table, _ = neuroflow("archive", *options, "--out", out, "--ray", "local", "--resume")
-    assert code == 1 and "recordings        8: 1 cannot be read" in table
+    assert code == 1 and "recordings        6: 1 cannot be read" in table
     assert held(out) == expected
     assert {name: (out / name).stat().st_mtime_ns for name in done} == done
 
@@ -107,7 +107,7 @@ def test_what_kills_its_worker_is_left_out(tmp_path, cluster, options):
         writer.write(np.full((SIDE, SIDE, 3), 255, np.uint8))
     sources = [source / "0.mp4", deadly, source / "1.mp4"]
     rows = archive(sources, tmp_path / "out", functools.partial(load, model), ray="local", workers=2)
-    assert {Path(row.path).name: row.frames for row in rows} == {"0.mp4": 200, "1.mp4": 200, "deadly.mp4": 0}
+    assert {Path(row.path).name: row.frames for row in rows} == {"0.mp4": 100, "1.mp4": 100, "deadly.mp4": 0}
     assert [row.error is not None for row in rows] == [row.path == str(deadly) for row in rows]
     assert "its worker died 3 times" in next(row.error for row in rows if row.error)
     assert not list((tmp_path / "out").glob("*.tries"))

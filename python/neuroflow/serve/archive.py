@@ -408,8 +408,8 @@ def _ray(address: str, workers: int) -> Iterator[None]:
     else:
         where = {"address": address, "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(_import_path())}}}
     try:
-        ray.init(**where, include_dashboard=False, logging_level=logging.CRITICAL, log_to_driver=False)
-    except Exception as error:
+        ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"ray {address}: cannot be joined ({error}); give local, auto or an address") from None
     try:
         yield
