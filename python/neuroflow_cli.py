@@ -17,9 +17,9 @@ COMMANDS = {
     "calibrate": ("neuroflow.cli.calibrate", "find the threshold for a fidelity or a skip rate"),
     "distill": ("neuroflow.cli.distill", "train a tower to do with the active patches alone"),
     "eval": (None, "measure what reuse costs: accuracy on labelled clips, the laws of reuse, language models"),
+    "archive": ("neuroflow.cli.archive", "encode many recordings, in this process or by Ray"),
     "serve": ("neuroflow.cli.serve", "encode the frames that cameras send over HTTP"),
     "track": ("neuroflow.cli.track", "follow what moves"),
-    "archive": ("neuroflow.cli.archive", "encode many recordings, in this process or by Ray"),
     "demo": ("neuroflow.cli.demo", "draw labelled scenes, classify them dense and patched, show the table"),
 }
 EVALUATIONS = {

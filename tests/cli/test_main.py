@@ -39,7 +39,7 @@ def test_every_command_has_its_help(neuroflow):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "neuroflow: error: the following arguments are required: {run,calibrate,distill,eval,track,archive,demo}; see"),
+        ([], f"neuroflow: error: the following arguments are required: {{{','.join(neuroflow_cli.COMMANDS)}}}; see"),
         (["eval"], "neuroflow eval: error: the following arguments are required: {video,laws,llm}; see neuroflow eval"),
         (["walk"], "invalid choice: 'walk'"),
         (["run"], "neuroflow run: error: the following arguments are required: SOURCE; see neuroflow run --help"),
