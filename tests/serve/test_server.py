@@ -102,6 +102,7 @@ def test_a_body_that_does_not_end_once_it_is_answered(monkeypatch):
 
 def test_a_client_that_does_not_read(monkeypatch):
     monkeypatch.setattr(limits, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "KEPT_SECONDS", 1000)
     with running(App()) as (address, served):
         client = connected(address, GET.replace(b"quick", b"large"))
         assert client.recv(1)
@@ -117,6 +118,8 @@ def test_idle_clients_do_not_lock_others_out():
         half = connected(address, b"POST /body HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
         for _ in range(3):
             assert app.arrived.acquire(timeout=60)
+        kept = connected(address, GET)
+        answer(kept)
         idle = [connected(address) for _ in range(40)]
         for _ in range(3):
             camera = connected(address, GET)
@@ -124,6 +127,8 @@ def test_idle_clients_do_not_lock_others_out():
         camera.sendall(GET)
         answer(camera)
         assert all(is_closed(client) for client in (half, *idle[:30]))
+        kept.sendall(GET)
+        answer(kept)
         app.released.set()
         for client in busy:
             answer(client)
@@ -147,13 +152,16 @@ def test_one_more_than_can_be_answered_is_closed():
             answer(client)
 
 
-def test_what_has_arrived_is_answered_before_the_end():
+def test_what_has_arrived_is_answered_before_the_end(monkeypatch):
+    monkeypatch.setattr(limits, "LAST_SECONDS", 0.3)
     app = App()
     with running(app) as (address, served):
         idle, busy = connected(address), connected(address, GET.replace(b"quick", b"slow"))
-        assert app.arrived.acquire(timeout=60)
+        half = connected(address, b"POST /body HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
+        for _ in range(2):
+            assert app.arrived.acquire(timeout=60)
         served.should_exit = True
-        assert is_closed(idle)
+        assert is_closed(idle) and is_closed(half)
         app.released.set()
         answer(busy)
         assert is_closed(busy)

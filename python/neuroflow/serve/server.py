@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import heapq
 import resource
 import socket
 import sys
@@ -17,6 +18,7 @@ HEADER_BYTES = 16 * 2**10
 ANSWER_SECONDS = 30.0  # in which a client takes what waits to be sent
 KEPT_SECONDS = 60  # for which a connection is kept after an answer
 STOP_SECONDS = 30  # in which requests that have arrived are answered
+LAST_SECONDS = 2.0  # of these, for bodies that are still arriving
 OTHER_FILES = 256  # that are open beside connections
 
 
@@ -24,8 +26,9 @@ class Connection(H11Protocol):
     """One connection, which is closed when its client is too slow, or when there are too many that wait for clients.
 
     Args:
-        most: connections at a time. One more closes that which has waited longest for its client to send a request,
-            header and body; it is closed itself where all others wait for their answers.
+        most: connections at a time. One more closes a sixteenth of them: first those that never had an answer, of these
+            first those that have waited longest for a request of their client's, header and body. It is closed itself
+            where all others wait for their answers.
         arguments: uvicorn's.
     """
 
@@ -34,6 +37,7 @@ class Connection(H11Protocol):
         self._most = most
         self._deadline: asyncio.TimerHandle | None = None
         self._since = 0.0  # when it was opened, answered, or had the header of its request
+        self._answered = False  # once at least
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Start the clock, and make room."""
@@ -42,8 +46,9 @@ class Connection(H11Protocol):
         self._allow(HEADER_SECONDS)
         here = [each for each in self.connections if not each.transport.is_closing()]
         if len(here) > self._most:
-            longest = min((each for each in here if each.waits_for_client), key=lambda each: each._since)
-            longest.transport.abort()
+            waiting = (each for each in here if each.waits_for_client)
+            for each in heapq.nsmallest(self._most // 16 + 1, waiting, lambda each: (each._answered, each._since)):
+                each.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock."""
@@ -70,8 +75,8 @@ class Connection(H11Protocol):
             self._stop_clock()
 
     def on_response_complete(self) -> None:
-        """Note when it was."""
-        self._since = self.loop.time()
+        """Note that it was, and when."""
+        self._since, self._answered = self.loop.time(), True
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -87,9 +92,18 @@ class Connection(H11Protocol):
         if not self._answering:
             self._allow(HEADER_SECONDS)
 
+    def shutdown(self) -> None:
+        """Answer what has arrived."""
+        super().shutdown()
+        self.loop.call_later(LAST_SECONDS, self._abort_if_it_waits)
+
     def timeout_keep_alive_handler(self) -> None:
         """Close, whether or not all was sent."""
         self.transport.abort()
+
+    def _abort_if_it_waits(self) -> None:
+        if self.waits_for_client:
+            self.transport.abort()
 
     @property
     def _answering(self) -> bool:
