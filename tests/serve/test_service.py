@@ -221,6 +221,25 @@ def test_a_full_queue_refuses_and_one_stream_has_a_quarter_of_it():
     same(finished(go()), expected(clip)[2:3])
 
 
+def test_clips_that_wait_are_bounded_by_their_frames():
+    clip = camera(0, 6)
+
+    async def go():
+        async with running(queue=8) as service:
+            gate = Gate(service)
+            sent = [asyncio.create_task(service.encode(name, decoded(clip))) for name in CAMERAS]
+            done, waiting = await asyncio.wait(sent, return_when=asyncio.FIRST_EXCEPTION)
+            gate.open()
+            answers = await asyncio.gather(*waiting)
+            return [task.exception() for task in done], answers, service.streams()
+
+    [refusal], answers, streams = finished(go())
+    assert isinstance(refusal, Full) and "12 frames wait" in str(refusal)
+    for each in answers:
+        same(each, expected(clip))
+    assert len(streams) == 2
+
+
 def test_what_fails_fails_alone():
     clip = camera(0)
 
@@ -296,7 +315,7 @@ def test_streams_outlive_the_service(tmp_path):
     clip = camera(0)
 
     async def first():
-        async with running(state=tmp_path / "kept") as service:
+        async with running(state=tmp_path) as service:
             gate = Gate(service)
             waiting = asyncio.create_task(service.encode("door", decoded(clip[:2])))
             await asyncio.sleep(0)
@@ -309,12 +328,12 @@ def test_streams_outlive_the_service(tmp_path):
             return await waiting
 
     async def second():
-        async with running(state=tmp_path / "kept") as service:
+        async with running(state=tmp_path) as service:
             return await service.encode("door", decoded(clip[2:]))
 
     answers = finished(first()) + finished(second())
     same(answers, expected(clip))
     assert [answer.frame for answer in answers] == list(range(6))
-    (tmp_path / "kept" / "streams.safetensors").write_bytes(b"damaged")
+    (tmp_path / "streams.safetensors").write_bytes(b"damaged")
     with pytest.warns(UserWarning, match="begin anew"):
         assert finished(second())[0].key_frame == "first"

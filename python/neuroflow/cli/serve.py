@@ -7,6 +7,7 @@ from pathlib import Path
 
 import neuroflow
 
+from ..files import writing
 from . import CommandError
 from .common import format_gate, gate_config, load_model
 from .options import add_gate, add_loading, add_rule, count
@@ -83,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         CommandError: bad options, or an address that cannot be listened on.
+        OutputError: --state cannot be made.
     """
     from ..serve.app import LOOPBACK, create_app
     from ..serve.server import listening, serve
@@ -99,6 +101,9 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         where = f"--host {arguments.host} --port {arguments.port}"
         raise CommandError(f"{where}: cannot be listened on ({error.strerror}); give another") from None
+    if arguments.state is not None:
+        with writing(arguments.state):
+            arguments.state.mkdir(parents=True, exist_ok=True)
     streams = neuroflow.StreamCache(arguments.max_streams, arguments.max_bytes, arguments.idle_seconds)
     model, preprocess = load_model(arguments)
     try:

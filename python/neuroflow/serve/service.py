@@ -149,8 +149,9 @@ class Service:
             can push others out by opening more.
         window_ms: how long a frame waits for those of other streams.
         most: how many frames a pass has, unless a single request has more.
-        queue: how many requests wait, of one stream at most a quarter of it.
-        state: a directory where the streams are kept from `stop` to `start`.
+        queue: how many requests wait, of one stream at most a quarter of it. Nothing more is taken either while so many
+            frames wait, of clips.
+        state: a directory, which is there, where the streams are kept from `stop` to `start`.
 
     Attributes:
         metrics: what Prometheus is told.
@@ -216,7 +217,6 @@ class Service:
         self._decoders.shutdown()
         if self._state is not None:
             with writing(self._state):
-                self._state.parent.mkdir(parents=True, exist_ok=True)
                 neuroflow.save_state(self._model, self._state)
 
     async def encode(self, stream: str, decode: Decode, frame: int | None = None) -> list[Answer]:
@@ -245,14 +245,16 @@ class Service:
                 return of_stream.answers
         if self._queued >= self._queue or len(of_stream.waiting) >= max(self._queue // 4, 1):
             self._forget_unused(stream)
-            busy = sum(answer.ms for answer in of_stream.answers[:1]) / 1e3
-            raise Full(f"{self._queued} requests wait, {len(of_stream.waiting)} of this stream; slow down", busy)
+            raise Full(f"{self._queued} requests wait, {len(of_stream.waiting)} of this stream; slow down", 1.0)
         request = _Request(stream, frame, time.monotonic(), loop.create_future())
         of_stream.waiting.append(request)
         self._queued += 1
         self.metrics.queue.set(self._queued)
         try:
-            request.pixels = await loop.run_in_executor(self._decoders, decode)
+            pixels = await loop.run_in_executor(self._decoders, decode)
+            frames = self._frames_waiting()
+            if frames >= self._queue:
+                raise Full(f"{frames} frames wait; slow down, or send shorter clips", 1.0)
         except BaseException as error:
             self._take(request)
             self._forget_unused(stream)
@@ -263,7 +265,7 @@ class Service:
             else:
                 request.future.cancel()
             raise
-        request.ready = time.monotonic()
+        request.pixels, request.ready = pixels, time.monotonic()
         self._ready.set()
         return await asyncio.shield(request.future)
 
@@ -336,6 +338,10 @@ class Service:
         for name in names:
             if name in self._streams and not self._streams[name].waiting and name not in self._cache:
                 del self._streams[name]
+
+    def _frames_waiting(self) -> int:
+        requests = (request for each in self._streams.values() for request in each.waiting)
+        return sum(len(request.pixels) for request in requests if request.pixels is not None)
 
     def _take(self, request: _Request) -> None:
         self._streams[request.stream].waiting.remove(request)
