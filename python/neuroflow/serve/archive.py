@@ -211,6 +211,7 @@ class Encoder:
             number = file.tell()
         try:
             if number > TRIES:
+                (self._encoding.out / f"{part.output}.partial").unlink(missing_ok=True)
                 raise SourceError(f"{part.video.text}: {DIED}")
             self._encode(part)
         finally:
