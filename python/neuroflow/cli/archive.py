@@ -10,7 +10,7 @@ from ..serve.archive import SUMMARY, Row, archive
 from ..street import load_classes
 from . import CommandError
 from .common import INTERRUPTED, KEPT, format_gate, gate_config, load_model, pinned_model
-from .options import add_frames, add_gate, add_loading, add_rule, count
+from .options import add_dtype, add_frames, add_gate, add_loading, add_rule, count
 
 DESCRIPTION = """\
 Encode recordings with a vision transformer, re-encoding only the patches that changed, and write a Parquet file of the
@@ -52,8 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=run)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, directory or pattern")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of what is written")
-    dtypes = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", default="float32", choices=dtypes, help="default: float32")
+    add_dtype(parser)
     add_loading(parser)
     add_rule(add_gate(parser))
     frames = add_frames(parser)

@@ -20,9 +20,14 @@ def add_model(
         source_help: what it may be.
     """
     parser.add_argument("source", metavar=source, help=source_help)
+    add_dtype(parser)
+    add_loading(parser)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """What the model computes in."""
     dtypes = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="float32", choices=dtypes, help="default: float32")
-    add_loading(parser)
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ import neuroflow
 from ..files import writing
 from . import CommandError
 from .common import format_gate, gate_config, load_model
-from .options import add_gate, add_loading, add_rule, count
+from .options import add_dtype, add_gate, add_loading, add_rule, count
 
 DESCRIPTION = """\
 Encode frames that cameras send, each camera a stream, and answer their embeddings: HTTP, one process.
@@ -37,8 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.set_defaults(function=run)
     add_loading(parser)
-    dtypes = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", default="float32", choices=dtypes, help="default: float32")
+    add_dtype(parser)
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="what `distill` wrote: weights for partial frames, and their gate"
     )
