@@ -16,7 +16,7 @@ from ..llm_evaluation import cut_windows, evaluate, pair_of
 from . import CommandError
 from .common import INTERRUPTED, KEPT, open_findings, pinned_model, torch_device
 from .model import require_finite
-from .options import count
+from .options import add_dtype, count
 
 DESCRIPTION = """\
 Let layers of a language model repeat what they gave the step before where a gate layer's attention output hardly
@@ -49,9 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, nargs="+", required=True, metavar="FILE", help="a text for each class of prompt, UTF-8"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32"
-    )
+    add_dtype(parser)
     bypass = parser.add_argument_group("what repeats, and when", "every pair at every threshold")
     bypass.add_argument(
         "--pairs",

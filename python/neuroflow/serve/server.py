@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import heapq
-import resource
 import socket
 import sys
 from typing import Any
@@ -11,6 +10,11 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+try:
+    import resource
+except ImportError:  # on Windows, which does not count open files as Unix does
+    resource = None
 
 CONNECTIONS = 1024
 HEADER_SECONDS = 10.0  # from a connection's beginning, or the first byte of a further request, to the end of its header
@@ -172,6 +176,8 @@ def listening(host: str, port: int) -> socket.socket:
 
 def connections() -> int:
     """How many connections there may be, once as many files as may be are allowed to be open."""
+    if resource is None:
+        return CONNECTIONS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = CONNECTIONS + OTHER_FILES
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
