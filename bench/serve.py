@@ -1,15 +1,17 @@
-"""Cameras at a server: `python -m bench.serve`.
+"""How fast cameras are answered: `python -m bench.serve`.
 
-`neuroflow serve` runs in a process of its own, with random weights, and its clients in this one, on the same machine,
-which takes cores from it. Cameras send real clips as JPEGs, each from a place of its own, forwards and backwards; every
-answer has to come in order, with the embedding that `neuroflow.encode` gives for the stream alone. Latency is from when
-a frame was due until it was answered: decoding, waiting and all; a pass is what the model took of it, for all frames
-that were in it; alone is a frame in a pass of its own, in this process, with nothing beside it.
+`neuroflow serve` runs in a process of its own, with random weights. Its clients run here, on the same machine, and take
+CPU time from it. Each camera sends a real clip as JPEGs, sampled at the highest of the rates and played back and forth
+from a different start. Every answer must arrive in order and equal what `neuroflow.encode` gives for that stream alone.
 
-"hostile" is the same while requests come that are damaged, bombs, lies, or no HTTP at all, and while connections stand
-open that send nothing.
+"latency" runs from the moment a frame was due to its answer: it includes decoding and queueing, and grows without end
+where more is asked than the machine can do. "pass" is the model's time for all frames that shared it. "alone" is one
+frame in a pass of its own, in this process, with nothing beside it.
 
-At last, so many cameras as one likes send each frame as soon as the last is answered: how many frames a second that is.
+"hostile" repeats a load while damaged files, decompression bombs, false headers and requests that are not HTTP arrive,
+and while idle connections stay open.
+
+The last table has cameras that send each frame as soon as the one before is answered: the machine's capacity.
 """
 
 import argparse
@@ -104,12 +106,12 @@ def watch(cameras):
     return time.perf_counter() - begun
 
 
-def load(process, address, model, clips, arguments, requests):
+def load(process, address, model, clips, arguments, rate, requests):
     """A row of cameras at a rate, beside so many hostile requests."""
     name = "hostile" if requests else "cameras"
-    frames = round(arguments.rate * arguments.seconds)
+    frames = round(rate * arguments.seconds)
     sends = [list(itertools.islice(footage(clips, number), frames)) for number in range(arguments.cameras)]
-    cameras = [Camera(address, f"{name}-{number}", bodies, arguments.rate) for number, bodies in enumerate(sends)]
+    cameras = [Camera(address, f"{name}-{rate:g}-{number}", bodies, rate) for number, bodies in enumerate(sends)]
     idle = [socket.create_connection(address) for _ in range(IDLE if requests else 0)]
     before, stopped, attacked = memory(process), threading.Event(), []
     attacker = threading.Thread(
@@ -140,6 +142,7 @@ def load(process, address, model, clips, arguments, requests):
         **measures(answers, seconds),
         "clients": name,
         "cameras": arguments.cameras,
+        "rate": rate,
         "hostile requests": made if requests else 0,
         "retries": sum(camera.retries for camera in cameras),
         "alone": [percentile(single, at) for at in (0.5, 0.95)],
@@ -190,6 +193,7 @@ def line_of_load(row):
     return [
         row["model"],
         row["clients"],
+        f"{row['cameras']} x {row['rate']:g}",
         f"{row['frames']:,}",
         f"{row['frames/s']:.1f}",
         pair(row["latency"]),
@@ -204,7 +208,18 @@ def line_of_load(row):
     ]
 
 
-LOAD = ["model", "clients", "frames", "frames/s", "latency, ms", "pass, ms", "alone, ms", "frames in a pass", "skipped"]
+LOAD = [
+    "model",
+    "clients",
+    "asked, frames/s",
+    "frames",
+    "frames/s",
+    "latency, ms",
+    "pass, ms",
+    "alone, ms",
+    "frames in a pass",
+    "skipped",
+]
 LOAD += ["error", "hostile requests", "retries", "MiB before / after"]
 SCALE = [
     "model",
@@ -241,11 +256,11 @@ def measure(name, clips, arguments):
         neuroflow.enable_cache(model, CONFIG)
         most = max(arguments.cameras, *arguments.streams)
         options = ["--model", directory, "--config", Path(directory, "gate.json")]
-        limits = ["--max-streams", 3 * most, "--queue", 4 * most]
+        limits = ["--max-streams", 5 * most, "--queue", 4 * most]
         with serving(*options, *limits, threads=torch.get_num_threads()) as (process, address):
             loads = []
-            for requests in (0, arguments.hostile):
-                loads.append({"model": name, **load(process, address, model, clips, arguments, requests)})
+            for rate, requests in itertools.product(arguments.rates, (0, arguments.hostile)):
+                loads.append({"model": name, **load(process, address, model, clips, arguments, rate, requests)})
                 print(*line_of_load(loads[-1]), sep="  ", flush=True)
             scales = []
             for streams in arguments.streams:
@@ -258,7 +273,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["ViT-Ti"])
     parser.add_argument("--cameras", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=5, help="frames a second of each")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2, 5], help="frames a second of each, in turn")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--hostile", type=int, default=1000, help="requests, over as many seconds")
     parser.add_argument(
@@ -269,15 +284,15 @@ def main():
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", "neuroflow")
     machine = begin(arguments.out)
-    clips = [list(jpegs(find(f"videos/{name}"), arguments.rate)) for name in CLIPS]
+    clips = [list(jpegs(find(f"videos/{name}"), max(arguments.rates))) for name in CLIPS]
     loads, scales = [], []
     for name in arguments.models:
         for rows, found in zip((loads, scales), measure(name, clips, arguments), strict=True):
             rows += found
     about = __doc__.partition("\n\n")[2].strip()
     times = "Times are p50 / p95."
-    rate = f"{arguments.cameras} cameras at {arguments.rate:g} frames/s each for {arguments.seconds:g} s"
-    text = f"# Serving\n\n{about}\n\n{times}\n\n## {rate}\n\n{table(LOAD, map(line_of_load, loads))}"
+    cameras = f"{arguments.cameras} cameras for {arguments.seconds:g} s"
+    text = f"# Serving\n\n{about}\n\n{times}\n\n## {cameras}\n\n{table(LOAD, map(line_of_load, loads))}"
     text += f"\n\n## As fast as they are answered\n\n{table(SCALE, map(line_of_scale, scales))}"
     write(arguments.out, machine, vars(arguments), {"load": loads, "scale": scales}, text)
 

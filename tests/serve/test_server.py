@@ -76,6 +76,16 @@ def is_closed(client):
     return True
 
 
+def test_bodies_do_not_wait_for_their_headers():
+    with running(App()) as (address, service):
+        client = connected(address, GET)
+        answer(client)
+        (connection,) = service.server_state.connections
+        peer = connection.transport.get_extra_info("socket")
+        assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        client.close()
+
+
 def test_headers_that_do_not_end(monkeypatch):
     monkeypatch.setattr(limits, "HEADER_SECONDS", 0.3)
     with running(App()) as (address, _):
