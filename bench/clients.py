@@ -44,6 +44,12 @@ def memory(process):
     return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def cpu_seconds(process):
+    """CPU time that it has taken so far, by all of its threads."""
+    user, system = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 class Answer(NamedTuple):
     """To one frame: what the server says of it, and the seconds from when it was due until it was answered."""
 

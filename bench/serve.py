@@ -11,7 +11,8 @@ frame in a pass of its own, in this process, with nothing beside it.
 "hostile" repeats a load while damaged files, decompression bombs, false headers and requests that are not HTTP arrive,
 and while idle connections stay open.
 
-The last table has cameras that send each frame as soon as the one before is answered: the machine's capacity.
+The last table has cameras that send each frame as soon as the one before is answered: the machine's capacity. "CPU ms a
+frame" is what the server's process took; its clients' share is not in it.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from neuroflow.video.preprocess import Preprocessor
 from neuroflow.video.source import Source
 from PIL import Image
 
-from bench.clients import REFUSED, Camera, get, hostile, memory, sent, serving
+from bench.clients import REFUSED, Camera, cpu_seconds, get, hostile, memory, sent, serving
 from bench.streams import MODELS, embedding
 from bench.tables import begin, find, share, table, write
 
@@ -163,18 +164,21 @@ def measures(answers, seconds):
     }
 
 
-def scale(address, clips, streams, seconds):
+def scale(process, address, clips, streams, seconds):
     """A row of so many cameras that send as fast as they are answered."""
     cameras = [Camera(address, f"scale-{streams}-{number}", footage(clips, number)) for number in range(streams)]
     timer = threading.Timer(seconds, lambda: [camera.stopped.set() for camera in cameras])
+    before = cpu_seconds(process)
     timer.start()
     taken = watch(cameras)
+    cpu = cpu_seconds(process) - before
     listed = {each["stream"]: each for each in told(address, "/v1/streams")["streams"]}
     held = [listed[camera.stream]["state_bytes"] for camera in cameras]
     for camera in cameras:
         sent(address, get(f"/v1/streams/{camera.stream}", method="DELETE"))
     answers = [answer for camera in cameras for answer in camera.answers]
-    return {"streams": streams, "state": statistics.fmean(held) / 2**20, **measures(answers, taken)}
+    measured = measures(answers, taken)
+    return {"streams": streams, "state": statistics.fmean(held) / 2**20, "cpu": 1e3 * cpu / len(answers), **measured}
 
 
 def told(address, path):
@@ -225,6 +229,7 @@ SCALE = [
     "model",
     "streams",
     "frames/s",
+    "CPU ms a frame",
     "frames in a pass",
     "latency, ms",
     "pass, ms",
@@ -239,6 +244,7 @@ def line_of_scale(row):
         row["model"],
         str(row["streams"]),
         f"{row['frames/s']:.1f}",
+        f"{row['cpu']:.0f}",
         f"{row['together']:.1f}",
         pair(row["latency"]),
         pair(row["pass"]),
@@ -264,7 +270,7 @@ def measure(name, clips, arguments):
                 print(*line_of_load(loads[-1]), sep="  ", flush=True)
             scales = []
             for streams in arguments.streams:
-                scales.append({"model": name, **scale(address, clips, streams, arguments.scale_seconds)})
+                scales.append({"model": name, **scale(process, address, clips, streams, arguments.scale_seconds)})
                 print(*line_of_scale(scales[-1]), sep="  ", flush=True)
     return loads, scales
 
