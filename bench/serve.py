@@ -107,11 +107,10 @@ def watch(cameras):
     return time.perf_counter() - begun
 
 
-def load(process, address, model, clips, arguments, rate, requests):
-    """A row of cameras at a rate, beside so many hostile requests."""
+def load(process, address, arguments, rate, sends, expected, requests):
+    """A row of cameras that send these JPEGs at a rate, beside so many hostile requests; `expected` is of `alone`."""
     name = "hostile" if requests else "cameras"
-    frames = round(rate * arguments.seconds)
-    sends = [list(itertools.islice(footage(clips, number), frames)) for number in range(arguments.cameras)]
+    frames = len(sends[0])
     cameras = [Camera(address, f"{name}-{rate:g}-{number}", bodies, rate) for number, bodies in enumerate(sends)]
     idle = [socket.create_connection(address) for _ in range(IDLE if requests else 0)]
     before, stopped, attacked = memory(process), threading.Event(), []
@@ -133,10 +132,9 @@ def load(process, address, model, clips, arguments, rate, requests):
     if len(answers) != frames * arguments.cameras or sent(address, get("/readyz")) != 200:
         raise SystemExit(f"{len(answers)} answers to {frames * arguments.cameras} frames")
     error, single = 0.0, []
-    for camera, bodies in zip(cameras, sends, strict=True):
-        expected, times = alone(model, bodies)
+    for camera, (embeddings, times) in zip(cameras, expected, strict=True):
         single += times
-        error = max(error, float(np.abs(np.stack([answer.embedding for answer in camera.answers]) - expected).max()))
+        error = max(error, float(np.abs(np.stack([answer.embedding for answer in camera.answers]) - embeddings).max()))
     if not error <= TOLERANCE:
         raise SystemExit(f"embeddings differ by {error:.1e} from those of a stream alone")
     return {
@@ -265,9 +263,14 @@ def measure(name, clips, arguments):
         limits = ["--max-streams", 5 * most, "--queue", 4 * most]
         with serving(*options, *limits, threads=torch.get_num_threads()) as (process, address):
             loads = []
-            for rate, requests in itertools.product(arguments.rates, (0, arguments.hostile)):
-                loads.append({"model": name, **load(process, address, model, clips, arguments, rate, requests)})
-                print(*line_of_load(loads[-1]), sep="  ", flush=True)
+            for rate in arguments.rates:
+                frames, cameras = round(rate * arguments.seconds), range(arguments.cameras)
+                sends = [list(itertools.islice(footage(clips, camera), frames)) for camera in cameras]
+                expected = [alone(model, bodies) for bodies in sends]
+                for requests in (0, arguments.hostile):
+                    found = load(process, address, arguments, rate, sends, expected, requests)
+                    loads.append({"model": name, **found})
+                    print(*line_of_load(loads[-1]), sep="  ", flush=True)
             scales = []
             for streams in arguments.streams:
                 scales.append({"model": name, **scale(process, address, clips, streams, arguments.scale_seconds)})
