@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from inspect import isbuiltin
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -186,7 +187,7 @@ def on_free_cores(
         device: where `work` computes.
         work: called with the rest.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or not isbuiltin(torch.set_num_threads):  # which vLLM replaces, as it ties threads to cores
         return work(*args, **kwargs)
     own, cores = _own_threads(), meter.read()
     granted, chosen = min(own, cores.granted), min(own, cores.free)
