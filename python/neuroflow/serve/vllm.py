@@ -115,7 +115,7 @@ class Videos:
     """
 
     def __init__(self, tower: nn.Module, config: NeuroFlowConfig, streams: StreamCache) -> None:
-        self.tower = enable_cache(tower, config, streams)
+        self.tower, self.config, self.streams = enable_cache(tower, config, streams), config, streams
         self.forward: Callable[..., torch.Tensor] = tower.forward
         tower.forward = self.encode
         self.count = self.steps = self.patches = 0
