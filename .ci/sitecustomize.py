@@ -1,5 +1,5 @@
-"""For every process of a test: a torchvision that was built for CUDA has none of its ops beside a CPU build of torch, and
-cannot be imported without these two.
+"""A torchvision that was built for CUDA has none of its ops beside a CPU build of torch, and cannot be imported without
+two of them. Here every process that imports it finds them.
 """
 
 import importlib.machinery

@@ -14,6 +14,7 @@ SPECIAL = ("<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 LANGUAGE = HEADS | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
 VISION = {"depth": 4, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 128}
+KINDS = {"qwen2.5-vl": "Qwen2_5_VL", "qwen3-vl": "Qwen3VL"}
 CELL = {"qwen2.5-vl": 28, "qwen3-vl": 32}  # pixels along a side of what is merged to one token
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 
@@ -32,25 +33,21 @@ def byte_tokenizer():
     )
 
 
-def save(family, folder, language=None, **vision):
-    """Save a model of `family` with a tokenizer of bytes; `language` and `vision`: fields of its configurations."""
+def made(family, language=None, **vision):
+    """A model of `family` with random weights; `language` and `vision`: fields of its configurations."""
     import transformers
 
     torch.manual_seed(0)
-    tokens = byte_tokenizer()
-    end, start, stop, image, video = tokens.convert_tokens_to_ids(list(SPECIAL))
-    ids = {"image_token_id": image, "video_token_id": video, "vision_start_token_id": start, "vision_end_token_id": stop}
+    end, start, stop, image, video = byte_tokenizer().convert_tokens_to_ids(list(SPECIAL))
+    ids = {"image_token_id": image, "video_token_id": video}
+    ids |= {"vision_start_token_id": start, "vision_end_token_id": stop}
     text = LANGUAGE | {"max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": end} | (language or {})
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
-    most = {"shortest_edge": 4 * 32 * 32, "longest_edge": 64 * 448 * 448}
+    kind, tower = KINDS[family], {"patch_size": CELL[family] // 2}
     if family == "qwen2.5-vl":
-        kind, patch = "Qwen2_5_VL", 14
-        tower = {"patch_size": patch, "window_size": 112, "fullatt_block_indexes": [3], "tokens_per_second": 2}
-        videos = transformers.Qwen2VLVideoProcessor(size=most)
+        tower |= {"window_size": 112, "fullatt_block_indexes": [3], "tokens_per_second": 2}
     else:
-        kind, patch = "Qwen3VL", 16
-        tower = {"patch_size": patch, "deepstack_visual_indexes": [1, 2], "num_position_embeddings": 256}
-        videos = transformers.Qwen3VLVideoProcessor(size=most, patch_size=patch)
+        tower |= {"deepstack_visual_indexes": [1, 2], "num_position_embeddings": 256}
     config = getattr(transformers, f"{kind}Config")(
         text_config=text, vision_config=VISION | tower | vision, tie_word_embeddings=False, **ids
     )
@@ -59,18 +56,30 @@ def save(family, folder, language=None, **vision):
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(0, weight[0].numel() ** -0.5)
+    return model
+
+
+def save(family, folder, **fields):
+    """Save what `made` makes in a folder, with a tokenizer of bytes."""
+    import transformers
+
+    most, patch = {"shortest_edge": 4 * 32 * 32, "longest_edge": 64 * 448 * 448}, CELL[family] // 2
+    if family == "qwen2.5-vl":
+        videos = transformers.Qwen2VLVideoProcessor(size=most)
+    else:
+        videos = transformers.Qwen3VLVideoProcessor(size=most, patch_size=patch)
     images = transformers.Qwen2VLImageProcessor(size=most, patch_size=patch)
-    processor = getattr(transformers, f"{kind}Processor")(images, tokens, videos, chat_template="")
-    model.save_pretrained(folder)
+    processor = getattr(transformers, f"{KINDS[family]}Processor")(images, byte_tokenizer(), videos, chat_template="")
+    made(family, **fields).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def clip(family, frames, rows, columns, seed=0, noise=2):
-    """Frames uint8 [T, H, W, 3] of one picture with sensor noise, in which a square of one merged token wanders."""
+def clip(family, frames, rows, columns, seed=0, noise=2, moving=True):
+    """Frames uint8 [T, H, W, 3] of one picture with sensor noise, in which a square of one merged token may wander."""
     cell, generator = CELL[family], np.random.default_rng(seed)
     picture = generator.integers(0, 256, (rows, columns, 3)).repeat(cell, 0).repeat(cell, 1)
     shown = picture + generator.normal(0, noise, (frames, *picture.shape))
-    for time, frame in enumerate(shown):
+    for time, frame in enumerate(shown if moving else ()):
         top, left = cell * (time // 2 % rows), cell * (time // 2 * 2 % columns)
         frame[top : top + cell, left : left + cell] = generator.integers(0, 256, 3)
     return shown.clip(0, 255).astype(np.uint8)

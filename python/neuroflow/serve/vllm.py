@@ -228,7 +228,7 @@ class Model:
             (lora is not None and lora.enable_tower_connector_lora, "enable_tower_connector_lora"),
         ):
             if given:
-                logger.warning("NeuroFlow: nothing of a video is skipped, as the tower cannot be patched under %s", option)
+                logger.warning("NeuroFlow: nothing is skipped, as the tower cannot be patched under %s", option)
                 return None
         if vllm_config.parallel_config.tensor_parallel_size > 1:
             config = config.reproducible()  # the ranks have to choose the same patches
