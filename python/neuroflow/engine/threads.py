@@ -187,10 +187,12 @@ def on_free_cores(
         device: where `work` computes.
         work: called with the rest.
     """
-    if device.type != "cpu" or not isbuiltin(torch.set_num_threads):  # which vLLM replaces, as it ties threads to cores
+    if device.type != "cpu":
         return work(*args, **kwargs)
     own, cores = _own_threads(), meter.read()
     granted, chosen = min(own, cores.granted), min(own, cores.free)
+    if chosen < own and not isbuiltin(torch.set_num_threads):  # vLLM, say, has tied its threads to cores
+        return work(*args, **kwargs)
     if chosen == granted:
         rivals.forget()
     elif not rivals.known():
