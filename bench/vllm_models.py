@@ -90,7 +90,7 @@ def prompt(*videos, image=None, **fields):
     data = {}
     if videos:
         data["video"] = [(video, _metadata(len(video))) for video in videos]
-    text = "<|vision_start|><|video_pad|><|vision_end|>" * len(videos) + "What?"
+    text = "Look at what comes here: " + "<|vision_start|><|video_pad|><|vision_end|>" * len(videos) + "What?"
     if image is not None:
         from PIL import Image
 

@@ -46,6 +46,8 @@ def measure(folder, family, repeats, settings=None, pruned=None):
     from vllm import SamplingParams
 
     llm = load(folder, hf_overrides={} if settings is None else {"neuroflow": settings}, video_pruning_rate=pruned)
+    if pruned is not None:  # which the load_model of vLLM's runner for CPUs leaves out, and that for GPUs does
+        llm.collective_rpc(lambda worker: setattr(worker.model_runner, "is_multimodal_pruning_enabled", True))
     (tower,) = llm.apply_model(lambda model: model.visual)
     forward, calls = tower.forward, []
 

@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def served(request, folders):
     overrides = {"neuroflow": EXACT | NEVER_CUT, "neuroflow_streams": {"max_streams": 3}}
     made = Served(folders[request.param], hf_overrides=overrides)
     made.family, made.folder = request.param, folders[request.param]
+    made.vllm_module = type(made.tower).__module__
     yield made
     del made.llm
     gc.collect()
@@ -183,8 +185,10 @@ def test_a_clip_is_encoded_as_by_the_patched_tower_of_transformers(served, arch)
         expected = features_of(other, served.tower.input_norm(rows, torch.float32), grid)
     with repatched(served, config) as tower, torch.inference_mode(), neuroflow.cache_context(tower, "a"):
         ours = tower(rows, [grid])
-        active = [int(report.active.sum()) for report in neuroflow.last_pass(tower)]
-    assert active == [96, 10, 10, 10]
+        reports = neuroflow.last_pass(tower)
+    assert [int(report.active.sum()) for report in reports] == [96, 10, 10, 10]
+    theirs = neuroflow.last_pass(other)
+    assert all(torch.equal(mine.active, its.active) for mine, its in zip(reports, theirs, strict=True))
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
@@ -311,12 +315,18 @@ def test_ranks_that_share_out_videos_take_no_streams(served, monkeypatch):
 
 
 def test_with_ranks_that_share_out_videos_each_is_encoded_by_itself(served, monkeypatch):
-    """With one rank here, that gets all of them."""
+    """Of which one gets the first, and another the second."""
+
+    def share_out(visual, pixels, grids, rope_type):
+        parts = pixels.split([math.prod(grid) for grid in grids])
+        return tuple(visual(part, [grid]) for part, grid in zip(parts, grids, strict=True))
+
     (model,) = served.llm.apply_model(lambda model: model)
     frames = [chunks(served.family, number)[0] for number in range(2)]
     both = [served.ask(prompt(each))[0][0] for each in frames]
     served.forget()
     monkeypatch.setattr(model, "use_data_parallel", True)
+    monkeypatch.setattr(sys.modules[served.vllm_module], "run_dp_sharded_mrope_vision_model", share_out)
     shared, _ = served.ask(prompt(*frames))
     assert len(shared) == 2 and all(map(torch.equal, shared, both))
 
@@ -336,6 +346,15 @@ def test_a_tower_that_cannot_be_patched_stays_as_it_is(served, option, caplog_vl
     )
     assert model._videos_of(config) is None
     assert f"the tower cannot be patched under {option}" in caplog_vllm.text
+
+
+def test_a_rank_without_a_tower_has_nothing_to_patch(served, monkeypatch):
+    from vllm.model_executor.models.utils import StageMissingLayer
+
+    (model,) = served.llm.apply_model(lambda model: model)
+    monkeypatch.setattr(model, "visual", StageMissingLayer("image_tower", model.visual))
+    config = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace()), lora_config=None)
+    assert model._videos_of(config) is None
 
 
 def settings(**overrides):

@@ -21,6 +21,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models import qwen2_5_vl, qwen3_vl, qwen3_vl_moe
+from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
@@ -221,7 +222,7 @@ class Model:
     def _videos_of(self, vllm_config: VllmConfig) -> Videos | None:
         config, streams = _settings(vllm_config)
         lora = vllm_config.lora_config
-        if config is None or not hasattr(self.visual, "blocks"):  # of a rank that has no tower
+        if config is None or isinstance(self.visual, StageMissingLayer):  # on a rank that has no tower
             return None
         for given, option in (
             (vllm_config.compilation_config.compile_mm_encoder, "compile_mm_encoder"),
