@@ -198,6 +198,7 @@ def _settings(vllm_config: VllmConfig) -> tuple[NeuroFlowConfig | None, StreamCa
     """What `--hf-overrides '{"neuroflow": {...}, "neuroflow_streams": {...}}'` or the file NEUROFLOW_CONFIG says.
 
     Raises:
+        TypeError: a limit that `StreamCache` does not have.
         ValueError: a configuration or limits that cannot be.
     """
     overrides, path = vllm_config.model_config.hf_config, os.environ.get("NEUROFLOW_CONFIG")
@@ -209,6 +210,7 @@ def _settings(vllm_config: VllmConfig) -> tuple[NeuroFlowConfig | None, StreamCa
         config = NeuroFlowConfig.from_fields(fields)
     else:
         config = NeuroFlowConfig() if path is None else NeuroFlowConfig.load(path)
+    # What NeuroFlow records as CUDA graphs are live frames, and vLLM has graphs of its own.
     return dataclasses.replace(config, launch="eager"), StreamCache(**limits)
 
 
