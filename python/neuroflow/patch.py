@@ -482,6 +482,17 @@ def stream(model: nn.Module, name: Hashable) -> Callable[..., Any]:
     return call
 
 
+def run_unpatched(model: nn.Module, call: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
+    """What `call` returns where the patched towers of `model` run as before they were patched.
+
+    Raises:
+        RuntimeError: the model is not patched.
+    """
+    for engine in engines_of(model):
+        call = functools.partial(engine.run_unpatched, call)
+    return call(*args, **kwargs)
+
+
 def encode(
     model: nn.Module,
     pixels: torch.Tensor,

@@ -171,7 +171,7 @@ def test_an_instance_is_no_tower_to_register(registry):
 def test_supported_models_say_where_they_come_from():
     families = neuroflow.supported_models()
     assert len({family.name for family in families}) == len(families)
-    assert all(family.library in ("transformers", "timm", "torch") for family in families)
+    assert all(family.library in ("transformers", "timm", "vllm", "torch") for family in families)
     assert all(family.found_by and set(family.architectures) <= set("ABCDE") for family in families)
 
 

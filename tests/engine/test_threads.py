@@ -165,6 +165,12 @@ def test_nothing_is_set_where_there_are_cores_enough_or_a_gpu_computes(busy, mon
     assert on_free_cores(pytest.fail, CPU, torch.get_num_threads) == 2
 
 
+def test_nothing_is_set_where_something_else_sees_to_the_threads(busy, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda number: pytest.fail("it was set"))  # as vLLM replaces it
+        assert on_free_cores(pytest.fail, CPU, torch.get_num_threads) == 2
+
+
 def test_a_call_on_all_threads_shows_whether_others_are_in_the_way(machine, two_threads, monkeypatch):
     """They may use cores while no frame is encoded; a call that had to wait is not repeated soon."""
     cores = SimpleNamespace(now=BUSY)

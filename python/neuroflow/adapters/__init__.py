@@ -1,7 +1,7 @@
 """What the engine needs to know of a model: where its parts are. One file for each kind of tower."""
 
 import dataclasses
-import importlib.metadata
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from .timm import vision_transformer
 from .tracing import in_evaluation
 from .tubelets import tubelets, vjepa2
 from .vit import vit, vit_mae
+from .vllm_qwen import vllm_qwen
 from .windowed import has_windows, sam, sam3, vitdet
 
 Adapter = Callable[[nn.Module], Anatomy]
@@ -80,6 +81,8 @@ FAMILIES = (
     Family("VidEoMT", "transformers", ("VideomtEmbeddings",), videomt, "ACDE"),
     Family("VisionTransformer", "timm", ("VisionTransformer", "VisionTransformerDistilled"), vision_transformer),
     Family("Eva", "timm", ("Eva",), vision_transformer),
+    Family("Qwen2.5-VL in vLLM", "vllm", ("Qwen2_5_VisionTransformer",), vllm_qwen, "ACDE"),
+    Family("Qwen3-VL in vLLM", "vllm", ("Qwen3_VisionTransformer",), vllm_qwen, "ACDE"),
     Family("Any tower of images end to end", "transformers", is_ragged, ragged, "ACDE"),
 )
 BY_STRUCTURE = Family("Any plain ViT", "torch", towers_by_structure, general, "ACDE")
@@ -168,7 +171,7 @@ def describe(model: nn.Module, tower: str | None = None) -> Anatomy:
     except AttributeError as error:
         library = family.library
         if family in FAMILIES:
-            library += f" {importlib.metadata.version(library)}"
+            library += f" {importlib.import_module(library).__version__}"
         message = f"{type(module).__name__} of {library} is not built as the adapter of {family.name} expects"
         raise TypeError(f"{message}: {error}") from error
 

@@ -121,7 +121,7 @@ def ragged(tower: nn.Module) -> Anatomy:
     def order(arguments: dict[str, Any]) -> list[torch.Tensor]:
         device, inputs = arguments[rows].device, zip(sizes(arguments), merges(arguments), strict=True)
         return [
-            _order((height, width), merge, layout.side, device)
+            token_order((height, width), merge, layout.side, device)
             for (times, height, width), merge in inputs
             for _ in range(times)
         ]
@@ -147,7 +147,7 @@ def ragged(tower: nn.Module) -> Anatomy:
         made = (size * unit, (size + 1) * unit)
         generator = torch.Generator().manual_seed(0)
         first, other = torch.randn(2, made[0] * made[1], *layout.row, generator=generator)
-        here = torch.isin(_order(made, layout.merge), torch.tensor(list(differing), dtype=torch.long))
+        here = torch.isin(token_order(made, layout.merge), torch.tensor(list(differing), dtype=torch.long))
         first[here] = other[here]
         return _arguments(tower, first[None] if layout.batched else first, (1, *made))
 
@@ -160,7 +160,7 @@ def ragged(tower: nn.Module) -> Anatomy:
         last=layers[-1],
         prefix=0,
         grids=grids,
-        embedding=_embedding,
+        embedding=mean_of_merged,
         needs_every_token=True,
         positions=positions,
         order=order,
@@ -168,7 +168,7 @@ def ragged(tower: nn.Module) -> Anatomy:
         part=({rows, grid, "merge_sizes"}, part) if layout.alike else None,
         run_block=functools.partial(_run_block, layout.dimensions),
         products={
-            attention: functools.partial(_in_windows, layout.merge, layout.side)
+            attention: functools.partial(attend_in_windows, layout.merge, layout.side)
             for number, attention in enumerate(attentions)
             if number in layout.windowed
         },
@@ -362,10 +362,10 @@ def _layout(tower: nn.Module, layers: nn.ModuleList) -> _Layout:
             if side is not None and tuple(_windows(LONG, merge, side)[1].tolist()) != ends[min(windowed)]:
                 continue
             patches = torch.empty_like(marked)
-            patches[_order(LONG, merge)] = marked
-            order = _order(LONG, merge, side)
+            patches[token_order(LONG, merge)] = marked
+            order = token_order(LONG, merge, side)
             if torch.equal(patches[order], found):
-                square = _order(SQUARE, merge, side)
+                square = token_order(SQUARE, merge, side)
                 layouts.append((sum(_variation(each, square, SQUARE) for each in places), merge, side))
     if not layouts:
         raise _refusal(tower, "its patches do not reach the blocks one by one, in an order that is known")
@@ -448,7 +448,7 @@ def _run_block(dimensions: int, forward: Callable, tokens: torch.Tensor, *args: 
     return (result[0][None], *result[1:]) if isinstance(result, tuple) else result[None]
 
 
-def _in_windows(
+def attend_in_windows(
     merge: int,
     side: int,
     query: torch.Tensor,
@@ -480,7 +480,7 @@ def _in_windows(
     return torch.cat(parts, 2).transpose(1, 2)
 
 
-def _embedding(output: Any) -> torch.Tensor:
+def mean_of_merged(output: Any) -> torch.Tensor:
     # Up to transformers 4.57 the merged tokens by themselves, or before those of the deepstack.
     if isinstance(output, tuple):
         output = output[0]
@@ -498,7 +498,7 @@ def _variation(signal: torch.Tensor, order: torch.Tensor, grid: Grid) -> float:
 
 
 @functools.lru_cache
-def _order(grid: Grid, merge: int, side: int | None = None, device: torch.device = CPU) -> torch.Tensor:
+def token_order(grid: Grid, merge: int, side: int | None = None, device: torch.device = CPU) -> torch.Tensor:
     """The row-major patch at each token: block after block of merge x merge, and window after window of those."""
     rows, columns = grid
     patches = torch.arange(rows * columns, device=device).view(rows // merge, merge, columns // merge, merge)

@@ -10,7 +10,7 @@ from torch import nn
 
 _pointer, _version = torch._C.TensorBase.data_ptr, operator.attrgetter("_version")
 # Modules from elsewhere may be adapters, whose result depends on which of them is active, at which scale.
-_FIXED = ("torch", "transformers", "timm")
+_FIXED = ("torch", "transformers", "timm", "vllm")
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 

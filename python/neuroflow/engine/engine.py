@@ -219,6 +219,8 @@ class Engine:
                 )
             outer.entered.add(entry)
             return forward(*args, **kwargs)
+        if self.unpatched.get():
+            return forward(*args, **kwargs)
         if torch.compiler.is_exporting():
             raise RuntimeError(
                 "a patched model cannot be exported, as which patches are encoded is decided frame by frame; call "

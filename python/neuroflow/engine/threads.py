@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from inspect import isbuiltin
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -190,6 +191,8 @@ def on_free_cores(
         return work(*args, **kwargs)
     own, cores = _own_threads(), meter.read()
     granted, chosen = min(own, cores.granted), min(own, cores.free)
+    if chosen < own and not isbuiltin(torch.set_num_threads):  # vLLM, say, has tied its threads to cores
+        return work(*args, **kwargs)
     if chosen == granted:
         rivals.forget()
     elif not rivals.known():

@@ -1,1 +1,1 @@
-"""Past one process: a service for live cameras, and recordings by the thousand."""
+"""Past one process: a service for live cameras, recordings by the thousand, and towers inside vLLM."""
