@@ -17,10 +17,14 @@ PACKAGE = HUB.parent
 
 
 def assemble(out: Path) -> None:
-    """Write the layout to a new or empty directory.
+    """Write the layout.
+
+    Args:
+        out: a new or an empty directory.
 
     Raises:
-        FileExistsError: `out` holds something.
+        FileExistsError: the directory is not empty.
+        NotADirectoryError: `out` is a file.
     """
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; accepted is a new or an empty directory")
