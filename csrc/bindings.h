@@ -1,5 +1,5 @@
-// What the bindings for the CPU and for CUDA share. `torch.ops.neuroflow` calls them without Python's checks, so that
-// they see to it themselves that nothing outside a tensor's memory is read or written.
+// Shared by the bindings for the CPU and for CUDA. `torch.ops.neuroflow` calls them without Python's checks, so they
+// make sure themselves that nothing outside a tensor's memory is read or written.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -27,7 +27,7 @@ using Compact = std::tuple<Tensor, Tensor>(Tensor surprise, std::optional<Tensor
 using GatherRows = Tensor(Tensor x, Tensor index, Tensor cu_seqlens, int64_t rows, std::optional<Tensor> norm_weight,
                           std::optional<Tensor> norm_bias, double eps);
 
-/// The dtype of tensors of T. A backend adds its own two types of 16 bits.
+/// The dtype of tensors of T. Each backend adds its own two 16-bit types.
 template <typename T>
 inline constexpr ScalarType dtype_of = ScalarType::Undefined;
 template <>
@@ -39,8 +39,8 @@ inline constexpr ScalarType dtype_of<int32_t> = ScalarType::Int;
 template <>
 inline constexpr ScalarType dtype_of<uint64_t> = ScalarType::Long;
 
-/// Calls f with a value of the element type that `dtype` stands for: float, or one of the backend's own two types of 16
-/// bits. `accepted` is what an error says about the others.
+/// Calls f with a value of the element type for `dtype`: float, or one of the backend's own two 16-bit types.
+/// `accepted` ends the error for all other types.
 template <typename BFloat16, typename Float16, typename F>
 void dispatch_floats(ScalarType dtype, const char* name, const char* accepted, F&& f) {
   switch (dtype) {
@@ -55,7 +55,7 @@ void dispatch_floats(ScalarType dtype, const char* name, const char* accepted, F
   }
 }
 
-constexpr int64_t any = -1;  // size, in a shape that is required
+constexpr int64_t any = -1;  // a size in a required shape
 
 template <typename Sizes>
 std::string text(const Sizes& sizes) {
@@ -65,8 +65,8 @@ std::string text(const Sizes& sizes) {
   return "[" + joined + "]";
 }
 
-/// Throws unless `tensor` has this shape, is on the device of `first`, and has a storage that holds all of it: what was
-/// freed or cut short keeps its shape.
+/// Throws unless `tensor` has this shape, is on the device of `first`, and fits its storage: a tensor keeps its shape
+/// when its storage is freed or cut short.
 inline void require(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, const Tensor& first) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   bool fits = sizes.size() == shape.size(), empty = false;
@@ -104,7 +104,7 @@ T* data(const Tensor& tensor, const char* name) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-/// The elements of a tensor [rows, heads, dim] of any strides but the last.
+/// The elements of a tensor [rows, heads, dim] whose last stride is 1; the others are free.
 template <typename T>
 const T* heads_data(const Tensor& tensor, const char* name) {
   require_dtype<T>(tensor, name);
@@ -119,7 +119,8 @@ inline void require_gate(const Tensor& h, const Tensor& ema) {
   require(ema, "ema", {h.size(0), h.size(1), h.size(2)}, h);
 }
 
-/// What chooses among the tokens [streams, tokens, ...] of `first`; all of it, as ema_gate_ writes before it reads.
+/// The rule that selects among the tokens [streams, tokens, ...] of `first`. Checked in full, because ema_gate_ writes
+/// before it reads the rule.
 inline void require_rule(const Tensor& first, const std::optional<Tensor>& threshold,
                          const std::optional<Tensor>& budget, int64_t floor) {
   const int64_t streams = first.size(0);

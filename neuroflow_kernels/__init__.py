@@ -1,12 +1,13 @@
 """Fused ops for temporally sparse transformers: tensors in, tensors out.
 
 `ema_surprise_` measures each token against a running reference, `compact` turns surprise into a packed index,
-`gather_rows` and `scatter_rows_` move rows between the full and the packed layout, and `ema_gate_` does all of it up to
-the packed rows in one call. In a transformer's block `scatter_kv_` brings cached keys and values up to date and
-`attend_rows` attends from the packed rows to them, `attend_versions` from those of a whole clip. All are batched over
-S independent streams. On a GPU none waits for the device, but for `gather_rows` and `ema_gate_` without `rows`, which
-read the count of active tokens back, and `compact` with a list for a ladder, which it copies there. `linear_rows` is a
-linear layer over packed rows, for CPUs.
+`gather_rows` and `scatter_rows_` move rows between the full and the packed layout, and `ema_gate_` goes from tokens to
+packed rows in one call. In a transformer block `scatter_kv_` updates the cached keys and values, `attend_rows` attends
+from the packed rows to them, and `attend_versions` does so for a whole clip. `linear_rows` is a linear layer over
+packed rows, for CPUs. All are batched over S independent streams.
+
+On a GPU the host waits for the device in two cases only: `gather_rows` and `ema_gate_` without `rows` read back the
+count of active tokens, and `compact` copies a ladder that is not a tensor.
 """
 
 from .dispatch import (

@@ -39,12 +39,12 @@ def same(name: str, value: torch.Tensor, shape: tuple[int, ...], device: torch.d
 
 
 def updated(name: str, value: torch.Tensor) -> None:
-    """A tensor that the op writes in place: contiguous, as a copy would lose the update."""
+    """A tensor that the op writes in place: contiguous, because a copy would lose the update."""
     require(value.is_contiguous(), name, value, "a contiguous tensor, as it is updated in place")
 
 
 def held(name: str, value: torch.Tensor) -> torch.Tensor:
-    """A tensor that is all there: torch reads and writes past the end of a storage that was freed or cut short."""
+    """A tensor within its storage: torch reads and writes past the end of one that was freed or cut short."""
     if value.numel() > 0 and not torch.compiler.is_compiling():
         reach = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
         fits = value.untyped_storage().nbytes() >= (value.storage_offset() + reach + 1) * value.itemsize

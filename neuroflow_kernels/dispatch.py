@@ -1,13 +1,13 @@
 """Which backend serves a call, and why the others do not.
 
-Every op is one torch op in the namespace `neuroflow`. Its reference is registered for every device
-(CompositeExplicitAutograd); the C++ extension adds the CPU key, the CUDA extension the CUDA key, and Triton the CUDA
-key of the ops that the CUDA extension lacks or is not built for. So torch's own dispatcher picks per call, by the
-device of the tensors, and a build without extensions still works. What the CUDA extension has no kernels for, float64,
-is passed on to Triton or the reference before the dispatcher.
+Every op is one torch op in the namespace NAMESPACE. Its reference is registered for every device
+(CompositeExplicitAutograd). The C++ extension adds the CPU key, the CUDA extension the CUDA key, and Triton takes the
+CUDA key of the ops that the CUDA extension lacks. So torch's own dispatcher picks a kernel for each call, by the device
+of the tensors, and a build without extensions still works. float64, for which the CUDA extension has no kernels, goes
+to Triton or the reference before the dispatcher sees it.
 
 A backend can be asked for by name, with `use_backend` or the environment variable NEUROFLOW_BACKEND. One that cannot
-serve the call raises `BackendUnavailable` with the reason; it is never replaced silently.
+serve the call raises `BackendUnavailable` with the reason; no other backend takes its place.
 """
 
 import contextlib
@@ -27,18 +27,31 @@ import torch
 from . import checks
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
+# The kernel hub imports a copy under a name of its own, beside which others may be loaded.
+NAMESPACE = "neuroflow" if __package__ == "neuroflow_kernels" else __package__.replace(".", "_")
 
 _NOT_BUILT = {
     "_cpu": "it is not built (`pip install --no-build-isolation .` builds it where torch and a C++ compiler are)",
     "_cuda": "it is not built (`pip install --no-build-isolation .` builds it where nvcc and torch for CUDA are)",
 }
 _EXTENSION_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
-_library = torch.library.Library("neuroflow", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 _extension_errors: dict[str, str | None] = {}
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend that was asked for cannot serve this call; the message says why."""
+    """The backend that was asked for cannot serve this call; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from neuroflow_kernels import BackendUnavailable, compact, use_backend
+        >>> try:
+        ...     with use_backend("cuda"):
+        ...         compact(torch.zeros(1, 4), threshold=0.1)
+        ... except BackendUnavailable as error:
+        ...     print(str(error).partition(":")[0])
+        backend 'cuda' cannot serve compact on cpu
+    """
 
 
 def _load_extension(stem: str) -> str | None:
@@ -55,7 +68,7 @@ def _load_extension(stem: str) -> str | None:
 
 
 def load_extensions() -> None:
-    """Load what was built, once, at import; say once when the CPU is left to the reference."""
+    """Load the extensions that were built, at import, and warn if the CPU has only the reference."""
     for backend, stem in (("cpp", "_cpu"), ("cuda", "_cuda")):
         _extension_errors[backend] = _load_extension(stem)
     for op in Operator.registry.values():
@@ -91,10 +104,23 @@ def _requested_backend() -> str | None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every op called inside the block with backend `name`: 'reference', 'cpp', 'cuda', 'triton' or 'auto'.
+    """Serve every op called inside the block with backend `name`.
 
-    What `torch.compile` traces keeps the backend that was asked for while it was traced; around 'reference' and
-    'triton' the graph breaks.
+    The request holds for the current thread or task. Code traced by `torch.compile` keeps the backend that was asked
+    for during tracing; 'reference' and 'triton' break the graph.
+
+    Args:
+        name: 'reference', 'cpp', 'cuda', 'triton', or 'auto' to let torch's dispatcher choose by device.
+
+    Raises:
+        ValueError: the name is none of these.
+
+    Example:
+        >>> import torch
+        >>> from neuroflow_kernels import linear_rows, use_backend
+        >>> with use_backend("reference"):
+        ...     linear_rows(torch.ones(1, 2), torch.ones(1, 2))
+        tensor([[2.]])
     """
     token = _requested.set(_check_requested(name))
     try:
@@ -104,7 +130,23 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def unavailable(backend: str, device: str = "cpu") -> str | None:
-    """Why `backend` cannot serve tensors on `device` ('cpu', 'cuda'), or None when it can."""
+    """Why a backend cannot serve tensors on a device, or None if it can.
+
+    Args:
+        backend: 'reference', 'cpp', 'cuda' or 'triton'.
+        device: 'cpu' or 'cuda'.
+
+    Returns:
+        The reason, in one line, or None.
+
+    Example:
+        >>> from neuroflow_kernels import unavailable
+        >>> print(unavailable("reference"))
+        None
+        >>> reason = unavailable("cuda", "cpu")  # "it is not built ..." or "it serves cuda tensors only"
+        >>> reason is None
+        False
+    """
     if backend == "reference":
         return None
     if backend in _EXTENSION_DEVICES:
@@ -118,7 +160,18 @@ def unavailable(backend: str, device: str = "cpu") -> str | None:
 
 
 def without_row_kernels() -> str | None:
-    """Why `linear_rows` and `attend_rows` are no faster here than torch's own products, or None where they are."""
+    """Why `linear_rows` and `attend_rows` are no faster here than torch's own products, or None if they are.
+
+    Returns:
+        The reason, in one line, or None: they were built, no other backend was asked for, and this processor has
+        AVX-512.
+
+    Example:
+        >>> from neuroflow_kernels import use_backend, without_row_kernels
+        >>> with use_backend("reference"):
+        ...     without_row_kernels()
+        "backend 'reference' was asked for"
+    """
     if _requested_backend() not in (None, "cpp"):
         return f"backend {_requested_backend()!r} was asked for"
     if _extension_errors["cpp"] is not None:
@@ -128,8 +181,8 @@ def without_row_kernels() -> str | None:
 
 
 def is_choice(rows: torch.Tensor) -> bool:
-    """Whether products of such rows can go one of the `ways`: no gradient goes through them, nor autocast, and no
-    backend was asked for that has a way of its own.
+    """Whether products of such rows may take any of the `ways`: without gradients or autocast, and unless a backend was
+    asked for that computes them its own way.
     """
     return (
         not torch.is_grad_enabled()
@@ -141,7 +194,20 @@ def is_choice(rows: torch.Tensor) -> bool:
 
 
 def row_kernels_serve(rows: torch.Tensor) -> bool:
-    """Whether `linear_rows` and `attend_rows`, which have no gradient, have fast kernels for such rows here."""
+    """Whether `linear_rows` and `attend_rows`, which have no gradient, have fast kernels for such rows here.
+
+    Args:
+        rows: the tensor [M, ...] that would go through them; only its device and dtype count.
+
+    Returns:
+        True on a CPU with AVX-512 for float32 and bfloat16, without gradients, autocast or another backend asked for.
+
+    Example:
+        >>> import torch
+        >>> from neuroflow_kernels import row_kernels_serve
+        >>> row_kernels_serve(torch.ones(1, 8, dtype=torch.float64))
+        False
+    """
     return is_choice(rows) and without_row_kernels() is None
 
 
@@ -183,7 +249,7 @@ def _triton_or_reference(op: "Operator", *args: object) -> object:
 
 
 def _function(setup: Callable, backward: Callable) -> type[torch.autograd.Function]:
-    """An implementation that is not called through torch's dispatcher, and so not through the op's gradient there."""
+    """Gives an implementation called past torch's dispatcher the gradient that it would have there."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -202,14 +268,14 @@ def _function(setup: Callable, backward: Callable) -> type[torch.autograd.Functi
 
 
 class Operator:
-    """One op of the namespace `neuroflow`: schema and fake, called through whichever backend is due.
+    """One op of the namespace NAMESPACE: its schema and fake, and the choice of backend for each call.
 
-    The file `ops/<module>.py` that makes it has a namesake in `reference/` and, with `triton`, in `triton/`, which
-    define a function of the op's name with the schema's arguments in order. An op without `triton` is one that a GPU
-    library does better than a kernel of ours; there the reference calls that.
+    An op made in `ops/<module>.py` has a file of the same name in `reference/` and, with `triton`, in `triton/`. Each
+    defines a function of the op's name that takes the schema's arguments in order. An op without `triton` is one that a
+    GPU library does better than a kernel of ours; on a GPU its reference calls that library.
 
-    `gradient`, where the op has one, is what `torch.autograd.Function` calls setup_context and backward. It holds for
-    every backend, those called by name too.
+    `gradient`, if the op has one, is the pair that `torch.autograd.Function` calls setup_context and backward. It
+    applies to every backend, also to one asked for by name.
     """
 
     registry: ClassVar[dict[str, "Operator"]] = {}
@@ -228,13 +294,13 @@ class Operator:
         self.name = schema.partition("(")[0]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, _implementation("reference", self.name, self.module), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"neuroflow::{self.name}", fake, lib=_library)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
         self.gradient = None
         if gradient is not None:
             setup, backward = gradient
-            torch.library.register_autograd(f"neuroflow::{self.name}", backward, setup_context=setup, lib=_library)
+            torch.library.register_autograd(f"{NAMESPACE}::{self.name}", backward, setup_context=setup, lib=_library)
             self.gradient = _function(setup, backward)
-        self.overload = getattr(torch.ops.neuroflow, self.name).default
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         arguments = self.overload._schema.arguments
         self.written = [at for at, argument in enumerate(arguments) if argument.is_write]
         if self.written:
@@ -242,7 +308,7 @@ class Operator:
         Operator.registry[self.name] = self
 
     def _declined(self, backend: str, dtype: torch.dtype) -> str | None:
-        """Why a backend that is there has no kernel of this op for `dtype`."""
+        """Why a backend that is available has no kernel of this op for `dtype`."""
         if backend == "triton" and not self.triton:
             return "it has no Triton kernel, as the library behind the reference is the faster one on a GPU"
         if backend == "cpp" and not self.cpp:
@@ -259,7 +325,7 @@ class Operator:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in written):
             leaf = "leaf " if any(tensor.requires_grad and tensor.is_leaf for tensor in written) else ""
             raise RuntimeError(
-                f"neuroflow::{self.name} has no gradient and writes in place to a {leaf}tensor that requires grad; "
+                f"{NAMESPACE}::{self.name} has no gradient and writes in place to a {leaf}tensor that requires grad; "
                 "call it under torch.no_grad()"
             )
         torch.autograd.graph.increment_version(written)
@@ -274,7 +340,7 @@ class Operator:
         device = tensor.device.type
         owned = self.cuda and device == _EXTENSION_DEVICES["cuda"]
         if backend is None and owned and self._declined("cuda", tensor.dtype):
-            # Not left to the dispatcher, as a kernel owns its key for every dtype.
+            # Decided here because in the dispatcher a kernel owns its key for every dtype.
             backend = _without_cuda_kernel(self)
         serve = self.overload
         if backend is not None:
@@ -287,7 +353,7 @@ class Operator:
                     serve = functools.partial(self.gradient.apply, serve)
         if not self.written or torch.compiler.is_compiling():
             return serve(*args)
-        # Past the kernel in Python that does this for `torch.ops.neuroflow`: it takes longer than all of the rest.
+        # Skips `_write`, which does this for `torch.ops.neuroflow` but, being Python, costs more than all the rest.
         self._announce(args)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return serve(*args)

@@ -19,7 +19,7 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "neuroflow")
 SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
 VARIABLES = ("NEUROFLOW_", "TRITON_", "TORCH_", "ATEN_", "TORCHINDUCTOR_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES")
 
-LAYERS = 4  # of a shape, so that weights do not all come from the cache
+LAYERS = 4  # per shape, so that weights do not all come from the cache
 ROWS = (7, 32, 128)
 
 
@@ -31,7 +31,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> tuple[str, str]:
-    """Its name, and those of SETS that it has."""
+    """The processor's name, and which of SETS it has."""
     cpuinfo, first = Path("/proc/cpuinfo"), {}
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         name, _, value = line.partition(":")
@@ -57,7 +57,16 @@ def _devices() -> dict[str, str]:
 
 
 def describe() -> dict[str, str]:
-    """Versions, processor, devices, every backend's state on the CPU and the GPU, and the environment, by name."""
+    """Versions, processor, devices, the state of every backend on CPU and GPU, and the relevant environment variables.
+
+    Returns:
+        The facts by name, in the order in which they are printed.
+
+    Example:
+        >>> from neuroflow_kernels.env import describe
+        >>> describe()["reference on cpu"]
+        'available'
+    """
     facts = {"python": sys.version.split()[0], "platform": platform.platform()}
     facts |= {package: _version(package) for package in PACKAGES} | {"torch's cuda": torch.version.cuda or "none"}
     processor, sets = _processor()
@@ -72,7 +81,7 @@ def describe() -> dict[str, str]:
 
 @torch.no_grad()
 def measure_linear() -> dict[str, str]:
-    """What the ways through linear layers of a ViT-B take here, by dtype, layer and rows."""
+    """Times in ms of the ways through the linear layers of a ViT-B on this machine, by dtype, layer and rows."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         for width, inner in ((768, 768), (3072, 768), (768, 3072)):

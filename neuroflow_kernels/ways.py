@@ -1,8 +1,8 @@
-"""Ways to the same product on a CPU, of which the fastest depends on the processor, the shape, the dtype and the rows.
+"""Ways to compute the same product on a CPU. The fastest depends on processor, shape, dtype and number of rows.
 
-A linear layer goes through `linear_rows`, through torch's own, or through oneDNN's with weights that oneDNN has packed
-for itself; attention of one stream's rows through `attend_rows`, through torch's own, or through two products and a
-softmax. A `Choice` finds the fastest.
+A linear layer can go through `linear_rows`, torch's own layer, or oneDNN's with weights that oneDNN has packed;
+attention of one stream's rows through `attend_rows`, torch's own attention, or two products and a softmax. A `Choice`
+finds the fastest.
 """
 
 import statistics
@@ -12,20 +12,20 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from .dispatch import without_row_kernels
+from .dispatch import Operator, without_row_kernels
 from .ops.attend_rows import attend_rows
 
 Way = Callable[..., torch.Tensor]
-COUNTED = 4  # calls of each way, by which the fastest is told
-PATIENCE = 0.04  # seconds of a way's calls that are enough too
-HOPELESS = 2.0  # times as long as the fastest: after half as many calls a way has no more
-PACKED_GAIN = 1.15  # packed weights take as much memory again, and are worth it if they are faster by this
-_linear_rows = torch.ops.neuroflow.linear_rows.default  # of arguments that need no check
-LARGEST_SCORES = 2**22  # of an attention as two products, which writes them all
+COUNTED = 4  # timed calls of each way before the fastest is chosen
+PATIENCE = 0.04  # seconds of timed calls of a way, which are enough if they come first
+HOPELESS = 2.0  # a way that takes this many times the fastest is dropped after half as many calls
+PACKED_GAIN = 1.15  # packed weights double the memory, so they have to be faster by this factor
+_linear_rows = Operator.registry["linear_rows"].overload  # for arguments that need no check
+LARGEST_SCORES = 2**22  # for attention as two products, which writes all scores to memory
 
 
 class LinearWeights:
-    """The weight [N, K] and bias [N] of a linear layer, and the weight as oneDNN packs it, once that was asked for."""
+    """The weight [N, K] and bias [N] of a linear layer, and on demand the weight as oneDNN packs it."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight = weight
@@ -75,20 +75,20 @@ ATTENTION: dict[str, Way] = {"rows": attend_rows, "torch": _attend_by_torch, "pr
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies by weights of `dtype` that it has packed here."""
+    """Whether oneDNN can multiply by packed weights of `dtype` on this machine."""
     if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear_ways(dtype: torch.dtype) -> list[str]:
-    """The ways through a linear layer of `dtype` that there are here; the first serves where none was measured."""
+    """The ways through a linear layer of `dtype` on this machine; the first is the default until one is measured."""
     rows = ["rows"] if without_row_kernels() is None else []
     return [*rows, "torch", *(["packed"] if can_pack(dtype) else [])]
 
 
 def attention_ways(dtype: torch.dtype, scores: int) -> list[str]:
-    """The ways of an attention with so many scores over all heads; the first serves where none was measured."""
+    """The ways of an attention with so many scores over all heads; the first is the default until one is measured."""
     rows = ["rows"] if without_row_kernels() is None else []
     # In bfloat16 two products would round the scores.
     products = ["products"] if dtype == torch.float32 and scores <= LARGEST_SCORES else []
@@ -96,33 +96,32 @@ def attention_ways(dtype: torch.dtype, scores: int) -> list[str]:
 
 
 class Choice:
-    """The fastest of several ways, which take turns at the calls that they serve until that is known; several threads
-    may use it at once.
+    """Finds the fastest of several ways by letting them take turns at real calls. Threads may share it.
 
-    What a call takes by itself, again and again, says little of it among a model's other calls: its weights are in the
-    cache by then, and so is its code.
+    Timing one call in a loop says little about the same call inside a model, because in a loop its weights and code are
+    already in the cache.
 
     Args:
-        ways: by name.
+        ways: their names.
 
     Attributes:
-        seconds: what each way's calls took, as far as they count.
-        fastest: once it is known.
+        seconds: the timed calls of each way.
+        fastest: the name of the fastest way once it is known, None before.
     """
 
     def __init__(self, ways: Sequence[str]) -> None:
         self.seconds: dict[str, list[float]] = {way: [] for way in ways}
         self.fastest = ways[0] if len(ways) == 1 else None
-        self._calls = dict.fromkeys(ways, 0)  # of those that may still be the fastest
+        self._calls = dict.fromkeys(ways, 0)  # of the ways that may still be the fastest
         self._lock = threading.Lock()  # as threads may share a model
 
     def turn(self) -> str:
-        """The way of the next call."""
+        """The way that the next call should take."""
         with self._lock:
             return min(self._calls, key=self._calls.__getitem__)
 
     def note(self, way: str, seconds: float, counts: bool = True) -> None:
-        """What a call took; the first one of a way never counts, nor one that had to prepare something."""
+        """Record how long a call took. The first call of a way never counts, nor one that had to prepare something."""
         with self._lock:
             if self.fastest is None and way in self._calls:
                 self._note(way, seconds, counts)
@@ -142,5 +141,5 @@ class Choice:
             self.fastest = min(self._calls, key=lambda left: medians[left] * (PACKED_GAIN if left == "packed" else 1))
 
     def medians(self) -> dict[str, float]:
-        """Seconds of each way that has calls that count."""
+        """Median seconds of each way that has timed calls."""
         return {way: statistics.median(taken) for way, taken in self.seconds.items() if taken}

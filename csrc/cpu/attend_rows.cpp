@@ -15,7 +15,7 @@ Tensor attend_rows(Tensor query, Tensor key, Tensor value, std::optional<Tensor>
   if (cu_seqlens) require(*cu_seqlens, "cu_seqlens", {streams + 1}, query);
   Tensor result = torch::stable::new_empty(query, {rows, heads, dim});
 
-  // Queries that share the work of bringing keys and values into order.
+  // Queries that share the work of packing keys and values.
   constexpr int64_t chunk = 96;
   struct Part {
     int64_t stream, first, rows;

@@ -1,4 +1,4 @@
-// What the bindings for the CPU share.
+// Shared by the bindings for the CPU.
 #pragma once
 
 #include <algorithm>
@@ -19,22 +19,23 @@ EmaSurprise ema_surprise_;
 Compact compact;
 GatherRows gather_rows;
 
-/// Calls f with a value of the element type that `dtype` stands for.
+/// Calls f with a value of the element type for `dtype`.
 template <typename F>
 void dispatch(ScalarType dtype, const char* name, F&& f) {
   if (dtype == ScalarType::Double) return f(double{});
   dispatch_floats<BFloat16, Float16>(dtype, name, "accepted is float32, bfloat16, float16 or float64", f);
 }
 
-/// Rows to a thread, so that it has this many elements to work on: less is done sooner than a thread wakes up. Rows
-/// that are merely copied need more, as on a busy machine waiting for the last thread costs a time slice.
+/// Elements that a thread should have to work on: less is done before another thread wakes up. Rows that are only
+/// copied need more, because on a busy machine waiting for the last thread costs a time slice.
 constexpr int64_t computed = 1 << 15, copied = 1 << 17;
 
+/// Rows per thread that make up so many elements.
 inline int64_t grain(int64_t elements, int64_t dim) {
   return std::max<int64_t>(1, elements / std::max<int64_t>(1, dim));
 }
 
-/// The first min(cu_seqlens[-1], rows) entries of `index`, every one of them a row of a tensor of `limit` rows.
+/// The first min(cu_seqlens[-1], rows) entries of `index`, each of them a row of a tensor of `limit` rows.
 struct Selection {
   const int32_t* index;
   int64_t count;
@@ -53,7 +54,7 @@ inline Selection selection(const Tensor& index, const Tensor& cu_seqlens, int64_
   return chosen;
 }
 
-/// Throws where `cache`, which is written, shares memory with `index`, of which every entry was found to be in range.
+/// Throws if `cache`, which is written, shares memory with `index`, whose entries were checked before.
 inline void require_apart(const Tensor& cache, const Tensor& index) {
   const auto bytes = [](const Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); };
   const char* written = static_cast<const char*>(cache.data_ptr());

@@ -16,7 +16,7 @@ Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
     const T* weights = data<T>(weight, "weight");
     const T* shift = bias ? data<T>(*bias, "bias") : nullptr;
     T* out = data<T>(result, "result");
-    constexpr int64_t panel = 4;  // rows of weight that are worked on together
+    constexpr int64_t panel = 4;  // rows of weight computed together
     const int64_t panels = (width + panel - 1) / panel;
     torch::stable::parallel_for(0, panels, grain(computed, panel * inner), [&](int64_t begin, int64_t end) {
       const int64_t first = begin * panel, last = std::min(end * panel, width);

@@ -1,5 +1,5 @@
-// What the bindings for CUDA share. What index and cu_seqlens hold only the kernels can see without a wait, and those
-// touch no row outside its tensor.
+// Shared by the bindings for CUDA. Only the kernels can see the contents of index and cu_seqlens without a wait, and
+// they touch no row outside its tensor.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -10,7 +10,7 @@
 #include "../bindings.h"
 #include "neuroflow/rows.cuh"
 
-// The dispatch key the kernels are registered on; a build for the host, which tests them without a GPU, names CPU.
+// The dispatch key that the kernels are registered under; the host build that tests them without a GPU sets CPU.
 #ifndef NEUROFLOW_KEY
 #define NEUROFLOW_KEY CUDA
 #endif
@@ -28,7 +28,7 @@ EmaSurprise ema_surprise_;
 Compact compact;
 GatherRows gather_rows;
 
-/// Calls f with a value of the element type that `dtype` stands for.
+/// Calls f with a value of the element type for `dtype`.
 template <typename F>
 void dispatch(ScalarType dtype, const char* name, F&& f) {
   dispatch_floats<BFloat16, Float16>(dtype, name, "accepted by the CUDA kernels is float32, bfloat16 or float16", f);
@@ -45,7 +45,7 @@ void dispatch_gate(const Tensor& h, const Tensor& ema, F&& f) {
   });
 }
 
-/// The device of a tensor, the current one while this lives, and torch's current stream there.
+/// Makes a tensor's device the current one for the lifetime of this; `stream` is torch's current stream there.
 struct Device {
   explicit Device(const Tensor& tensor) : guard(tensor.get_device_index()) {
     void* current = nullptr;

@@ -23,19 +23,20 @@ def attend_rows(
     scale: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of the active tokens to the cached keys and values of all tokens of their own stream.
+    """Attention from the active tokens to the cached keys and values of all tokens of their stream.
 
-    Everything lies token by token, as a projection writes it and a cache keeps it. With the C++ backend a row's result
-    does not depend on the rows and streams that come with it; on a GPU its last bits may, as the keys are split by how
-    many there are.
+    Queries, keys and values lie token by token, as a projection writes them and a cache keeps them. With the C++
+    backend a row's result does not depend on which rows and streams come with it; on a GPU the last bits may, because
+    the number of splits of the keys depends on the number of rows. There are no gradients.
 
     Args:
         query: [M, heads, head_dim] in float32, bfloat16, float16 or float64; sums are kept in float32 (float64 for
-            float64), and with bfloat16 the weights are rounded before they meet the values, as FlashAttention does.
-            Strides are free; a copy is made only where head_dim is not contiguous.
-        key, value: [T, heads, head_dim] of one stream, or with `cu_seqlens` [S, T, heads, head_dim]; T at least 1, of
-            query's dtype.
-        scale: of the products; None means head_dim ** -0.5.
+            float64). In bfloat16 the softmax weights are rounded before they multiply the values, as in FlashAttention.
+            Any strides will do; it is copied only if head_dim is not contiguous.
+        key: [T, heads, head_dim] of one stream, or [S, T, heads, head_dim] with `cu_seqlens`; T at least 1, query's
+            dtype.
+        value: [T, heads, head_dim] or [S, T, heads, head_dim], as key.
+        scale: multiplies query · key; None means head_dim ** -0.5.
         cu_seqlens: [S + 1] int32, as `compact` returns it: stream s owns query[cu_seqlens[s] : cu_seqlens[s + 1]]. Rows
             past the last are padding. None gives all rows to one stream.
 
@@ -43,7 +44,19 @@ def attend_rows(
         [M, heads, head_dim], query's dtype, zeros where a row is padding.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype or device does not fit.
+        BackendUnavailable: the backend asked for cannot serve this call.
+
+    Example:
+        >>> import torch
+        >>> from neuroflow_kernels import attend_rows
+        >>> query = torch.randn(3, 2, 8)  # three active tokens, two heads
+        >>> key, value = torch.randn(2, 2, 5, 2, 8)  # two streams of five tokens
+        >>> out = attend_rows(query, key, value, cu_seqlens=torch.tensor([0, 2, 3], dtype=torch.int32))
+        >>> out.shape
+        torch.Size([3, 2, 8])
+        >>> torch.equal(out[:2], attend_rows(query[:2], key[0], value[0]))  # the first two belong to stream 0
+        True
     """
     checks.rank("query", query, "[M, heads, head_dim]", *checks.FLOATS)
     if cu_seqlens is None:

@@ -31,31 +31,41 @@ def attend_versions(
     cu_seqlens: torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention as `attend_rows`, of several frames at once: each sees its own choice among the versions of a token.
+    """Attention as in `attend_rows`, of several frames at once, where each frame picks its own version of every token.
 
-    The frames of a clip share most keys and values, so that a table of which row serves which token of a frame takes
-    the place of a copy for each. Where a CPU attends to one frame after the other, a GPU does in one launch.
+    The frames of a clip share most keys and values, so a table of the row that each frame uses for each token replaces
+    a copy of the cache per frame. A GPU attends from all frames in one launch. The C++ backend has no kernel for it: on
+    a CPU the reference gathers each frame's keys and values, and `scatter_kv_` and `attend_rows`, frame after frame,
+    compute the same. There are no gradients.
 
     Args:
-        query: [M, heads, head_dim] as `attend_rows` takes it, the active tokens of one frame after those of another.
-        key, value: [R, heads, head_dim], every version of every token, of query's dtype.
-        table: [S, T] int32, of each of S frames the row of `key` and `value` that holds each of its T tokens, T at
+        query: [M, heads, head_dim], as `attend_rows` takes it, the active tokens of one frame after those of another.
+        key: [R, heads, head_dim], every version of every token, query's dtype.
+        value: [R, heads, head_dim], query's dtype.
+        table: [S, T] int32, for each of S frames the row of `key` and `value` that holds each of its T tokens, T at
             least 1.
         cu_seqlens: [S + 1] int32: frame s owns query[cu_seqlens[s] : cu_seqlens[s + 1]]. Rows past the last are
             padding.
-        scale: of the products; None means head_dim ** -0.5.
+        scale: multiplies query · key; None means head_dim ** -0.5.
 
     Returns:
         [M, heads, head_dim], query's dtype, zeros where a row is padding.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
-        IndexError: on the CPU, a row outside [-R, R). On a GPU one outside [0, R) counts as zeros.
+        ValueError: a shape, dtype or device does not fit.
+        IndexError: on the CPU, a row of the table outside [-R, R). On a GPU one outside [0, R) counts as zeros.
+        BackendUnavailable: the backend asked for cannot serve this call.
 
     Example:
-        table = torch.arange(196, dtype=torch.int32).repeat(2, 1)  # both frames see the first 196 rows,
-        table[1, 7] = 196  # but the second has a token 7 of its own
-        attend_versions(query, key, value, table, torch.tensor([0, 31, 32], dtype=torch.int32))
+        >>> import torch
+        >>> from neuroflow_kernels import attend_rows, attend_versions
+        >>> query = torch.randn(3, 2, 8)  # two active tokens in frame 0, one in frame 1
+        >>> key, value = torch.randn(2, 5, 2, 8)  # four tokens, and a second version of token 3
+        >>> table = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], dtype=torch.int32)
+        >>> out = attend_versions(query, key, value, table, torch.tensor([0, 2, 3], dtype=torch.int32))
+        >>> second = table[1].long()
+        >>> torch.allclose(out[2:], attend_rows(query[2:], key[second], value[second]), atol=1e-6)
+        True
     """
     checks.rank("query", query, "[M, heads, head_dim]", *checks.FLOATS)
     checks.rank("key", key, "[R, heads, head_dim]", query.dtype)

@@ -46,29 +46,42 @@ def compact(
     floor: int = 4,
     ladder: Sequence[int] | torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row numbers of the active tokens, packed from the left.
+    """Row numbers of the active tokens, packed to the left.
 
-    With `threshold`, a token is active where `surprise > threshold`, and everywhere in a stream whose threshold is 0.
-    With `budget`, the `budget` most surprising tokens of a stream are. If that leaves fewer than `floor`, the `floor`
-    most surprising are active instead. Of equal surprises the lower token comes first; NaN counts as +inf.
+    With `threshold`, a token is active where `surprise > threshold`; in a stream whose threshold is 0 all are. With
+    `budget`, the `budget` most surprising tokens of a stream are active. If either leaves fewer than `floor`, the
+    `floor` most surprising are active instead. Ties go to the lower token; NaN counts as +inf.
 
     Args:
         surprise: [S, N] float32.
-        threshold: a number or a float tensor [S]; exactly one of threshold and budget is given.
+        threshold: a number or a float tensor [S]. Give exactly one of threshold and budget.
         budget: tokens per stream, a number or an integer tensor [S]; more than N means N.
         floor: the least number of active tokens in a stream (N where N is smaller).
-        ladder: ascending numbers of tokens. All streams together have the first of these that is enough, or else all
-            S * N, filled up with the most surprising tokens that the rule left out, of whichever stream. What is
-            compiled or captured for a few numbers of tokens thus serves every frame, without padding and without a copy
-            to the host. While a CUDA graph is captured nothing can be copied from the host either: there it is an int32
-            tensor on surprise's device, whose order is not checked.
+        ladder: ascending token counts, a list, a tuple or an int32 tensor [K] on surprise's device. The active tokens
+            of all streams are topped up to the first count that holds them, or to all S * N, with the most surprising
+            of the tokens left out, from whichever stream. Code compiled or captured for a few counts then serves every
+            frame without padding and without a copy to the host. During CUDA graph capture, which allows no copy from
+            the host,
+            only the tensor works; its order is not checked.
 
     Returns:
         index [S * N] int32: rows of the flattened [S * N], ascending within each stream, stream after stream, -1 past
         the last; cu_seqlens [S + 1] int32: stream s owns index[cu_seqlens[s] : cu_seqlens[s + 1]].
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or a ladder that does not ascend.
+        ValueError: a shape, dtype or device does not fit, both or neither of threshold and budget are given, or the
+            ladder does not ascend.
+        BackendUnavailable: the backend asked for cannot serve this call.
+
+    Example:
+        >>> import torch
+        >>> from neuroflow_kernels import compact
+        >>> surprise = torch.tensor([[0.0, 0.3, 0.0, 0.2], [0.4, 0.0, 0.0, 0.0]])  # two streams of four tokens
+        >>> index, cu_seqlens = compact(surprise, threshold=0.1, floor=1)
+        >>> index.tolist()
+        [1, 3, 4, -1, -1, -1, -1, -1]
+        >>> cu_seqlens.tolist()
+        [0, 2, 3]
 
     Source: Schmitt 2026, the gate; the tie rule and the ladder are ours.
     """
@@ -93,11 +106,11 @@ def compact(
 def _filled(
     surprise: torch.Tensor, index: torch.Tensor, cu_seqlens: torch.Tensor, ladder: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The active tokens `index`, and as many more as the next number of `ladder` asks for."""
+    """The active tokens of `index`, topped up to the next count of `ladder`."""
     streams, tokens = surprise.shape
     rungs = F.pad(ladder, (0, 1), value=streams * tokens)
     enough = rungs[torch.searchsorted(ladder, cu_seqlens[-1:])].clamp_max(streams * tokens)
-    # Those that are active come before any other; what is past the last of them goes to a place of its own.
+    # Active tokens come before all others; the -1 past the last of them go to an extra slot at the end.
     places = index.masked_fill(index < 0, streams * tokens).long()
     active = torch.zeros(streams * tokens + 1, dtype=torch.bool, device=surprise.device).index_fill_(0, places, True)
     most = torch.finfo(surprise.dtype).max

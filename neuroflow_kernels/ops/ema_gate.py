@@ -46,20 +46,39 @@ def ema_gate_(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`ema_surprise_`, `compact` and `gather_rows` in one call.
 
-    With a threshold, the CUDA backend fuses all three into one kernel, or the first two where `rows` is None; otherwise
-    they run one after the other.
+    With a threshold, the CUDA backend fuses all three into one kernel, or the first two if `rows` is None; otherwise
+    they run one after the other. There are no gradients.
 
     Args:
-        h, ema, decay: as in `ema_surprise_`.
-        threshold, budget, floor: as in `compact`.
-        rows: rows of `packed`, as in `gather_rows`; None makes it the true count, which waits for a GPU.
+        h: tokens [S, N, D], as `ema_surprise_` takes them.
+        ema: references [S, N, D], updated in place, as `ema_surprise_` takes them.
+        decay: weight of the new token, 0 to 1.
+        threshold: a number or a float tensor [S]. Give exactly one of threshold and budget.
+        budget: tokens per stream, a number or an integer tensor [S].
+        floor: the least number of active tokens in a stream.
+        rows: rows of `packed`, as in `gather_rows`; None means the true count, which makes the host wait for a GPU.
 
     Returns:
         surprise [S, N] float32; index [S * N] int32; cu_seqlens [S + 1] int32; packed [rows, D], h's dtype.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
-        RuntimeError: ema requires grad, outside of `torch.no_grad`: there are no gradients.
+        ValueError: a shape, dtype or device does not fit, or both or neither of threshold and budget are given.
+        RuntimeError: ema requires grad and grad mode is on.
+        BackendUnavailable: the backend asked for cannot serve this call.
+
+    Example:
+        >>> import torch
+        >>> from neuroflow_kernels import ema_gate_
+        >>> ema = torch.eye(4)[None]  # [1, 4, 4]
+        >>> h = ema.clone()
+        >>> h[0, 2] = torch.tensor([1.0, 0.0, 0.0, 0.0])  # token 2 changes
+        >>> surprise, index, cu_seqlens, packed = ema_gate_(h, ema, decay=0.5, threshold=0.1, floor=1)
+        >>> surprise.tolist(), index.tolist(), cu_seqlens.tolist()
+        ([[0.0, 0.0, 1.0, 0.0]], [2, -1, -1, -1], [0, 1])
+        >>> packed.tolist(), ema[0, 2].tolist()
+        ([[1.0, 0.0, 0.0, 0.0]], [0.5, 0.0, 0.5, 0.0])
+
+    Source: Schmitt 2026, the gate.
     """
     h, decay = gate_arguments(h, ema, decay)
     checks.require(h.shape[0] * h.shape[1] < 2**31, "h", h, "at most 2**31 - 1 tokens, as rows are int32")

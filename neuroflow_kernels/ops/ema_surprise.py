@@ -20,24 +20,35 @@ def gate_arguments(h: torch.Tensor, ema: torch.Tensor, decay: float) -> tuple[to
 
 
 def ema_surprise_(h: torch.Tensor, ema: torch.Tensor, decay: float) -> torch.Tensor:
-    """Surprise of every token against its running reference, which is then moved towards the token.
+    """Surprise of every token against its running reference, which then moves towards the token.
 
     `s = 1 - cos(h, ema)`, against `ema` as it was before this call; then `ema = (1 - decay) ema + decay h`. Norms below
     1e-8 count as 1e-8. A row whose squared norm is not finite (a NaN, an Inf, an overflow) has surprise +inf and leaves
-    its reference as it was.
+    its reference unchanged. There are no gradients.
 
     Args:
         h: tokens [S, N, D] in float32, bfloat16, float16 or float64; sums are kept in float32 (float64 for float64).
-        ema: references [S, N, D], updated in place; h's dtype, or float32, which a small decay needs when h has 16
-            bits: a step of less than half a unit in the last place is otherwise lost.
-        decay: weight of the new token, 0 to 1. 0 leaves the reference as it is.
+        ema: references [S, N, D], updated in place; h's dtype or float32. With h in 16 bits a small decay needs
+            float32: a step of less than half a unit in the last place would be lost.
+        decay: weight of the new token, 0 to 1. 0 leaves the reference unchanged.
 
     Returns:
         surprise [S, N] float32, from 0 (same direction) to 2, or +inf.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
-        RuntimeError: ema requires grad, outside of `torch.no_grad`: there are no gradients.
+        ValueError: a shape, dtype or device does not fit, or decay is not between 0 and 1.
+        RuntimeError: ema requires grad and grad mode is on.
+        BackendUnavailable: the backend asked for cannot serve this call.
+
+    Example:
+        >>> import torch
+        >>> from neuroflow_kernels import ema_surprise_
+        >>> ema = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])  # one stream, two tokens
+        >>> h = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # the second token turned by 90 degrees
+        >>> ema_surprise_(h, ema, decay=0.5).tolist()
+        [[0.0, 1.0]]
+        >>> ema.tolist()
+        [[[1.0, 0.0], [0.5, 0.5]]]
 
     Source: Schmitt 2026, "EMA-Gated Temporal Sequence Compression in Vision Transformers", the gate.
     """

@@ -27,7 +27,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple:
     index, cu_seqlens, x, weight = ctx.saved_tensors
     index, gradient = index[: gradient.shape[0]], gradient[: index.shape[0]]
-    # Masked instead of cut to the count, which would be waited for on a GPU.
+    # Masked, because cutting to the count would wait for a GPU.
     filled = (torch.arange(index.shape[0], device=index.device) < cu_seqlens[-1])[:, None]
     index = index.where(filled[:, 0], 0)
     gradient = gradient.where(filled, 0)
@@ -66,25 +66,36 @@ def gather_rows(
     norm_bias: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Copy the active rows of `x` into a packed tensor, through a LayerNorm where its weights are given.
+    """Copy the active rows of `x` into a packed tensor, through a LayerNorm if its weights are given.
 
-    Gradients flow to `x` and the LayerNorm's weights.
+    Gradients flow to `x` and to the LayerNorm's weights.
 
     Args:
         x: [S, N, D] in float32, bfloat16, float16 or float64.
-        index, cu_seqlens: as `compact` returns them, for the same S and N.
-        rows: rows of the result. More than `cu_seqlens[-1]` pads with zeros (a bucket); fewer drops the last. None
-            reads the count from `cu_seqlens`, which waits for a GPU.
-        norm_weight, norm_bias: [D], x's dtype, both or neither: the rows are normalised (in float32; float64 for
-            float64), padding stays zero.
+        index: [S * N] int32, as `compact` returns it for the same S and N.
+        cu_seqlens: [S + 1] int32, as `compact` returns it.
+        rows: rows of the result. More than `cu_seqlens[-1]` pads with zeros; fewer drops the last. None reads the count
+            from `cu_seqlens`, which makes the host wait for a GPU.
+        norm_weight: [D], x's dtype; given together with norm_bias, it normalises the rows (in float32; float64 for
+            float64). Padding stays zero.
+        norm_bias: [D], x's dtype.
         eps: added to the variance.
 
     Returns:
         packed [rows, D], x's dtype.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype or device does not fit, or only one of norm_weight and norm_bias is given.
         IndexError: on the CPU, an index outside [0, S * N).
+        BackendUnavailable: the backend asked for cannot serve this call.
+
+    Example:
+        >>> import torch
+        >>> from neuroflow_kernels import compact, gather_rows
+        >>> x = torch.arange(8.0).view(1, 4, 2)
+        >>> index, cu_seqlens = compact(torch.tensor([[0.0, 0.3, 0.0, 0.2]]), threshold=0.1, floor=1)
+        >>> gather_rows(x, index, cu_seqlens, rows=3).tolist()  # two rows are active, the third is padding
+        [[2.0, 3.0], [6.0, 7.0], [0.0, 0.0]]
     """
     checks.rank("x", x, "[S, N, D]", *checks.FLOATS)
     checks.selection(index, cu_seqlens, x.device)

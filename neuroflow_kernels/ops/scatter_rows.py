@@ -21,7 +21,7 @@ _operator = Operator(
 
 
 class _ScatterRows(torch.autograd.Function):
-    """The op where gradients are wanted: torch.library registers none for an op that writes into its argument."""
+    """The op with gradients: torch.library registers none for an op that writes into its argument."""
 
     @staticmethod
     def forward(
@@ -53,22 +53,33 @@ def scatter_rows_(
 ) -> torch.Tensor:
     """Write packed rows back to where `gather_rows` took them from: `cache = (1 - blend) cache + blend packed`.
 
-    Gradients flow to `cache`, which then must not be a leaf, as with every op in place, and to `packed`.
+    Gradients flow to `packed` and to `cache`, which then must not be a leaf, as for every in-place op.
 
     Args:
         cache: [S, N, D] in float32, bfloat16, float16 or float64, updated in place.
         packed: [rows, D], cache's dtype; rows past `cu_seqlens[-1]` are padding and are not read.
-        index, cu_seqlens: as `compact` returns them, for the same S and N.
-        blend: weight of the new row, 0 to 1. 1 replaces, and reads nothing of the old row, whatever it holds.
+        index: [S * N] int32, as `compact` returns it for the same S and N.
+        cu_seqlens: [S + 1] int32, as `compact` returns it.
+        blend: weight of the new row, 0 to 1. 1 replaces the old row without reading it.
 
     Returns:
         cache.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype or device does not fit, or blend is not between 0 and 1.
         IndexError: on the CPU, an index outside [0, S * N).
+        RuntimeError: cache is a leaf that requires grad and grad mode is on.
+        BackendUnavailable: the backend asked for cannot serve this call.
 
-    Source: Schmitt 2026, dual memory; the blend is the paper's proposal against flicker.
+    Example:
+        >>> import torch
+        >>> from neuroflow_kernels import compact, scatter_rows_
+        >>> cache = torch.zeros(1, 4, 2)
+        >>> index, cu_seqlens = compact(torch.tensor([[0.0, 0.3, 0.0, 0.2]]), threshold=0.1, floor=1)
+        >>> scatter_rows_(cache, torch.ones(2, 2), index, cu_seqlens, blend=0.5).tolist()
+        [[[0.0, 0.0], [0.5, 0.5], [0.0, 0.0], [0.5, 0.5]]]
+
+    Source: Schmitt 2026, architecture C (dual memory); the blend is the paper's proposal against flicker.
     """
     checks.rank("cache", cache, "[S, N, D]", *checks.FLOATS)
     checks.updated("cache", cache)

@@ -4,9 +4,9 @@ import torch
 def attend_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """softmax(scale query keyᵀ) value, as written: a score of -Inf counts nothing, and one of NaN or +Inf, or nothing
-    but -Inf, makes the query's whole head NaN. NaN or Inf in a value reaches every query of its head, whatever its
-    weight. Torch's own attention gives zeros for some of these.
+    """softmax(scale query keyᵀ) value, taken literally. A score of -Inf has weight 0; a score of NaN or +Inf, or a row
+    of -Inf only, makes the query's whole head NaN. NaN or Inf in a value reaches every query of its head, even with
+    weight 0. Torch's own attention gives zeros in some of these cases.
     """
     streams = key.shape[0]
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -16,7 +16,7 @@ def attend_rows(
         return attended[0].contiguous()
     if streams == 0:
         return torch.zeros_like(query, memory_format=torch.contiguous_format)
-    # Every row to every stream, as only the device knows whose it is.
+    # Every row attends to every stream, because only the device knows which stream is its own.
     row = torch.arange(query.shape[0], device=query.device)
     stream = torch.searchsorted(cu_seqlens[1:], row, right=True)
     own = attended[stream.clamp(max=streams - 1), row]  # [M, heads, head_dim]

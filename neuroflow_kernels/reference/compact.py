@@ -12,7 +12,7 @@ def compact(
     else:
         count = budget.long()
     count = count.clamp(min=floor).clamp(max=tokens)
-    # What lies above a threshold is also what comes first in this order, so one rule serves both and the floor.
+    # Tokens above a threshold also come first in this order, so one rule covers threshold, budget and floor.
     order = key.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(tokens, device=key.device).expand(streams, -1))
     rows = (rank < count[:, None]).flatten().nonzero()[:, 0]

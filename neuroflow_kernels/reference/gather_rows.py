@@ -22,7 +22,7 @@ def gather_rows(
     active = x.flatten(0, 1).index_select(0, index[:count])
     if norm_weight is not None:
         accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-        # Not torch's own, which makes NaN of a row whose variance overflows.
+        # Not torch's own LayerNorm, which turns a row whose variance overflows into NaN.
         wide = active.to(accumulate)
         centred = wide - wide.mean(1, keepdim=True)
         scale = (centred.square().mean(1, keepdim=True) + eps).rsqrt()

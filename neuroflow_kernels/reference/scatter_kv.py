@@ -12,7 +12,7 @@ def scatter_kv_(
     rows = min(key.shape[0], index.shape[0])
     if rows == 0:
         return
-    # Without a look at the count: padding repeats the first row, or, where there is none, what the cache holds.
+    # The count is never read back: padding repeats the first row or, if there is none, what the cache holds.
     filled = (torch.arange(rows, device=index.device) < cu_seqlens[-1])[:, None]
     first = index[:1].where(filled[0], 0).long()
     target = index[:rows].where(filled[:, 0], first).long()

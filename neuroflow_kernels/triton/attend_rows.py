@@ -1,9 +1,8 @@
-"""Few queries to many cached keys: a tile of queries alone would leave most of a GPU idle, so the keys are split too.
+"""Few queries, many cached keys: tiles of queries alone would leave most of a GPU idle, so the keys are split too.
 
-A program attends from one tile of a stream's queries, in one head, to one split of that stream's keys, which lie one
-after the other or where a table says. With one split it writes the result; with several, a second launch weighs them
-together. How many there are is decided by shapes and the GPU, which the host knows, so that a result is the same in
-every run.
+A program attends from one tile of a stream's queries, in one head, to one split of that stream's keys, which are
+consecutive or wherever a table says. With one split it writes the result; with several, a second launch combines them.
+The number of splits follows from the shapes and the GPU, which the host knows, so a result is the same in every run.
 """
 
 import functools
@@ -18,7 +17,7 @@ from .common import FUSE_MULTIPLY_ADD, stride_unit
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 LOG2_E = 1.4426950408889634
 WIDEST_HEAD = 256  # wider ones, and float64, go through the reference
-SHORTEST_SPLIT = 256  # keys; below it, partial sums take as long to write and read as the keys to read
+SHORTEST_SPLIT = 256  # keys; below this, moving the partial sums takes as long as reading the keys
 WARPS = 8  # that keep a multiprocessor busy
 
 
@@ -66,7 +65,7 @@ def _attend_kernel(
         start = tile * BLOCK_ROWS
         end = rows
     else:
-        # A tile holds rows of one stream; this one's are found by counting the tiles of those before.
+        # A tile holds rows of one stream; which ones is found by counting the tiles of earlier streams.
         each = tl.arange(0, BLOCK_STREAMS)
         begins = tl.minimum(tl.load(cu_seqlens + each, mask=each < streams, other=0), rows)
         ends = tl.minimum(tl.load(cu_seqlens + each + 1, mask=each < streams, other=0), rows)
@@ -182,12 +181,12 @@ def _combine_kernel(
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """132, an H100's, where kernels are only interpreted or compiled."""
+    """The GPU's count, or an H100's 132 if kernels are only interpreted or compiled."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether tensor cores take such factors: Triton has none before sm_80, and in its interpreter 16 bits go wrong."""
+    """Whether tensor cores take such factors: Triton uses none before sm_80, and its interpreter gets 16 bits wrong."""
     if dtype == torch.float32 or triton.knobs.runtime.interpret:
         return False
     target = triton.runtime.driver.active.get_current_target()
@@ -195,10 +194,10 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 def _tile(rows: int, block_dim: int, multiplies: bool) -> dict[str, int | None]:
-    """Launch options for streams of so many rows, which as few tiles as possible should hold: each reads all keys.
+    """Launch options for streams of so many rows, in as few tiles as possible because each tile reads all keys.
 
-    A block of keys and its values are 16 KiB, or 32 at the widest; two or three of them are under way at once. ptxas is
-    told how many registers it may use where by itself it takes so few that it spills.
+    A block of keys with its values is 16 KiB, or 32 KiB at the widest; two or three are in flight at once. ptxas gets a
+    register limit where it would otherwise use so few that it spills.
     """
     wide = block_dim > 128
     if not multiplies:
@@ -223,9 +222,9 @@ def _tile(rows: int, block_dim: int, multiplies: bool) -> dict[str, int | None]:
 
 @functools.cache
 def _span(tokens: int, block_tokens: int, programs: int, at_once: int) -> int:
-    """Keys of a split, in whole blocks: the fewest splits that end within a seventh of the earliest possible time.
+    """Keys per split, in whole blocks: the fewest splits that finish within a seventh of the earliest possible time.
 
-    `programs` are there for each split, `at_once` of all run beside each other.
+    Each split has `programs` programs; `at_once` programs run concurrently.
     """
     splits = range(1, max(1, tokens // SHORTEST_SPLIT) + 1)
     times = [triton.cdiv(programs * count, at_once) / count for count in splits]
@@ -249,7 +248,7 @@ def attend(
     cu_seqlens: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """Keys and values are [S, T, heads, head_dim], or with a `table` [S, T] of their rows [R, heads, head_dim]."""
+    """Keys and values are [S, T, heads, head_dim], or [R, heads, head_dim] with a `table` [S, T] of rows."""
     (rows, heads, dim), (streams, tokens) = query.shape, (key if table is None else table).shape[:2]
     out = query.new_empty(query.shape)
     if out.numel() == 0:
@@ -261,7 +260,7 @@ def attend(
         multiplies = _multiplies(query.dtype)
         share = triton.cdiv(rows, streams)  # a stream's queries, if all have as many
         tile = _tile(share, block_dim, multiplies)
-        # At most: each stream but one may leave its last tile partly empty.
+        # An upper bound: each stream but one may leave its last tile partly empty.
         tiles = triton.cdiv(rows, tile["BLOCK_ROWS"]) + streams - 1
         programs = streams * triton.cdiv(share, tile["BLOCK_ROWS"]) * heads
         at_once = _multiprocessors(query.device) * WARPS // tile["num_warps"]

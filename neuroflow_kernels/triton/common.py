@@ -1,4 +1,4 @@
-"""What the row kernels share: their tile, and correctly rounded arithmetic."""
+"""Shared by the row kernels: their tile, and correctly rounded arithmetic."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Stated, because Triton's default differs between versions, and rounding with it.
+# Explicit, because Triton's default differs between versions, and with it the rounding.
 FUSE_MULTIPLY_ADD = {"enable_fp_fusion": True}
 
 
@@ -29,15 +29,15 @@ def row_tile(dim: int, dtype: torch.dtype) -> dict[str, int | bool]:
 
 
 def stride_unit(*tensors: torch.Tensor) -> int:
-    """What a kernel may take the first two strides in: a compiler that knows their common power of two, up to 16
-    elements, can load as many at once.
+    """The largest power of two, up to 16 elements, that divides the first two strides of all tensors. A kernel that
+    takes strides in this unit lets the compiler load as many elements at once.
     """
     return math.gcd(16, *(stride for tensor in tensors for stride in tensor.stride()[:2]))
 
 
 @triton.jit
 def square_root(value: tl.tensor) -> tl.tensor:
-    # In float32 the plain operation is approximate; in float64 there is no other.
+    # In float32 the plain operation is approximate; float64 has only the exact one.
     if value.dtype == tl.float32:
         return tl.sqrt_rn(value)
     else:

@@ -1,6 +1,6 @@
-"""Two launches. The first finds, per stream, how many tokens are active and the key that parts them from the rest; the
-second writes them, each program deriving its place from the counts of earlier streams and its stream's earlier blocks,
-so that the order is the same in every run.
+"""Two launches. The first finds, for each stream, how many tokens are active and the key that separates them from the
+rest. The second writes them; each program derives its place from the counts of earlier streams and of earlier blocks of
+its stream, so the order is the same in every run.
 """
 
 import torch
@@ -9,8 +9,8 @@ import triton.language as tl
 
 from .common import FUSE_MULTIPLY_ADD
 
-# Keys a program holds at once, 16 a thread. One program selects for a whole stream, so it gets many threads; a long
-# stream is written by several, each of which reads the blocks before its own.
+# Keys that a program holds at once, 16 per thread. One program selects for a whole stream, so it gets many threads; a
+# long stream is written by several programs, each of which reads the blocks before its own.
 SELECT_BLOCK = 8192
 WRITE_BLOCK = 4096
 
@@ -56,8 +56,8 @@ def _select_kernel(
 
     ties = 0
     if count > reached:
-        # Radix search of the count-th largest key, eight bits at a time from the top; `found` masks those known. Not
-        # unrolled, as that quadruples code which every stream runs once.
+        # Radix search for the count-th largest key, eight bits at a time from the top; `found` masks the known bits.
+        # Not unrolled, because that would quadruple code that every stream runs once.
         digits = tl.arange(0, 256)
         ties = count
         cutoff = cutoff * 0
@@ -125,7 +125,7 @@ def _write_kernel(
     equal_rank = tl.sum(equal_before) + tl.cumsum(equal.to(tl.int32)) - equal.to(tl.int32)
     slot = offset + above_rank + tl.minimum(equal_rank, ties)
     tl.store(index + slot, row, mask=above | (equal & (equal_rank < ties)))
-    # What no token fills lies past the total, so the two stores never meet.
+    # Slots that no token fills lie past the total, so the two stores never overlap.
     tl.store(index + row, -1, mask=inside & (row >= total))
 
     if start == 0:

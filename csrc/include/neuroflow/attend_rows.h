@@ -10,7 +10,7 @@
 
 namespace neuroflow {
 
-/// Attention of some tokens to all, one head: out = softmax(scale query keyᵀ) value.
+/// Attention from some tokens to all, in one head: out = softmax(scale query keyᵀ) value.
 /// query, out: [rows, dim]; key, value: [tokens, dim]; `stride` elements from row to row, `query_stride` in query.
 template <typename T>
 struct Head {
@@ -75,7 +75,7 @@ NEUROFLOW_AVX512_INLINE void panel_tile(const typename Lanes::Element* a, int64_
     for (int j = 0; j < Columns; ++j) _mm512_storeu_ps(out + i * out_stride + 16 * j, sum[i][j]);
 }
 
-/// Swaps the rows and the columns of 16 vectors of 16 lanes.
+/// Transposes 16 vectors of 16 lanes.
 NEUROFLOW_AVX512_INLINE void transpose(__m512i (&rows)[16]) {
   __m512i pairs[16], quads[16];
   for (int i = 0; i < 16; i += 2) {
@@ -100,9 +100,9 @@ NEUROFLOW_AVX512_INLINE void transpose(__m512i (&rows)[16]) {
   }
 }
 
-/// key [count, dim] -> packed [dim in lanes, 64 keys], a lane of each; zeros past `count` and `dim`. Whole: nothing is
-/// past them. What lies `ahead` elements further is fetched: a head's part of a row is too short for the processor to
-/// see the next one coming.
+/// key [count, dim] -> packed [dim in lanes, 64 keys], a lane of each; zeros past `count` and `dim`. `Whole`: nothing
+/// lies past them. What lies `ahead` elements further is prefetched, because a head's part of a row is too short for
+/// the processor to predict the next.
 template <typename Lanes, bool Whole, typename T>
 NEUROFLOW_AVX512_INLINE void pack_keys(const T* key, int64_t stride, int64_t count, int64_t dim, int64_t ahead,
                                        T* packed) {
@@ -144,8 +144,8 @@ NEUROFLOW_AVX512_INLINE void pack_values(const T* value, int64_t stride, int64_t
     }
 }
 
-/// 2 to the power of x, x at most 0, down to -Inf, whose NaN of a rest the last step turns into 0; relative error below
-/// 3e-7.
+/// 2 to the power of x, for x from -Inf to 0; relative error below 3e-7. For -Inf the remainder is NaN, and the last
+/// step turns it into 0.
 NEUROFLOW_AVX512_INLINE __m512 power_of_two(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(x, whole);
@@ -162,13 +162,13 @@ NEUROFLOW_AVX512_INLINE __m512 power_of_two(__m512 x) {
 }
 
 /// As attend_rows_plain, over 64 keys at a time with a running maximum, so that no score leaves the processor's cache.
-/// Weights are rounded to T before they meet the values.
+/// Weights are rounded to T before they multiply the values.
 template <typename Lanes, typename T = typename Lanes::Element>
 NEUROFLOW_AVX512 void attend_rows_avx512(Lanes, const Head<T>& head) {
   constexpr int64_t block = 64, lane = Lanes::lane;
-  const int64_t rows = (head.rows + 5) / 6 * 6;               // the tiles' six queries, zeros past the last
+  const int64_t rows = (head.rows + 5) / 6 * 6;               // in tiles of six queries, zeros past the last
   const int64_t inner = (head.dim + lane - 1) / lane * lane;  // of a score's sum
-  const int64_t outer = (head.dim + 15) / 16 * 16;            // values to an output
+  const int64_t outer = (head.dim + 15) / 16 * 16;            // values per output
   const __m512 log2_scale = _mm512_set1_ps(static_cast<float>(head.scale * 1.4426950408889634));
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   std::vector<T> query(rows * inner), keys(inner * block), values(block * outer), weights(rows * block);

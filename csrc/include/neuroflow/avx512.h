@@ -1,4 +1,4 @@
-// How AVX-512 multiplies rows: 32-bit lanes that hold one float or two bfloat16, products summed in float.
+// Multiplying rows with AVX-512: 32-bit lanes that hold one float or two bfloat16, with products summed in float.
 #pragma once
 
 #include "neuroflow/scalar.h"
@@ -23,7 +23,7 @@
 
 namespace neuroflow {
 
-/// Whether this processor has AVX-512, and torch was not asked to do without.
+/// Whether this processor has AVX-512, and torch was not told to do without it.
 inline bool has_avx512() {
   static const bool has = [] {
     const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
@@ -39,12 +39,12 @@ inline bool has_avx512_bf16() {
   return has;
 }
 
-/// float: one to a lane.
+/// float: one per lane.
 struct FloatLanes {
   using Element = float;
   using Operand = __m512;
-  static constexpr int64_t step = 16;  // elements to a vector
-  static constexpr int64_t lane = 1;   // elements to a lane
+  static constexpr int64_t step = 16;  // elements per vector
+  static constexpr int64_t lane = 1;   // elements per lane
 
   static NEUROFLOW_AVX512_INLINE Operand load(const float* x) { return _mm512_loadu_ps(x); }
   static NEUROFLOW_AVX512_INLINE Operand load(const float* x, int64_t count) {
@@ -54,7 +54,7 @@ struct FloatLanes {
   static NEUROFLOW_AVX512_INLINE __m512i bits(const float* x, int64_t count) {
     return _mm512_castps_si512(load(x, count));
   }
-  /// A vector of lanes of 16 columns, each an element of one row; bfloat16 takes two.
+  /// A vector of 16 columns; each lane holds an element of one row. bfloat16 takes two rows.
   static NEUROFLOW_AVX512_INLINE __m512i interleave(const float* x, const float*) { return bits(x); }
   static NEUROFLOW_AVX512_INLINE __m512i interleave(const float* x, int64_t count, const float*, int64_t) {
     return bits(x, count);
@@ -70,7 +70,7 @@ struct FloatLanes {
   static NEUROFLOW_AVX512_INLINE __m128 load4(const float* x, __mmask8 valid) { return _mm_maskz_loadu_ps(valid, x); }
 };
 
-/// bfloat16: two to a lane.
+/// bfloat16: two per lane.
 struct BFloat16Storage {
   using Element = BFloat16;
   static constexpr int64_t step = 32;
@@ -80,7 +80,7 @@ struct BFloat16Storage {
   static NEUROFLOW_AVX512_INLINE __m512i bits(const BFloat16* x, int64_t count) {
     return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), x);
   }
-  /// A vector of lanes of 16 columns, each an element of two rows.
+  /// A vector of 16 columns; each lane holds an element of each of two rows.
   static NEUROFLOW_AVX512_INLINE __m512i interleave(const BFloat16* x, const BFloat16* y) {
     return interleave(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)),
                       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(y)));
@@ -116,7 +116,7 @@ struct BFloat16Storage {
   }
 };
 
-/// Multiplied in pairs by the instruction made for it.
+/// Multiplied in pairs by the bfloat16 dot product instruction.
 struct BFloat16Lanes : BFloat16Storage {
   using Operand = __m512bh;
 

@@ -7,8 +7,8 @@
 
 namespace neuroflow::cuda {
 
-/// One block per stream, in the order in which they begin. `progress`: a word that counts them, and one for each; all
-/// 0.
+/// One block per stream, in the order in which blocks begin. `progress`: a word that counts them, and one for each, all
+/// 0 at first.
 __global__ void __launch_bounds__(1024)
     compact_kernel(const float* surprise, const float* threshold, const int32_t* budget, int floor, int tokens,
                    int64_t streams, int32_t* index, int32_t* cu_seqlens, uint64_t* progress) {
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(1024)
     if (threadIdx.x == 0) base = before;
   }
   __syncthreads();
-  const int64_t passed = int64_t{stream} * tokens - base;  // over, of earlier streams
+  const int64_t passed = int64_t{stream} * tokens - base;  // inactive tokens of earlier streams
   write_active(surprise, tokens, cutoff, stream * tokens, index + base, scratch);
   write_unused(passed, passed + tokens - count, streams * tokens, index);
   if (threadIdx.x == 0) {
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-/// Words that `launch_compact` needs, set to 0 on its stream before every call: kept from one call to the next they
-/// could not serve two CUDA streams at once. None for a single stream, of which no block has to wait.
+/// Words that `launch_compact` needs and sets to 0. They are not kept between calls, because then they could not serve
+/// two CUDA streams at once. A single stream needs none, since its only block never waits.
 inline int64_t compact_words(int64_t streams) { return streams > 1 ? streams + 1 : 0; }
 
 /// surprise: [streams, tokens]; threshold or budget: [streams]; index: [streams * tokens]; cu_seqlens: [streams + 1].

@@ -10,10 +10,10 @@
 
 namespace neuroflow {
 
-/// Writes base, base + 1, ... for the tokens that are active, ascending; returns how many. index: room for `tokens`.
+/// Writes base + token for each active token, ascending; returns how many. index: room for `tokens`.
 template <typename Active>
 int64_t write_active(int64_t tokens, int32_t base, int32_t* index, Active active) {
-  constexpr int64_t block = 16;  // of which most hold nothing, and are passed over in one vector comparison
+  constexpr int64_t block = 16;  // most blocks hold nothing and are skipped by one vector comparison
   int64_t count = 0;
   for (int64_t start = 0; start < tokens; start += block) {
     const int64_t end = std::min(start + block, tokens);
@@ -32,11 +32,11 @@ inline float nan_as_inf(float surprise) {
   return std::isnan(surprise) ? std::numeric_limits<float>::infinity() : surprise;
 }
 
-/// The `count` most surprising tokens of one stream; of equal surprises the lower token.
+/// The `count` most surprising tokens of one stream; ties go to the lower token.
 inline int64_t compact_most(const float* surprise, int64_t tokens, int64_t count, int32_t base, int32_t* index) {
   count = std::clamp<int64_t>(count, 0, tokens);
   if (count == 0 || count == tokens) return write_active(count, base, index, [](int64_t) { return true; });
-  // One integer per token, in the order of its surprise and then against the order of its number: no two are equal.
+  // One integer per token, ordered by surprise and then by descending number: no two are equal.
   const auto key = [surprise](int64_t token) {
     const uint32_t bits = std::bit_cast<uint32_t>(nan_as_inf(surprise[token]) + 0.0f);  // + 0 makes -0 equal to 0
     const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -49,7 +49,7 @@ inline int64_t compact_most(const float* surprise, int64_t tokens, int64_t count
   return write_active(tokens, base, index, [&](int64_t token) { return key(token) >= least; });
 }
 
-/// The tokens of one stream above `threshold` (all, where it is 0), or the `floor` most surprising where fewer are.
+/// The tokens of one stream above `threshold` (all, if it is 0), or the `floor` most surprising if fewer are above.
 inline int64_t compact_above(const float* surprise, int64_t tokens, float threshold, int64_t floor, int32_t base,
                              int32_t* index) {
   if (threshold <= 0) return compact_most(surprise, tokens, tokens, base, index);

@@ -1,4 +1,4 @@
-// What the CUDA kernels share. nvcc compiles it, and so does a C++ compiler against tests/ops/cuda_on_host, for tests.
+// Shared by the CUDA kernels. nvcc compiles it, and for tests a C++ compiler does, against tests/ops/cuda_on_host.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -45,7 +45,7 @@ __device__ inline T narrow(Accumulator<T> value) {
     return value;
 }
 
-/// Elements to one 16-byte access.
+/// Elements per 16-byte access.
 template <typename T>
 constexpr int vector_width = 16 / static_cast<int>(sizeof(T));
 
@@ -64,7 +64,7 @@ bool is_aligned(const T* data, int64_t dim) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && dim % vector_width<T> == 0;
 }
 
-/// `source` as it is in memory, which has to be aligned to 16 bytes.
+/// Elements from `source`, which has to be aligned to 16 bytes.
 template <typename T, int Width = vector_width<T>>
 __device__ inline Vector<T, Width> load(const T* source) {
   struct Words {
@@ -85,7 +85,7 @@ __device__ inline void store(T* target, const Vector<T, Width>& vector) {
   for (int i = 0; i < Width / vector_width<T>; ++i) reinterpret_cast<uint4*>(target)[i] = words.words[i];
 }
 
-/// The first `count` elements, wherever they begin; zeros past them.
+/// The first `count` elements, at any alignment; zeros past them.
 template <typename T, int Width = vector_width<T>>
 __device__ inline Vector<T, Width> load_some(const T* source, int count) {
   Vector<T, Width> vector;
@@ -109,7 +109,7 @@ __device__ inline T warp_sum(T value) {
   return value;
 }
 
-/// The sum over the lanes up to and with this one.
+/// The sum over the lanes up to and including this one.
 template <typename T>
 __device__ inline T warp_inclusive_sum(T value) {
   const int lane = threadIdx.x % warp_size;
@@ -121,8 +121,8 @@ __device__ inline T warp_inclusive_sum(T value) {
   return value;
 }
 
-/// The sum over the threads of a block before this one. `scratch`: shared, one element for each warp, which no thread
-/// still reads.
+/// The sum over the threads of a block before this one. `scratch`: shared, one element per warp; no thread may still be
+/// reading it.
 template <typename T>
 __device__ inline T block_exclusive_sum(T value, T* scratch) {
   const T inclusive = warp_inclusive_sum(value);
@@ -134,7 +134,7 @@ __device__ inline T block_exclusive_sum(T value, T* scratch) {
   return sum;
 }
 
-/// What another block writes, along with all it wrote before: `store_release` there pairs with `load_acquire` here.
+/// Reads what another block wrote with `store_release`, and makes all it wrote before that visible.
 template <typename T>
 __device__ inline T load_acquire(T* address) {
   return ::cuda::atomic_ref<T, ::cuda::thread_scope_device>(*address).load(::cuda::memory_order_acquire);
@@ -145,7 +145,7 @@ __device__ inline void store_release(T* address, T value) {
   ::cuda::atomic_ref<T, ::cuda::thread_scope_device>(*address).store(value, ::cuda::memory_order_release);
 }
 
-/// Adds, and returns what was there before.
+/// Adds, and returns the value from before.
 template <typename T>
 __device__ inline T add_relaxed(T* address, T value) {
   return ::cuda::atomic_ref<T, ::cuda::thread_scope_device>(*address).fetch_add(value, ::cuda::memory_order_relaxed);
@@ -156,8 +156,8 @@ __device__ inline T add_release(T* address, T value) {
   return ::cuda::atomic_ref<T, ::cuda::thread_scope_device>(*address).fetch_add(value, ::cuda::memory_order_release);
 }
 
-/// What a block has let the blocks after it know, in the upper half of a word: nothing as long as the word is 0, its
-/// own sum, or the sum of all blocks up to and with it.
+/// What a block has told the blocks after it, in the upper half of a word: its own sum, or the sum of all blocks up to
+/// and including it. A word of 0 means nothing yet.
 enum Progress : uint64_t { own_sum = uint64_t{1} << 32, inclusive_sum = uint64_t{2} << 32 };
 
 __device__ inline void publish(uint64_t* progress, Progress kind, int sum) {
@@ -165,12 +165,12 @@ __device__ inline void publish(uint64_t* progress, Progress kind, int sum) {
 }
 
 /// The sum of the blocks before number `block`, by a whole warp, which waits for them (decoupled look-back: Merrill and
-/// Garland 2016). They must never have to wait for this one: hence numbers in the order in which blocks began.
+/// Garland 2016). They must never wait for this one, so blocks are numbered in the order in which they began.
 __device__ inline int look_back(uint64_t* progress, int block) {
   const int lane = threadIdx.x % warp_size;
   int sum = 0;
   for (int last = block - 1; last >= 0; last -= warp_size) {
-    uint64_t seen = inclusive_sum;  // before the first block lies nothing
+    uint64_t seen = inclusive_sum;  // nothing comes before the first block
     if (last - lane >= 0)
       while ((seen = load_acquire(progress + last - lane)) == 0) __nanosleep(20);
     const unsigned ends = __ballot_sync(all_lanes, seen >= inclusive_sum);

@@ -10,7 +10,7 @@ namespace neuroflow::cuda {
 
 /// The streams' tokens, cut into tiles; a block takes one tile.
 struct Tiles {
-  static constexpr int most_rows = warp_size;  // as one warp decides on a tile
+  static constexpr int most_rows = warp_size;  // because one warp decides on a tile
 
   int64_t streams;
   int tokens;
@@ -21,11 +21,11 @@ struct Tiles {
   int64_t words() const { return 1 + 2 * streams + count(); }  // of progress
 };
 
-/// Words that the blocks of one launch tell each other, all of them 0 before it.
+/// Words through which the blocks of one launch communicate; all are 0 before it.
 struct GateProgress {
   uint64_t* begun;    // blocks
   uint64_t* streams;  // [streams] active tokens
-  uint64_t* written;  // [streams] tiles of which all is in memory, while there are fewer active tokens than the floor
+  uint64_t* written;  // [streams] tiles written to memory, while fewer tokens are active than the floor
   uint64_t* tiles;    // [streams, tiles per stream] active tokens
 };
 
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(RowShape::threads, vectors < most_vectors ? 6 
   Word* target = reinterpret_cast<Word*>(packed);
   const int base = stream_base;
   if (last && total > before + active) {
-    // Too few are above the threshold. Where earlier tiles wrote some, others come now.
+    // Too few are above the threshold. The floor's tokens replace what earlier tiles wrote.
     if (threadIdx.x == 0)
       while (load_acquire(progress.written + stream) + 1 < static_cast<uint64_t>(tiles.per_stream)) __nanosleep(100);
     __syncthreads();
@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(RowShape::threads, vectors < most_vectors ? 6 
     write_packed(source, target, words, slot, slot + active, rows, [&](int64_t at) { return tile_rows[at - slot]; });
   }
 
-  // What was passed over before this tile has taken its slots from the end; and no stream passes over more than `most`.
+  // Inactive tokens before this tile have taken their slots from the end; this stream and those before have up to
+  // `most`.
   const int64_t slots = tiles.streams * tiles.tokens, earlier = stream_row - base;
   const int64_t most = earlier + tiles.tokens - floor;
   const int64_t passed = std::min(earlier + first - before, most);
@@ -131,12 +132,12 @@ __global__ void __launch_bounds__(RowShape::threads, vectors < most_vectors ? 6 
     if (stream == 0) cu_seqlens[0] = 0;
     cu_seqlens[stream + 1] = base + total;
   }
-  if (last || before + active >= floor) return;  // nobody waits
+  if (last || before + active >= floor) return;  // no block waits for this one
   __syncthreads();
   if (threadIdx.x == 0) add_release(progress.written + stream, uint64_t{1});
 }
 
-/// Few large tiles, which wait for each other less often, but enough of them for every multiprocessor.
+/// Few and large tiles, which wait for each other less often, but enough of them for every multiprocessor.
 template <typename Token>
 Tiles gate_tiles(int64_t streams, int64_t tokens, int64_t dim) {
   const int together = row_shape<Token>(dim).rows_per_block();
@@ -145,8 +146,8 @@ Tiles gate_tiles(int64_t streams, int64_t tokens, int64_t dim) {
 }
 
 /// h, ema: [streams, tokens, dim]; threshold: [streams]; surprise: [streams, tokens]; index: [streams * tokens];
-/// cu_seqlens: [streams + 1]; packed: [rows, dim]; words: tiles.words() of them, kept from one call to the next they
-/// could not serve two CUDA streams at once, so they are set to 0 here.
+/// cu_seqlens: [streams + 1]; packed: [rows, dim]; words: tiles.words() of them, set to 0 here. They are not kept
+/// between calls, because then they could not serve two CUDA streams at once.
 template <typename Token, typename Reference>
 void launch_ema_gate(const Token* h, Reference* ema, double decay, const float* threshold, int64_t floor,
                      const Tiles& tiles, int64_t dim, uint64_t* words, float* surprise, int32_t* index,

@@ -8,9 +8,9 @@
 
 namespace neuroflow::cuda {
 
-constexpr int most_vectors = 4;  // to a lane: many loads in flight at once, and no more registers than there are
+constexpr int most_vectors = 4;  // per lane: many loads in flight at once, within the registers there are
 
-/// How rows of h and ema are spread over a block: each over `warps` warps, as many rows as there is room for.
+/// How rows of h and ema are spread over a block: `warps` warps per row, and as many rows as fit.
 struct RowShape {
   static constexpr int threads = 128;  // few, so that a few hundred rows reach every multiprocessor
 
@@ -39,7 +39,7 @@ struct RowSums {
     if (shape.warps == 1) return;
     __shared__ Sum scratch[3][RowShape::threads / warp_size];
     const int warp = threadIdx.x / warp_size, first = warp / shape.warps * shape.warps;
-    __syncthreads();  // what the rows before left in scratch has been read
+    __syncthreads();  // until earlier rows have read their scratch
     if (threadIdx.x % warp_size == 0) {
       scratch[0][warp] = product;
       scratch[1][warp] = token_square;
@@ -64,11 +64,12 @@ struct RowSums {
   }
 };
 
-/// 1 - cos(h, ema) of a row, then ema = keep ema + take h, where `move` is set and the row's squared norm is finite.
-/// h, ema: the row, left alone unless `inside`. Every thread of the block has to take part; a row's all get its value.
+/// 1 - cos(h, ema) of a row, then ema = keep ema + take h, where `move` is set and the row's squared norm is finite. h,
+/// ema: the row, left alone unless `inside`. Every thread of the block has to take part; all threads of a row get its
+/// value.
 ///
-/// A lane keeps `vectors` times 16 bytes of h, and ema to match, in registers. With 0 vectors rows may have any length
-/// and alignment: they are read element by element, and twice. Sums are taken in the same order either way.
+/// A lane keeps `vectors` times 16 bytes of h, and the matching part of ema, in registers. With 0 vectors rows may have
+/// any length and alignment; they are then read twice, element by element. Sums are taken in the same order either way.
 template <typename Token, typename Reference, int vectors>
 __device__ inline float ema_surprise(const Token* h, Reference* ema, bool inside, const RowShape& shape,
                                      Accumulator<Token> keep, Accumulator<Token> take, bool move) {
@@ -126,7 +127,7 @@ RowShape row_shape(int64_t dim) {
   return {static_cast<int>(dim), lanes <= warp_size ? 1 : lanes <= 2 * warp_size ? 2 : 4};
 }
 
-/// Calls f with how many vectors of rows of that shape a lane keeps, as a constant.
+/// Calls f with the number of vectors per lane for rows of that shape, as a constant.
 template <typename Token, typename Reference, typename F>
 void dispatch_vectors(const Token* h, const Reference* ema, const RowShape& shape, F&& f) {
   const int vectors = ceil_div(shape.dim, shape.row_threads() * vector_width<Token>);

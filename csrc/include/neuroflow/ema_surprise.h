@@ -11,7 +11,7 @@
 namespace neuroflow {
 
 /// 1 - cos(h, ema) of each row, then ema = (1 - decay) ema + decay h, in the same pass.
-/// h, ema: [rows, dim]; surprise: [rows]. A row whose squared norm is not finite: +inf, and its ema stays.
+/// h, ema: [rows, dim]; surprise: [rows]. A row whose squared norm is not finite gives +inf and keeps its ema.
 template <typename Token, typename Reference>
 NEUROFLOW_MULTIVERSION void ema_surprise(const Token* h, Reference* ema, float* surprise, int64_t rows, int64_t dim,
                                          double decay) {

@@ -15,7 +15,7 @@ __global__ void gather_rows_kernel(const Word* x, Selection selection, Word* pac
     write_row(packed + row * words, words, [&](int64_t i) { return x[from * words + i]; });
 }
 
-/// packed[r] = x[selection[r]], zeros where it selects none. x: [*, dim]; packed: [rows, dim].
+/// packed[r] = x[selection[r]], zeros if it selects none. x: [*, dim]; packed: [rows, dim].
 template <typename T>
 void gather_rows_plain(const T* x, const Selection& selection, T* packed, int64_t rows, int64_t dim,
                        cudaStream_t stream) {
@@ -26,7 +26,7 @@ void gather_rows_plain(const T* x, const Selection& selection, T* packed, int64_
   });
 }
 
-/// Of rows that a warp holds in its registers, each lane `vectors` times 16 bytes.
+/// For rows that a warp holds in its registers, `vectors` times 16 bytes per lane.
 template <typename T, int vectors>
 __global__ void gather_rows_normalized_kernel(const T* x, Selection selection, const T* weight, const T* bias,
                                               float eps, T* packed, int64_t rows, int dim) {
@@ -67,7 +67,7 @@ __global__ void gather_rows_normalized_kernel(const T* x, Selection selection, c
     if (first + i * stride < dim) store(packed + row * dim + first + i * stride, held[i]);
 }
 
-/// Of rows of any width and alignment, which a warp reads three times.
+/// For rows of any width and alignment, which a warp reads three times.
 template <typename T>
 __global__ void gather_rows_normalized_kernel(const T* x, Selection selection, const T* weight, const T* bias,
                                               float eps, T* packed, int64_t rows, int64_t dim) {
@@ -90,7 +90,7 @@ __global__ void gather_rows_normalized_kernel(const T* x, Selection selection, c
     target[i] = narrow<T>((widen(token[i]) - mean) * scale * widen(weight[i]) + widen(bias[i]));
 }
 
-/// packed[r] = LayerNorm(x[selection[r]]), zeros where it selects none. weight, bias: [dim]. Mean and variance in two
+/// packed[r] = LayerNorm(x[selection[r]]), zeros if it selects none. weight, bias: [dim]. Mean and variance in two
 /// passes over the row.
 template <typename T>
 void gather_rows_normalized(const T* x, const Selection& selection, const T* weight, const T* bias, double eps,

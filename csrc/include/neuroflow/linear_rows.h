@@ -8,8 +8,7 @@
 namespace neuroflow {
 
 /// out[m, n] = sum_k x[m, k] weight[n, k] + bias[n] for n from begin to end. x: [rows, inner]; weight: [*, inner];
-/// bias:
-/// [*] or null; out: [rows, width]. A sum's order depends on nothing but `inner`.
+/// bias: [*] or null; out: [rows, width]. The order of a sum depends on `inner` alone.
 template <typename T>
 NEUROFLOW_MULTIVERSION void linear_rows_plain(const T* x, const T* weight, const T* bias, T* out, int64_t rows,
                                               int64_t inner, int64_t width, int64_t begin, int64_t end) {
@@ -36,9 +35,9 @@ NEUROFLOW_AVX512_INLINE __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d)
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-/// Rows rows of x against `columns` (1 to 4) rows of weight. Both lie along the sum already, so neither is packed.
-/// Meanwhile `inner` weights from `fetch` on are fetched, or four times that many; into the second cache, as in the
-/// first they would take the place of what is being worked on.
+/// `Rows` rows of x times `columns` (1 to 4) rows of weight. Both are contiguous along the sum, so neither is packed.
+/// Meanwhile `inner` weights from `fetch` on, or four times as many, are prefetched into the second-level cache; in the
+/// first they would evict what is in use.
 template <typename Lanes, int Rows, bool FetchFour>
 NEUROFLOW_AVX512_INLINE void dot_tile(const typename Lanes::Element* x, const typename Lanes::Element* weight,
                                       const typename Lanes::Element* bias, typename Lanes::Element* out,
@@ -89,7 +88,7 @@ NEUROFLOW_AVX512 void linear_rows_avx512(Lanes, const T* x, const T* weight, con
                                          int64_t inner, int64_t width, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += 4) {
     const T* panel = weight + n * inner;
-    const T* ahead = panel + 8 * inner;  // what will be worked on after the next panel
+    const T* ahead = panel + 8 * inner;  // the panel after the next
     const T* shift = bias ? bias + n : nullptr;
     const int64_t columns = std::min<int64_t>(end - n, 4);
     for (int64_t row = 0; row < rows; row += 6) {
@@ -100,7 +99,7 @@ NEUROFLOW_AVX512 void linear_rows_avx512(Lanes, const T* x, const T* weight, con
       else if (row < 24 && rows > 18)
         dot_tile_of<Lanes, false, 6>(rows - row, tokens, panel, shift, target, ahead + row / 6 * inner, inner, width,
                                      columns);
-      else  // nothing is left to fetch, and what is there already costs nothing to ask for
+      else  // nothing is left to fetch, and fetching what is cached is free
         dot_tile_of<Lanes, false, 6>(rows - row, tokens, panel, shift, target, tokens, inner, width, columns);
     }
   }

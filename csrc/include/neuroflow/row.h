@@ -1,4 +1,4 @@
-// The two passes over a row that decide the speed of the ops.
+// The two passes over a row that determine the speed of the ops.
 #pragma once
 
 #include <bit>
@@ -10,8 +10,8 @@
 
 namespace neuroflow {
 
-/// Two bfloat16 at a time: each half of a 32-bit word is a float but for a shift or a mask, which spares the widening
-/// and narrowing shuffles that cost more than the arithmetic.
+/// Two bfloat16 at a time: a shift or a mask turns each half of a 32-bit word into a float, without the widening and
+/// narrowing shuffles that cost more than the arithmetic.
 struct BFloat16Pair {
   float first, second;
 };
@@ -35,8 +35,8 @@ struct Products {
   Sum ab, aa, bb;
 };
 
-/// The inner products of rows a and b with each other and with themselves; with `update`, on the same way through
-/// memory, previous = b and then b = keep b + take a.
+/// The inner products of rows a and b with each other and with themselves. With `update`, the same pass through memory
+/// sets previous = b and then b = keep b + take a.
 template <bool update, typename A, typename B>
 NEUROFLOW_INLINE Products<Accumulator<A>> products(const A* a, B* b, B* previous, Accumulator<A> keep,
                                                    Accumulator<A> take, int64_t dim) {

@@ -1,4 +1,4 @@
-// What the kernels that move rows share.
+// Shared by the kernels that move rows.
 #pragma once
 
 #include <functional>
@@ -7,7 +7,7 @@
 
 namespace neuroflow::cuda {
 
-/// A warp to a row, in blocks small enough that a few hundred rows reach every multiprocessor.
+/// One warp per row, in blocks small enough that a few hundred rows reach every multiprocessor.
 constexpr int rows_per_block = 4;
 constexpr int row_threads = rows_per_block * warp_size;
 
@@ -19,22 +19,22 @@ __device__ inline int64_t row_of_warp() {
   return static_cast<int64_t>(blockIdx.x) * rows_per_block + threadIdx.x / warp_size;
 }
 
-/// The rows of a tensor that `index` names, up to the count that only the device knows.
+/// The rows of a tensor listed in `index`, up to a count that only the device knows.
 struct Selection {
   const int32_t* index;
   const int32_t* count;
   int64_t slots;  // entries of index that may be read
   int64_t limit;  // rows of the tensor
 
-  /// The row of the tensor for this packed row; -1 where there is none, or index names one outside the tensor.
+  /// The row of the tensor for this packed row; -1 if there is none, or if it is outside the tensor.
   __device__ int64_t operator[](int64_t packed) const {
     if (packed >= slots) return -1;
-    const int32_t row = index[packed];  // not after the count is known: one wait instead of two
+    const int32_t row = index[packed];  // before the count is known: one wait instead of two
     return packed < *count && row >= 0 && row < limit ? row : -1;
   }
 };
 
-/// Calls f with a word of the most bytes, 16, 4 or 2, that divide every address and size in `bits`, which are OR-ed.
+/// Calls f with the widest word, of 16, 4 or 2 bytes, that divides every address and size OR-ed into `bits`.
 template <typename F>
 void dispatch_words(uintptr_t bits, F&& f) {
   if (bits % sizeof(uint4) == 0) return f(uint4{});
@@ -42,7 +42,7 @@ void dispatch_words(uintptr_t bits, F&& f) {
   return f(uint16_t{});
 }
 
-/// How many words are as long as `elements` of T.
+/// The number of words that `elements` of T fill.
 template <typename T, typename Word>
 int64_t words_of(int64_t elements) {
   return elements * static_cast<int64_t>(sizeof(T)) / static_cast<int64_t>(sizeof(Word));
@@ -50,7 +50,7 @@ int64_t words_of(int64_t elements) {
 
 inline uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
-/// target[i] = finish(load(i)), by a warp that loads for several words before it writes one.
+/// target[i] = finish(load(i)), by a warp that loads several words before it writes the first.
 template <typename Word, typename Load, typename Finish = std::identity>
 __device__ inline void write_row(Word* target, int64_t words, Load&& load, Finish&& finish = {}) {
   constexpr int batch = 4;

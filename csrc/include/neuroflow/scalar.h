@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
-// A function marked so is compiled once per x86-64 level, and the loader picks: one binary, every machine's vectors.
-// Clang has no clones of templates; what it builds has the vectors of the level it was asked for.
+// Compiles a function once per x86-64 level; the loader picks one, so a single binary uses every machine's vectors.
+// Clang cannot clone templates, so its builds have the vectors of the level that they were compiled for.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define NEUROFLOW_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #endif
@@ -15,7 +15,7 @@
 #define NEUROFLOW_MULTIVERSION
 #endif
 
-// What such a function calls must become part of it, or it runs with the oldest level's instructions.
+// For what such a function calls: unless it is inlined, it runs with the oldest level's instructions.
 #if defined(__GNUC__)
 #define NEUROFLOW_INLINE inline __attribute__((always_inline))
 #else
@@ -36,8 +36,8 @@ struct Float16 {
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// The 16-bit conversions have no branch and stay in 32 bits until the last shift, so that loops over them vectorise
-// without any instruction of their own, and without repacking halfway.
+// The 16-bit conversions have no branch and stay in 32 bits until the last shift, so loops over them vectorise without
+// special instructions and without repacking halfway.
 
 NEUROFLOW_INLINE float widen(float value) { return value; }
 NEUROFLOW_INLINE double widen(double value) { return value; }
@@ -47,9 +47,9 @@ NEUROFLOW_INLINE float widen(Float16 value) {
   const int32_t bits = static_cast<int16_t>(value.bits);
   const int32_t magnitude = (bits & 0x7fff) << 13;
   const int32_t rebias = (127 - 15) << 23;
-  // Under an exponent of 2^-14, a subnormal's mantissa is that much too large, and exactly so.
+  // With the exponent of 2^-14, a subnormal comes out too large by exactly 2^-14.
   const float subnormal = std::bit_cast<float>(magnitude + rebias + (1 << 23)) - 0x1p-14f;
-  const int32_t normal = magnitude + rebias + (-(magnitude >= 31 << 23) & rebias);  // Inf and NaN: to the top
+  const int32_t normal = magnitude + rebias + (-(magnitude >= 31 << 23) & rebias);  // Inf and NaN: the highest exponent
   const int32_t unsigned_bits = magnitude < 1 << 23 ? std::bit_cast<int32_t>(subnormal) : normal;
   return std::bit_cast<float>(unsigned_bits | (bits & INT32_MIN));
 }
@@ -68,7 +68,7 @@ NEUROFLOW_INLINE double narrow<double>(double value) {
   return value;
 }
 
-/// The bits of `value` after rounding to bfloat16, in the upper half; what the lower half holds means nothing.
+/// The bits of `value` rounded to bfloat16, in the upper half; the lower half is garbage.
 NEUROFLOW_INLINE uint32_t round_to_upper_half(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -83,9 +83,9 @@ NEUROFLOW_INLINE BFloat16 narrow<BFloat16>(float value) {
 template <>
 NEUROFLOW_INLINE Float16 narrow<Float16>(float value) {
   const int32_t bits = std::bit_cast<int32_t>(value);
-  const int32_t magnitude = std::min(bits & INT32_MAX, (16 + 127) << 23);  // 2^16 rounds to Inf, as does all above it
-  // The result takes shape in the upper half. Below 2^-14 the addition rounds to the last place of 0.5, which is a
-  // subnormal's unit.
+  const int32_t magnitude = std::min(bits & INT32_MAX, (16 + 127) << 23);  // 2^16 and above round to Inf
+  // The result is built in the upper half. Below 2^-14, adding 0.5 rounds to the last place of 0.5, which is the unit
+  // of a subnormal.
   const uint32_t normal = static_cast<uint32_t>(magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) << 3;
   const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) << 16;
   const uint32_t finite = magnitude < (127 - 14) << 23 ? subnormal : normal;

@@ -4,14 +4,14 @@
 
 namespace neuroflow::cuda {
 
-/// [rows, heads, head_dim], of which a head's elements are side by side.
+/// [rows, heads, head_dim], where the elements of a head are adjacent.
 template <typename T>
 struct Heads {
   const T* data;
   int64_t row_stride, head_stride;
 };
 
-/// Of both pairs of cache and fresh rows, by blocks of y = 0 and y = 1.
+/// Blocks with y = 0 write the keys, those with y = 1 the values.
 template <typename Word>
 __global__ void scatter_kv_kernel(Word* key_cache, Word* value_cache, Heads<Word> key, Heads<Word> value,
                                   Selection selection, int64_t words, int head_words) {

@@ -5,8 +5,8 @@
 
 namespace neuroflow {
 
-/// The active tokens' keys or values, [rows, heads, dim], `stride` elements from row to row and `head_stride` from head
-/// to head.
+/// The active tokens' keys or values, [rows, heads, dim], with `stride` elements from row to row and `head_stride` from
+/// head to head.
 template <typename T>
 struct Projected {
   const T* data;

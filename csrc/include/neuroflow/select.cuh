@@ -1,4 +1,4 @@
-// Which tokens of a stream are the most surprising, found and written by one block.
+// One block finds and writes the most surprising tokens of a stream.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ __device__ inline uint32_t ordered_key(float surprise) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-/// What is above it is active, and of what is equal the first `ties`.
+/// Tokens above the key are active, and of those equal to it the first `ties`.
 struct Cutoff {
   static constexpr uint32_t all = 0, none = 0xffffffff;
 
@@ -34,8 +34,8 @@ struct SelectScratch {
   int digit, left;
 };
 
-/// Calls visit(token, key) for every `stride`-th token from first + lane on, of several at once the loads first. The
-/// whole warp visits together; past `end` the key is 0.
+/// Calls visit(token, key) for every `stride`-th token from first + lane on, after loading several. The whole warp
+/// visits together; past `end` the key is 0.
 template <typename Visit>
 __device__ inline void visit_keys(const float* surprise, int64_t first, int64_t end, int stride, Visit&& visit) {
   constexpr int batch = 8;
@@ -64,8 +64,9 @@ struct WarpPart {
   }
 };
 
-/// How many tokens are above the key, by a whole block; and, for `write_active`, how many of each warp's part. Not
-/// twice in a row: `select_most` in between sees to it that no thread still reads the last count.
+/// Counts, with a whole block, the tokens above the key, and leaves the counts of each warp's part for `write_active`.
+/// Not to be called twice in a row: only the barriers of `select_most` ensure that no thread still reads the last
+/// count.
 __device__ inline int count_active(const float* surprise, int tokens, uint32_t key, SelectScratch& scratch) {
   const int warp = threadIdx.x / warp_size;
   const WarpPart part(tokens);
@@ -86,13 +87,13 @@ __device__ inline int count_active(const float* surprise, int tokens, uint32_t k
   return total;
 }
 
-/// What parts the `count` most surprising tokens, 1 to all, from the others, by a whole block whose threads are a power
-/// of two: a radix search for their least key from the top, eleven bits at a time.
+/// The cutoff that separates the `count` most surprising tokens, 1 to all, from the others. A whole block, whose
+/// threads are a power of two, does a radix search for the least key of these from the top, eleven bits at a time.
 __device__ inline Cutoff select_most(const float* surprise, int tokens, int count, SelectScratch& scratch) {
   constexpr int digit_bits = 11, bins = SelectScratch::bins;
   const int lane = threadIdx.x % warp_size, threads = blockDim.x;
-  uint32_t key = 0, known = 0;  // the bits that are found, and which those are
-  int left = count;             // to be found among the tokens that have them
+  uint32_t key = 0, known = 0;  // the bits found so far, and their mask
+  int left = count;             // still to be found among the tokens with these bits
   for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift - 10) {
     const uint32_t mask = shift == 0 ? (1u << 10) - 1 : (1u << digit_bits) - 1;
     __syncthreads();
@@ -128,13 +129,13 @@ __device__ inline Cutoff select_most(const float* surprise, int tokens, int coun
   return {key, left};
 }
 
-/// Writes the rows of the tokens that are active, ascending, by the block that counted them last.
+/// Writes the rows of the active tokens, ascending. To be called by the block that counted them last.
 __device__ inline void write_active(const float* surprise, int tokens, Cutoff cutoff, int first_row, int32_t* index,
                                     const SelectScratch& scratch) {
   const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
   const unsigned lower_lanes = (1u << lane) - 1;
   const WarpPart part(tokens);
-  int above = 0, equal = 0;  // before those that are visited
+  int above = 0, equal = 0;  // among the tokens before the visited ones
   for (int other = 0; other < warp; ++other) {
     above += scratch.above[other];
     equal += scratch.equal[other];
@@ -150,8 +151,8 @@ __device__ inline void write_active(const float* surprise, int tokens, Cutoff cu
   });
 }
 
-/// Writes -1 to the slots past the last active token that stand for tokens `first` to `end` of all: those that were
-/// passed over before them have taken theirs from the end of `index`.
+/// Writes -1 to one slot past the last active token for each of the inactive tokens numbered `first` to `end`. They are
+/// numbered from 0 over all streams, and their slots taken from the end of `index`.
 __device__ inline void write_unused(int64_t first, int64_t end, int64_t slots, int32_t* index) {
   for (int64_t slot = slots - end + threadIdx.x; slot < slots - first; slot += blockDim.x) index[slot] = -1;
 }
