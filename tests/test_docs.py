@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -152,11 +153,13 @@ def desk(hub, tmp_path, monkeypatch):
 
 
 def given():
-    """The names that a page may use without saying what they are: footage of a camera that stands still."""
+    """The names that a page may use without saying what they are: noisy footage of a camera that stands still."""
     generator = torch.Generator().manual_seed(0)
-    clip = torch.rand(1, 3, SIDE, SIDE, generator=generator).repeat(16, 1, 1, 1) * 2 - 1
+    still = torch.rand(1, 3, SIDE // 16, SIDE // 16, generator=generator) * 2 - 1
+    clip = still.repeat_interleave(16, 2).repeat_interleave(16, 3).repeat(16, 1, 1, 1)
     for number, frame in enumerate(clip):
         frame[:, 64:112, 8 * number : 8 * number + 48] = 1
+    clip += 0.02 * torch.randn(clip.shape, generator=generator)
     return {
         "clip": clip,
         "frame": clip[:1],
@@ -221,12 +224,12 @@ def test_targets_and_modules_that_are_named_exist(page):
 
 def anchors(page):
     """What the headings of a page are linked by, as GitHub makes it of them."""
-    found = set()
-    for heading in re.findall(r"^#+ +(.*?) *#*$", FENCE.sub("", page.read_text()), re.MULTILINE):
+    counts = Counter()
+    for heading in re.findall(r"^#+ +(.*?) *$", FENCE.sub("", page.read_text()), re.MULTILINE):
         text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
         slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
-        found.add(slug if slug not in found else f"{slug}-{sum(each.startswith(slug) for each in found)}")
-    return found
+        yield f"{slug}-{counts[slug]}" if counts[slug] else slug
+        counts[slug] += 1
 
 
 @pytest.mark.parametrize("page", named(PAGES))

@@ -18,8 +18,7 @@ from transformers import SiglipVisionModel
 @torch.inference_mode()
 def serve(tower: torch.nn.Module, requests: queue.Queue, reply: Callable, most: int = 16) -> None:
     """Encode requests (camera, number, frame [3, H, W]) of a queue, up to None: reply(camera, number, embedding)."""
-    limits = neuroflow.StreamCache(max_streams=64, max_bytes=8 * 2**30, idle_seconds=60)
-    neuroflow.enable_cache(tower, neuroflow.NeuroFlowConfig(ladder=(32, 64, 128, 256, 512, 1024)), limits)
+    neuroflow.enable_cache(tower, streams=neuroflow.StreamCache(max_streams=64, max_bytes=8 * 2**30, idle_seconds=60))
     held = []  # at most one request, which begins the next pass
     while (request := held.pop() if held else requests.get()) is not None:
         batch = {request[0]: request}

@@ -1,6 +1,8 @@
 """The ops without a model: attention over S streams in which only the tokens that changed are computed.
 
-python ops_alone.py
+    python ops_alone.py
+
+What is not computed goes stale, so the cosine to dense attention falls until everything is computed again.
 """
 
 import torch
@@ -25,7 +27,8 @@ class SparseAttention:
         first = self.reference is None
         self.reference = tokens.clone() if first else self.reference
         rule = {"budget": TOKENS} if first else {"threshold": 0.02}
-        _, index, cu_seqlens, packed = ema_gate_(tokens, self.reference, decay=0.1, **rule)
+        _, index, cu_seqlens, packed = ema_gate_(tokens, self.reference, decay=0.0, **rule)
+        scatter_rows_(self.reference, packed, index, cu_seqlens)  # what a token was when it was last computed
         query, key, value = linear_rows(packed, self.qkv).unflatten(1, (3, HEADS, HEAD_DIM)).unbind(1)
         scatter_kv_(self.key, self.value, key, value, index, cu_seqlens)
         keys, values = (cache.unflatten(2, (HEADS, HEAD_DIM)) for cache in (self.key, self.value))
