@@ -146,10 +146,11 @@ def test_the_serving_loop_answers_every_camera_in_order():
     for number, camera in sorted(itertools.product(range(5), "abc"), key=lambda each: (each[0] // 2, each)):
         requests.put((camera, number, frames[camera][number]))
     requests.put(None)
-    example("many_cameras").serve(model, requests, lambda *reply: replies.__setitem__(reply[:2], reply[2]), most=2)
+    example("many_cameras").serve(model, requests, lambda *reply: replies.__setitem__(reply[:2], reply[2]), most=4)
     assert requests.empty()
     assert set(replies) == set(itertools.product("abc", range(5)))
-    assert {name: stream.frames for name, stream in neuroflow.summary(model).streams.items()} == dict.fromkeys("abc", 5)
+    streams = neuroflow.summary(model).streams
+    assert {name: (stream.frames, stream.frame_id) for name, stream in streams.items()} == dict.fromkeys("abc", (5, 4))
     neuroflow.disable_cache(model)
     with torch.no_grad():
         for (camera, number), embedding in replies.items():
