@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import neuroflow
 import pytest
 import torch
+import transformers
 from models import clip, exact, tiny
 from recordings import write_recording
 from safetensors.torch import load_file
@@ -86,6 +87,38 @@ def test_features_from_outside_give_the_answer_of_the_model(family):
     other = module.video_features(tower, video(model, 1), inputs["video_grid_thw"], "camera")
     assert not torch.equal(model.generate(**inputs, mm_encoder_outputs={"video": other}, **greedy), expected)
     assert neuroflow.summary(tower).streams["camera"].frames == 2 * GRID[0]
+
+
+class Processor:
+    """What stands in for that of Qwen3-VL, which needs torchvision: every chunk is the same still."""
+
+    def __init__(self, model):
+        self.model, self.frames = model, []
+
+    def apply_chat_template(self, asked, add_generation_prompt):
+        return asked[0]["content"][1]["text"]
+
+    def __call__(self, text, videos, return_tensors):
+        self.frames.append(len(videos[0]))
+        steps, rows, columns = GRID
+        still = video(self.model)[: rows * columns].repeat(steps, 1)
+        return inputs_of(self.model, "qwen3-vl") | {"pixel_values_videos": still}
+
+    def batch_decode(self, tokens, skip_special_tokens):
+        return [f"{tokens.shape[1]} tokens"]
+
+
+def test_a_video_language_model_is_asked_about_each_chunk(run, tmp_path, monkeypatch):
+    model = made("qwen3-vl")
+    model.save_pretrained(tmp_path / "model")
+    processor = Processor(model)
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda path: processor)
+    recording = write_recording(tmp_path / "clip.mp4", 180)  # 18 seconds
+    lines = run("video_features", tmp_path / "model", recording, "What happens?").splitlines()
+    assert processor.frames == [16, 2]  # one a second
+    first, second = (re.fullmatch(r"(\d+) s, (\d+)% skipped: \d+ tokens", line) for line in lines)
+    assert (first[1], second[1]) == ("0", "16")
+    assert int(second[2]) > int(first[2])  # it goes on without a key frame
 
 
 @pytest.fixture
