@@ -235,9 +235,9 @@ def test_a_stopped_object_is_kept_by_the_dual_reference(reference, kept, generat
     assert ids[40] == ([1] if kept else [])
 
 
-def test_the_readmes_example(monkeypatch, generator):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    example = re.search(r"```python\n(from neuroflow import objects.*?)```", readme, re.DOTALL)[1]
+def test_the_example_of_the_guide(monkeypatch, generator):
+    guide = (Path(__file__).parents[1] / "python" / "guide" / "objects.md").read_text()
+    example = re.search(r"```python\n(from neuroflow import objects.*?)```", guide, re.DOTALL)[1]
     monkeypatch.setitem(sys.modules, "supervision", types.SimpleNamespace(Detections=lambda **given: given))
     model = tiny("siglip", 96)
     neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(reference="dual", score="surprise", refresh="rolling"))

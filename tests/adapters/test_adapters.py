@@ -1,4 +1,4 @@
-"""Towers that NeuroFlow does not know: the README's adapter for one, and what is said of one without."""
+"""Towers that NeuroFlow does not know: the guide's adapter for one, and what is said of one without."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "python" / "guide" / "your-own-model.md").read_text()
 SIZE = (96, 96)  # 6 x 6 patches
 
 
@@ -70,8 +70,8 @@ def registry():
 
 @pytest.fixture
 def own(registry, monkeypatch):
-    """The patched model that the README's example ends with."""
-    example = re.search(r"\n## A model of your own\n.*?```python\n(.*?)```", README, re.DOTALL)[1]
+    """The patched model that the guide's example ends with."""
+    example = next(code for code in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "def adapter" in code)
     assert example.count("\n") <= 40
     monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(VisionTransformer=VisionTransformer))
     names = {}
@@ -90,7 +90,7 @@ def repatch(model, config):
     neuroflow.enable_cache(model, config)
 
 
-def test_the_example_of_the_readme_skips_and_is_undone(own):
+def test_the_example_of_the_guide_skips_and_is_undone(own):
     frames = clip(size=SIZE, changed=2)
     sparse = outputs(own, frames)
     assert neuroflow.summary(own).streams["default"].skipped > 0.5

@@ -2,19 +2,15 @@
 
 import asyncio
 import gc
-import itertools
 import json
 import multiprocessing
 import os
-import queue
 import random
-import re
 import signal
 import sys
 import threading
 import weakref
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from pathlib import Path
 
 import neuroflow
 import pytest
@@ -116,27 +112,6 @@ def test_other_limits_need_a_model_that_is_not_patched():
     neuroflow.enable_cache(model, exact(threshold=1e-4), cache)
     with pytest.raises(RuntimeError, match="with another StreamCache"):
         neuroflow.enable_cache(model, exact(threshold=1e-4), neuroflow.StreamCache())
-
-
-def test_the_readmes_serving_loop():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    names = {}
-    exec(re.search(r"```python\n(import collections.*?)```", readme, re.DOTALL)[1], names)
-    model, replies, requests = tiny("siglip"), {}, queue.Queue()
-    frames = {camera: clip(frames=5, seed=seed, changed=2) for seed, camera in enumerate("abc")}
-    for number, camera in sorted(itertools.product(range(5), "abc"), key=lambda each: (each[0] // 2, each)):
-        requests.put((camera, number, frames[camera][number]))
-    requests.put(None)
-    with torch.inference_mode():
-        names["serve"](model, requests, lambda *reply: replies.__setitem__(reply[:2], reply[2]), most=2)
-    assert requests.empty()
-    assert set(replies) == set(itertools.product("abc", range(5)))
-    assert {name: stream.frames for name, stream in neuroflow.summary(model).streams.items()} == dict.fromkeys("abc", 5)
-    neuroflow.disable_cache(model)
-    with torch.no_grad():
-        for (camera, number), embedding in replies.items():
-            dense = model(pixel_values=frames[camera][number][None]).pooler_output[0]
-            assert torch.cosine_similarity(embedding, dense, dim=0) > 0.95
 
 
 def test_a_gap_in_frame_ids_makes_a_key_frame():
