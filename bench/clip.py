@@ -28,9 +28,9 @@ from neuroflow import NeuroFlowConfig
 from neuroflow.weights import copy_sharing_weights
 
 from bench import cases
-from bench.fidelity import large_clips, load_classifier
 from bench.run import DTYPES, timed
 from bench.streams import MODELS, embedding
+from bench.studies.fidelity import large_clips, load_classifier
 from bench.tables import begin, cosine, embeddings, find_threshold, gate_of, read_clip, run_at_skip, share, table, write
 
 LENGTHS = (1, 4, 16, 32)
@@ -172,19 +172,19 @@ def main():
     parser.add_argument("--reuse", action="store_true", help="what clips without a name gain by their next versions")
     arguments = parser.parse_args()
     if arguments.reuse:
-        machine = begin("reuse")
+        machine = begin("studies/reuse")
         rows = reuse()
         names = ["clip", "rate", "T", "skipped", "CLS, last", "nearest", "tokens, last", "nearest", "time"]
         text = f"# The last version of a patch, or its nearest\n\n{table(names, map(format_reuse, rows))}"
-        write("reuse", machine, {}, rows, text)
+        write("studies/reuse", machine, {}, rows, text)
         print(text)
         return
     if arguments.fidelity:
-        machine = begin(f"{arguments.out}-fidelity")
+        machine = begin(f"studies/{arguments.out}-fidelity")
         rows = fidelity([length for length in arguments.length if length > 1])
         lines = [[row["clip"], str(row["frames"]), share(row["skipped"]), cosine(row["cosine"])] for row in rows]
         text = f"# What clips lose\n\n{table(['clip', 'T', 'skipped', 'cosine to dense'], lines)}"
-        write(f"{arguments.out}-fidelity", machine, {}, rows, text)
+        write(f"studies/{arguments.out}-fidelity", machine, {}, rows, text)
         print(text)
         return
     machine, rows, lines = begin(arguments.out), [], []

@@ -1,8 +1,9 @@
-"""The figure and the tables of runs: `python -m bench.plot`, of what `python -m bench.run --out RUN.json` has measured.
+"""Figures and tables of benchmark runs: `python -m bench.plot`, for what `python -m bench.run --out RUN.json` wrote.
 
-RUN.png shows the speed-up by resolution, what skipping costs in fidelity (measured by `python -m bench.fidelity clips`)
-and the roofline of the ops; RUN.md has every row. The tables for the README are printed, and `--readme` puts those of
-the runs in bench/results between the two comments of README.md that name this program.
+RUN.png shows the speed-up by resolution, the fidelity that skipping costs (measured by `python -m
+bench.studies.fidelity clips`) and the roofline of the ops; RUN.md has every row. The summary tables are printed, and
+`--readme` writes those of bench/results/run-*.json into bench/README.md, between the two comments that name this
+program.
 """
 
 import argparse
@@ -13,8 +14,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.lines import Line2D
 
-from bench.fidelity import MAIN, mean_rows
 from bench.run import ceilings_line, label, sustained
+from bench.studies.fidelity import MAIN, mean_rows
 from bench.tables import RESULTS, table
 
 matplotlib.use("agg")
@@ -22,7 +23,7 @@ import matplotlib.pyplot as plt
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- by python -m bench.plot --readme -->", "<!-- end -->"
-FIDELITY = RESULTS / "clips-224.json"
+FIDELITY = RESULTS / "studies" / "clips-224.json"
 FACTS = ("cuda:0", "processor", "instruction sets", "threads", "torch", "transformers", "commit")
 STYLES = {"float32": "-", "bfloat16": "--"}
 MARKERS = "os^vD*<>PX"

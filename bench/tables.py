@@ -243,7 +243,7 @@ def machine():
 def begin(stem):
     """The machine that `write` is to name; called before anything is measured.
 
-    stem: of a file in bench/results, or a path's.
+    stem: of a file in bench/results ("studies/street" is one in bench/results/studies), or a path's.
 
     Raises:
         SystemExit: the file is to lie in bench/results, and no commit has the code as it is here.
@@ -267,7 +267,7 @@ def short_name(device):
 
 def write(stem, machine, settings, rows, text):
     """bench/results/STEM.json with the `machine` of `begin`, the settings and every row; STEM.md."""
-    RESULTS.mkdir(exist_ok=True)
+    Path(RESULTS, stem).parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine, "settings": settings, "rows": rows}
     Path(RESULTS, f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
     line = ", ".join(f"{name} {value}" for name, value in machine.items())

@@ -15,7 +15,8 @@ from neuroflow.weights import copy_sharing_weights
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from bench import fidelity, street, tables
+from bench import tables
+from bench.studies import fidelity, street
 
 
 @pytest.fixture

@@ -365,10 +365,11 @@ def test_results_need_a_checkout(tmp_path, monkeypatch):
 
 
 def writers():
-    """Every program of bench that writes a result."""
-    for path in sorted(Path(run.__file__).parent.glob("*.py")):
+    """Every program of bench that writes a result, by its name within the package."""
+    package = Path(run.__file__).parent
+    for path in sorted(package.rglob("*.py")):
         if path.name != "tables.py" and "    write(" in path.read_text() and "def main" in path.read_text():
-            yield path.stem
+            yield ".".join(path.relative_to(package).with_suffix("").parts)
 
 
 @pytest.mark.parametrize("name", [*writers(), "run"])
@@ -378,7 +379,7 @@ def test_nothing_is_measured_of_a_changed_tree(name, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     for kind, method in ((torch.nn.Module, "__call__"), (Path, "open")):  # what would be next
         monkeypatch.setattr(kind, method, lambda *_, **__: pytest.fail("something is measured"))
-    given = {"fidelity": ["clips"], "run": ["--out", str(tables.RESULTS / "run-cpu-some.json")]}
+    given = {"studies.fidelity": ["clips"], "run": ["--out", str(tables.RESULTS / "run-cpu-some.json")]}
     monkeypatch.setattr("sys.argv", [name, *given.get(name, [])])
     with pytest.raises(SystemExit, match=r"differ from it: code\.py"):
         module.main()

@@ -1,9 +1,9 @@
-"""NeuroFlow against its baselines, each as fast as it goes at one fidelity: `python -m bench.peers`.
+"""NeuroFlow against its baselines, each as fast as it goes at one fidelity: `python -m bench.studies.peers`.
 
 An ImageNet ViT-Ti over two real clips; see tables.py for the protocol and for where clips and weights come from. For
 every target, a mean cosine to the unpatched model, each method has the cheapest of its settings that reaches it, and
 then all of them are timed in turns in one run. The settings are those of the results that are there;
-`python -m bench.peers --search` finds them anew. Results go to bench/results/.
+`python -m bench.studies.peers --search` finds them anew. Results go to bench/results/.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.baselines import STC, AttentionDropping, Eventful, FrameSkipping, PixelGate, Published, TokenMerging
-from bench.fidelity import load_classifier
+from bench.studies.fidelity import load_classifier
 from bench.tables import RESULTS, Run, begin, cosine, embeddings, find, read_clip, score, share, table, write
 
 CLIPS = ("degirum_Traffic.mp4", "sam2_05_default_juggle.mp4")
@@ -252,12 +252,12 @@ def text_of(rows, settings):
 
     parts = [
         f"# Methods at equal fidelity, {settings['size']} px, the first {settings['frames']} frames of each clip",
-        "`python -m bench.peers`. An ImageNet ViT-Ti, nothing trained; everything against the unpatched model on the "
-        "same frames. Every method has the cheapest of its settings, by FLOPs, that reaches the mean cosine asked for; "
-        "where none does, its dearest. FLOPs: of the patch projection and the blocks' products, mean over frames. "
-        f"Times: all methods in one run, {TURN} frames of one after {TURN} of another; the mean over frames, each "
-        f"frame's shortest of {settings['passes']} passes. The published architecture B gives the CLS output of C. "
-        "What each method is, and what of it is not reproduced: bench/baselines.",
+        "`python -m bench.studies.peers`. An ImageNet ViT-Ti, nothing trained, compared with the unpatched model on "
+        "the same frames. Each method runs at the cheapest of its settings, by FLOPs, that reaches the target mean cosine, "
+        "or at its most expensive where none does. FLOPs are those of the patch projection and the blocks' matrix "
+        f"products, averaged over frames. Times are from one run in which methods take turns of {TURN} frames: the "
+        f"mean over frames of each frame's shortest time in {settings['passes']} passes. The published architecture B "
+        "gives the same CLS output as C. bench/baselines describes each method and what of it is not reproduced.",
     ]
     for clip in dict.fromkeys(one["clip"] for one in rows):
         own = [one for one in rows if one["clip"] == clip]
@@ -312,7 +312,7 @@ def chosen_before(stem):
     """clip -> (method, target) -> the setting in the results that are there."""
     path = RESULTS / f"{stem}.json"
     if not path.exists():
-        raise SystemExit(f"{path.name} is not in {RESULTS}; python -m bench.peers --search makes it")
+        raise SystemExit(f"{path.name} is not in {RESULTS}; python -m bench.studies.peers --search makes it")
     chosen = {}
     for one in json.loads(path.read_text())["rows"]:
         if one["target"]:
@@ -325,9 +325,9 @@ def main():
     parser.add_argument("--size", type=int, nargs="+", choices=FRAMES, default=list(FRAMES))
     parser.add_argument("--search", action="store_true", help="find every method's settings anew")
     arguments = parser.parse_args()
-    machines = {size: begin(f"peers-{size}") for size in arguments.size}
+    machines = {size: begin(f"studies/peers-{size}") for size in arguments.size}
     for size, machine in machines.items():
-        stem, rows = f"peers-{size}", []
+        stem, rows = f"studies/peers-{size}", []
         model = resized(load_classifier()[0], size)
         methods = ladders((size // model.config.patch_size) ** 2)
         before = None if arguments.search else chosen_before(stem)

@@ -1,8 +1,9 @@
-"""Train the tower of `neuroflow.street.STREET` on drawn scenes: `OMP_NUM_THREADS=1 python -m bench.train_street`.
+"""Train the tower of `neuroflow.street.STREET` on drawn scenes.
 
-A SigLIP tower with a table of class embeddings, scored by cosine. First on 112-pixel windows about the subject, which
-keep the scale and the places of the whole picture's patches at a quarter of the cost, then on whole pictures. A run
-that was stopped goes on from its last checkpoint, on the batches that it would have seen.
+`OMP_NUM_THREADS=1 python -m bench.studies.train_street` trains a SigLIP tower against a table of class embeddings,
+scored by cosine: first on 112-pixel windows around the subject, which keep the scale and position of the whole
+picture's patches at a quarter of the cost, then on whole pictures. A run that was stopped resumes from its last
+checkpoint, on the batches that it would have seen.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from bench.training import load_checkpoint, optimizer_of, save_checkpoint, set_rate
+from bench.studies.training import load_checkpoint, optimizer_of, save_checkpoint, set_rate
 
 SIZE, PATCH, SIDE, WINDOW = 224, 16, 14, 7
 BATCH, FRAMES_OF_SCENE, FRAMES = 64, 4, 120

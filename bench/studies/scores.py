@@ -1,8 +1,7 @@
-"""What became of the ways to score a patch that were tried: fidelity at equal tokens, everything else being equal.
+"""Ways to score a patch that were tried, compared at equal tokens: `python -m bench.studies.scores`.
 
-`python -m bench.scores`: an ImageNet ViT-Ti at 224 px over the first 120 frames of four clips, architecture E, the
-threshold found per clip. Every candidate takes the place of `neuroflow.engine.scores.staleness`. Results go to
-bench/results/.
+An ImageNet ViT-Ti at 224 px over the first 120 frames of four clips, architecture E, with the threshold found per clip.
+Each candidate replaces `neuroflow.engine.scores.staleness`; everything else stays the same.
 """
 
 import argparse
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from neuroflow.engine import scores
 from tqdm import tqdm
 
-from bench.fidelity import large_clips, load_classifier
+from bench.studies.fidelity import large_clips, load_classifier
 from bench.tables import begin, cosine, embeddings, gate_of, read_clip, run_at_skip, score, share, table, write
 
 SIZE, FRAMES = 224, 120
@@ -119,7 +118,7 @@ class Fresh:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
-    machine = begin("scores")
+    machine = begin("studies/scores")
     model, unpatched = load_classifier()
     gate = gate_of(model)
     clips = {name: read_clip(path, SIZE, FRAMES) for name, path in large_clips().items()}
@@ -140,9 +139,9 @@ def main():
     scores.staleness = STALENESS
     parts = [
         "# Ways to score a patch, at equal tokens",
-        f"`python -m bench.scores`. An ImageNet ViT-Ti at {SIZE} px, architecture E, the first {FRAMES} frames of each "
-        "clip, no cuts and no age limit; cosine of the CLS feature to dense, mean and 5th percentile, the threshold "
-        "found per clip.",
+        f"`python -m bench.studies.scores`. An ImageNet ViT-Ti at {SIZE} px, architecture E, on the first {FRAMES} "
+        "frames of each clip, without scene cuts or an age limit. Cells are the mean and the 5th percentile of the CLS "
+        "feature's cosine to dense. The threshold is found per clip.",
     ]
     for skip in SKIPS:
         lines = []
@@ -154,7 +153,7 @@ def main():
         parts.append(f"{skip:.0%} skipped:")
         parts.append(table(["score", *clips, "mean", "skipped"], lines))
     text = "\n\n".join(parts)
-    write("scores", machine, {"size": SIZE, "frames": FRAMES, "skips": SKIPS}, rows, text)
+    write("studies/scores", machine, {"size": SIZE, "frames": FRAMES, "skips": SKIPS}, rows, text)
     print(text)
 
 

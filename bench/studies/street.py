@@ -1,7 +1,7 @@
-"""The drawn benchmark: how often the package's tower names the subject of held-out scenes, dense and patched.
+"""How often the package's tower names the subject of held-out drawn scenes, dense and patched.
 
-`python -m bench.street`: the default beside the published C, each at its default threshold and where it skips 84 %, by
-trajectory, by camera and by class. Results go to bench/results/.
+`python -m bench.studies.street` compares the default with the published C, each at its default threshold and where it
+skips 84 %, by trajectory, camera and class.
 """
 
 import argparse
@@ -88,10 +88,10 @@ def rows_of(scored, settings):
 def text_of(rows, settings, count, seed):
     parts = [
         "# The drawn street, by trajectory, camera and class",
-        f"`python -m bench.street --scenes {count} --seed {seed}`: {count} held-out scenes of {FRAMES} frames, all "
-        f"encoded, {len(SCORED)} of each scored where the subject is in the picture. Retained: of the subjects that "
-        f"dense names, the share that is still named. The threshold for {SKIP:.0%} is found on {CALIBRATED_ON} "
-        "training scenes.",
+        f"`python -m bench.studies.street --scenes {count} --seed {seed}`: {count} held-out scenes of {FRAMES} "
+        f"frames, all encoded. {len(SCORED)} frames of each scene are scored, where the subject is in the picture. "
+        "Retained is the share of the subjects named correctly by dense that are still named correctly. The threshold "
+        f"for {SKIP:.0%} was found on {CALIBRATED_ON} training scenes.",
     ]
     names = [f"{variant}, {knob}" for variant, knob in settings]
     head = ["", "frames", "dense top-1", *(f"{name}: top-1, retained, skipped, cosine" for name in names)]
@@ -116,7 +116,7 @@ def text_of(rows, settings, count, seed):
 
 def report(machine, rows, settings, count, seed):
     text = text_of(rows, settings, count, seed)
-    write("street", machine, {"scenes": count, "seed": seed, "asked": SKIP}, rows, text)
+    write("studies/street", machine, {"scenes": count, "seed": seed, "asked": SKIP}, rows, text)
     # Classes have too few frames each to be told apart in a plot.
     shown = [row for row in rows if row["field"] in ("trajectory", "camera") and row["retained"] is not None]
     groups = list(dict.fromkeys(row["name"] for row in shown))
@@ -124,7 +124,7 @@ def report(machine, rows, settings, count, seed):
         f"{variant}, {knob}": [row["retained"] for row in shown if (row["variant"], row["knob"]) == (variant, knob)]
         for variant, knob in settings
     }
-    plot_bars("street", f"{count} drawn scenes", "retained of what dense names", groups, series)
+    plot_bars("studies/street", f"{count} drawn scenes", "retained of what dense names", groups, series)
     return text
 
 
@@ -134,7 +134,7 @@ def main():
     parser.add_argument("--scenes", type=int, default=150, help="of 120 frames each")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of scenes")
     arguments = parser.parse_args()
-    machine = begin("street")
+    machine = begin("studies/street")
     model, classes = load_street()
     chosen = scenes(arguments.scenes, arguments.seed, held_out=True)
     with tempfile.TemporaryDirectory() as scratch:

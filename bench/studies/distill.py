@@ -1,4 +1,4 @@
-"""An architecture before and after distillation: `python -m bench.distill --arch C`.
+"""An architecture before and after distillation: `python -m bench.studies.distill --arch C`.
 
 Draws scenes under a camera that stands still, teaches the package's tower on them with `neuroflow distill`, and
 measures it on scenes that it has not seen: the cosine of its embedding to the unpatched teacher's at several shares of
@@ -26,7 +26,7 @@ from neuroflow_cli import main as neuroflow
 from safetensors import safe_open
 from tqdm import tqdm
 
-from bench.street import FRAMES
+from bench.studies.street import FRAMES
 from bench.tables import RESULTS, begin, cosine, embeddings, read_clip, run, share, table, write
 
 INSIDE = ("static", "noise")  # cameras; the others are outside
@@ -191,7 +191,7 @@ def text_of(rows, others, count, history, arguments):
     return "\n\n".join(
         [
             f"# Architecture {arguments.arch} before and after distillation",
-            f"`python -m bench.distill --arch {arguments.arch} --videos {arguments.videos} --epochs "
+            f"`python -m bench.studies.distill --arch {arguments.arch} --videos {arguments.videos} --epochs "
             f"{arguments.epochs} --rate {arguments.rate:g}`: the package's tower, taught on {arguments.videos} drawn "
             f"videos (one in five of them held out) of {FRAMES // EVERY} frames, under the cameras "
             f"{' and '.join(INSIDE)}. By epoch, its cosine on the held-out videos at 90 % skipped, and the share of "
@@ -246,7 +246,7 @@ def plot(rows, history, arch):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(f"architecture {arch} before and after distillation, the package's tower", fontsize=10)
-    figure.savefig(RESULTS / f"distill-{arch}.png", dpi=110)
+    figure.savefig(RESULTS / f"studies/distill-{arch}.png", dpi=110)
     plt.close(figure)
 
 
@@ -261,7 +261,7 @@ def main():
     parser.add_argument("--test-others", type=int, default=600, help="unseen scenes outside")
     parser.add_argument("--dir", type=Path, default=Path("build/distill"), help="for videos and weights")
     arguments = parser.parse_args()
-    machine = begin(f"distill-{arguments.arch}")
+    machine = begin(f"studies/distill-{arguments.arch}")
     videos, others, out = (
         arguments.dir / name for name in ("videos", "others", f"street-{arguments.arch}.safetensors")
     )
@@ -285,7 +285,7 @@ def main():
     settings = {name: value for name, value in vars(arguments).items() if name != "dir"}
     settings |= {"seeds": SEEDS, "history": history, "options": SETTINGS, "thresholds": thresholds}
     settings |= {"outside": found, "outside scenes": len(paths)}
-    write(f"distill-{arguments.arch}", machine, settings, rows, text)
+    write(f"studies/distill-{arguments.arch}", machine, settings, rows, text)
     plot(rows, history, arguments.arch)
     print(text)
 

@@ -1,11 +1,11 @@
-"""What the gate's surprise is worth as a motion mask: patch-level F1 on CDnet's highway clip.
+"""How good a motion mask the gate's surprise makes: patch-level F1 on CDnet's highway clip.
 
-`python -m bench.highway`: the gate by signal and reference beside OpenCV's MOG2 and plain frame difference, all on the
-grid of the package's tower. A patch moves where at least a quarter of its pixels do; where most are of unknown truth or
-outside of the region of interest, it is left out; shadows do not move. Each method gives a number for every patch.
-Its threshold, and what is given with it below, is the best on the first third of the masks; scored are the others.
-"Around": the number is joined by those of the 3 x 3 patches around it, as in `neuroflow.objects.motion`.
-MOG2 is left out where OpenCV is not installed. Results go to bench/results/.
+`python -m bench.studies.highway` compares the gate, by signal and reference, with OpenCV's MOG2 and with plain frame
+differencing, all on the grid of the package's tower. A patch counts as moving if at least a quarter of its pixels move;
+shadows do not count. Patches that lie mostly outside the region of interest, or whose ground truth is mostly unknown,
+are left out. Each method gives one number per patch. Its threshold and update rate are those that score best on the
+first third of the masks; the rest are scored. "Around" adds the numbers of the 3 x 3 patches around each patch, as
+`neuroflow.objects.motion` does. MOG2 is left out where OpenCV is not installed.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=448, help="of the tower's input, in pixels (default: 448)")
     arguments = parser.parse_args()
-    size, machine = arguments.size, begin("highway")
+    size, machine = arguments.size, begin("studies/highway")
     with np.load(find("highway/masks.npz")) as file:
         numbers_of, masks = file["frame"].tolist(), file["mask"]
     inside = np.asarray(Image.open(find("highway/roi.png")).convert("L")) > 0
@@ -190,7 +190,7 @@ def main():
             row = {"method": name, "signal": signal, "given": given, "around": around}
             rows.append(row | rate(numbers, moving, scored, train))
     text = text_of(rows, size, len(masks), train, share(moving[scored].float().mean().item()))
-    write("highway", machine, {"size": size, "masks": len(masks), "chosen_on": train}, rows, text)
+    write("studies/highway", machine, {"size": size, "masks": len(masks), "chosen_on": train}, rows, text)
     print(text)
 
 

@@ -1,7 +1,7 @@
-"""What skipping costs in fidelity: `python -m bench.fidelity clips` on footage, `photographs` against true labels.
+"""What skipping costs in fidelity: `python -m bench.studies.fidelity clips`, or `photographs` against true labels.
 
-An ImageNet ViT-Ti, unpatched against NeuroFlow in many settings at equal skip; see tables.py for the protocol and for
-where the clips, weights and photographs come from. Results go to bench/results/.
+An ImageNet ViT-Ti, unpatched and under many NeuroFlow settings, compared at equal skip. `protocol.py` describes the
+protocol, and `NEUROFLOW_DATA` names the directory of clips, weights and photographs.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from neuroflow.weights import copy_sharing_weights
 from PIL import Image
 from tqdm import tqdm
 
+from bench.studies.vit_tiny import vit_tiny
 from bench.tables import (
     LEAD,
     TOLERANCE,
@@ -33,7 +34,6 @@ from bench.tables import (
     table,
     write,
 )
-from bench.vit_tiny import vit_tiny
 
 VARIANTS = {
     "E (default)": NeuroFlowConfig(),
@@ -117,7 +117,7 @@ def measure_clip(model, dense, name, clip, variants, skips, starts):
 
 
 def clips(arguments):
-    stem = f"clips-{arguments.size}"
+    stem = f"studies/clips-{arguments.size}"
     machine = begin(stem)
     large = arguments.size > SIDE
     variants = {name: VARIANTS[name] for name in MAIN} if large else VARIANTS
@@ -201,7 +201,7 @@ def clips_text(rows, arguments):
     return "\n\n".join(
         [
             f"# Fidelity on clips, {arguments.size} px, the first {arguments.frames} frames of each",
-            f"`python -m bench.fidelity clips --size {arguments.size} --frames {arguments.frames}`. An "
+            f"`python -m bench.studies.fidelity clips --size {arguments.size} --frames {arguments.frames}`. An "
             "ImageNet ViT-Ti, nothing trained; everything against the unpatched model on the same frames. Dense leads "
             f"where its answer is {LEAD} more probable than its next.",
             f"Means over the clips on which every variant reaches {SKIP:.0%} (and {MORE:.0%}, where that is asked):",
@@ -239,7 +239,7 @@ def photograph_clip(path, kind, frames=FRAMES, side=SIDE):
 
 
 def photographs(arguments):
-    machine = begin("photographs")
+    machine = begin("studies/photographs")
     paths = sorted(find("imagenet256").glob("*.jpg"))
     # Spread over all, as neighbours in this order are of one kind: fish, birds, dogs.
     count = min(arguments.count, len(paths))
@@ -270,12 +270,12 @@ def photographs(arguments):
                 top = {"label_top1": correct([one.embeddings for one in runs], kind)}
                 rows.append({"variant": variant, "kind": kind, "threshold": config.threshold} | top | figures)
     settings = {"photographs": count, "frames": FRAMES, "side": SIDE, "calibrated_on": CALIBRATED_ON, "asked": SKIP}
-    write("photographs", machine, settings, rows, photographs_text(rows, settings))
+    write("studies/photographs", machine, settings, rows, photographs_text(rows, settings))
     series = {
         row["variant"]: [each["label_top1"] for each in rows if each["variant"] == row["variant"]] for row in rows
     }
     title = f"ViT-Ti on clips of {count} photographs, {SKIP:.0%} skipped overall"
-    plot_bars("photographs", title, "top-1 against the label", [*KINDS, "all"], series)
+    plot_bars("studies/photographs", title, "top-1 against the label", [*KINDS, "all"], series)
 
 
 def photographs_text(rows, settings):
@@ -293,11 +293,11 @@ def photographs_text(rows, settings):
     return "\n\n".join(
         [
             f"# Photographs as clips of {settings['frames']} frames",
-            f"`python -m bench.fidelity photographs --count {settings['photographs']}`. {settings['photographs']} "
-            "ImageNet photographs, each panned, made noisy or crossed by an occluder, a third of them each; the first "
-            f"frame is dense and not scored. One threshold for all of a variant's clips, which skips {SKIP:.0%} of the "
-            f"first {settings['calibrated_on']}. The photographs are probably among the ViT-Ti's training images: only "
-            "differences count.",
+            f"`python -m bench.studies.fidelity photographs --count {settings['photographs']}`. "
+            f"{settings['photographs']} ImageNet photographs: a third are panned, a third get noise and a third are "
+            "crossed by an occluder. The first frame is dense and is not scored. Each variant has one threshold for "
+            f"all clips, chosen to skip {SKIP:.0%} of the first {settings['calibrated_on']}. The ViT-Ti was probably "
+            "trained on these photographs, so only the differences between rows mean anything.",
             table(head, cells),
         ]
     )

@@ -1,4 +1,4 @@
-"""How the package hangs together: `python -m bench.structure`.
+"""How the package hangs together: `python -m bench.studies.structure`.
 
 Its files and the imports among them, whether any of these run in a circle, and which files one sparse frame enters, and
 how often: in a patched model that is called, and in `neuroflow run`, beside the frame before it. A file is entered

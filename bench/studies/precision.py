@@ -1,4 +1,4 @@
-"""What `precision="bfloat16"` costs in fidelity: `python -m bench.precision`.
+"""What `precision="bfloat16"` costs in fidelity: `python -m bench.studies.precision`.
 
 An ImageNet ViT-Ti in float32 over the first 120 frames of four clips, architecture E at its default settings, with the
 model's own precision and with products in bfloat16 where a frame is encoded in part; cosine of the CLS feature to the
@@ -10,7 +10,7 @@ import argparse
 import neuroflow
 import torch
 
-from bench.fidelity import large_clips, load_classifier
+from bench.studies.fidelity import large_clips, load_classifier
 from bench.tables import begin, cosine, embeddings, read_clip, run, score, share, table, write
 
 SIZE, FRAMES = 224, 120
@@ -20,7 +20,7 @@ PRECISIONS = ("model", "bfloat16")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
-    machine = begin("precision")
+    machine = begin("studies/precision")
     model, unpatched = load_classifier()
     rows, lines = [], []
     for name, path in large_clips().items():
@@ -37,7 +37,7 @@ def main():
         print(*lines[-1], sep="  ", flush=True)
     about = __doc__.partition("\n\n")[2].strip()
     text = f"# Products in bfloat16\n\n{about}\n\n{table(['clip', 'skipped', 'float32', 'bfloat16'], lines)}"
-    write("precision", machine, {"size": SIZE, "frames": FRAMES}, rows, text)
+    write("studies/precision", machine, {"size": SIZE, "frames": FRAMES}, rows, text)
 
 
 if __name__ == "__main__":

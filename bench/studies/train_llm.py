@@ -1,6 +1,6 @@
-"""Train a small language model on Python's standard library: `OMP_NUM_THREADS=1 python -m bench.train_llm`.
+"""Train a small language model on Python's standard library: `OMP_NUM_THREADS=1 python -m bench.studies.train_llm`.
 
-A Phi-3 of 2.6 million parameters over bytes, for the tables of `python -m bench.llm`. It reads the running
+A Phi-3 of 2.6 million parameters over bytes, for the tables of `python -m bench.studies.llm`. It reads the running
 interpreter's own library: the source, the documentation strings and the literals of modules, of which every 16th module
 is held out. A run that was stopped goes on from its last checkpoint, on the batches that it would have seen.
 """
@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
-from bench.training import load_checkpoint, optimizer_of, save_checkpoint, set_rate
+from bench.studies.training import load_checkpoint, optimizer_of, save_checkpoint, set_rate
 
 LIBRARY = Path(os.__file__).parent
 DIRECTORY = Path(".benchmarks") / "llm"

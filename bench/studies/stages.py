@@ -1,4 +1,4 @@
-"""What a partial frame leaves in the feature maps between the blocks: `python -m bench.stages`.
+"""What a partial frame leaves in the feature maps between the blocks: `python -m bench.studies.stages`.
 
 An ImageNet ViT-Ti as a backbone of four stages, the last norm applied to each, over the first 60 frames of four clips,
 architecture E with a budget; mean cosine of a patch's feature to the unpatched model's, after key frames. "again" is a
@@ -11,7 +11,7 @@ import neuroflow
 import torch
 import torch.nn.functional as F
 
-from bench.fidelity import large_clips, load_classifier
+from bench.studies.fidelity import large_clips, load_classifier
 from bench.tables import begin, cosine, read_clip, share, table, write
 
 SIZE, FRAMES = 224, 60
@@ -43,7 +43,7 @@ def fidelity(model, unpatched, clip, config):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
-    machine = begin("stages")
+    machine = begin("studies/stages")
     model, unpatched = load_classifier()
     rows, lines = [], []
     for name, path in large_clips().items():
@@ -58,7 +58,7 @@ def main():
     about = __doc__.partition("\n\n")[2].strip()
     names = ["clip", "asked", "skipped", *(f"block {stage}" for stage in STAGES)]
     text = f"# Feature maps\n\n{about}\n\n{table(names, lines)}"
-    write("stages", machine, {"size": SIZE, "frames": FRAMES}, rows, text)
+    write("studies/stages", machine, {"size": SIZE, "frames": FRAMES}, rows, text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which models of the installed transformers `enable_cache` takes: `python -m bench.zoo [NAME ...]`.
+"""Which models of the installed transformers `enable_cache` takes: `python -m bench.studies.zoo [NAME ...]`.
 
 Every class of its auto-mappings that takes images or video is made small and at random, each in a process of its own,
 and each vision tower in it handed to `enable_cache`.
@@ -446,7 +446,7 @@ def verdict(row):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="a class or a model type; by default all")
-    parser.add_argument("--out", type=Path, default=RESULTS / "zoo.json", help="default: bench/results/zoo.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "studies" / "zoo.json")
     arguments = parser.parse_args()
     stem = arguments.out.resolve().with_suffix("")
     machine = begin(stem)

@@ -1,4 +1,4 @@
-"""Key frames of another light: `python -m bench.light`.
+"""Key frames of another light: `python -m bench.studies.light`.
 
 An ImageNet ViT-Ti at 224 px at the default settings, without `cut_light` and with it. Photographs whose colours vanish
 at once, as of a camera that turns to infrared, and one whose contrast comes back over 60 frames, as fog lifts; and the
@@ -12,7 +12,7 @@ import torch
 from neuroflow import NeuroFlowConfig
 from PIL import Image
 
-from bench.fidelity import load_classifier
+from bench.studies.fidelity import load_classifier
 from bench.tables import begin, cosine, find, read_clip, run, share, table, write
 
 PHOTOGRAPHS = ("0350_ibex.jpg", "0100_black_swan.jpg", "0250_siberian_husky.jpg")
@@ -53,7 +53,7 @@ def measure(model, unpatched, frames, config):
 
 
 def main():
-    machine = begin("light")
+    machine = begin("studies/light")
     model, unpatched = load_classifier()
     with_light = NeuroFlowConfig()
     without = dataclasses.replace(with_light, cut_light=None)
@@ -70,7 +70,7 @@ def main():
     names = ["frames", "key frames, without", "with", "skipped, without", "with"]
     names += ["least cosine, without", "with", "mean cosine, without", "with"]
     text = f"# Another light\n\n{__doc__.partition(chr(10) * 2)[2].strip()}\n\n{table(names, lines)}"
-    write("light", machine, {"cut_light": with_light.cut_light}, rows, text)
+    write("studies/light", machine, {"cut_light": with_light.cut_light}, rows, text)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Tables of the language models' bypass, on the small model of `bench.train_llm`: `python -m bench.llm`.
+"""How well a language model copes with the bypass: `python -m bench.studies.llm`, on the model of `train_llm.py`.
 
-By gate and cached layers and threshold, of held-out code, tables and prose: how often layers repeat, perplexity token
-by token, drift of greedy continuations, divergence by layer, and milliseconds a token beside dense. Then what repeating
-saves at most, where every step repeats, in a model of random weights that is large enough for its weights to be what a
-token waits for. A run that was stopped goes on.
+For each gate layer, cached layer and threshold, on held-out code, tables and prose: how often layers repeat, perplexity
+token by token, drift of greedy continuations, divergence by layer, and milliseconds per token beside dense. Then the
+most that repeating can save: a model with random weights, large enough that reading its weights dominates a token's
+time, in which every step repeats. A run that was stopped resumes.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from neuroflow.weights import copy_sharing_weights
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
+from bench.studies.train_llm import DIRECTORY, MODEL, SHARES
 from bench.tables import begin, share, table, write
-from bench.train_llm import DIRECTORY, MODEL, SHARES
 
 PAIRS = ((1, (4,)), (1, (7,)), (3, (5,)), (6, (7,)), (1, (0,)))
 MLP_PAIRS, MLP_THRESHOLDS = ((1, (4,)), (1, (4, 5, 6, 7))), (0.65, 0.9)
@@ -105,10 +105,10 @@ def text(rows, large):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=DIRECTORY, help="what bench.train_llm wrote")
+    parser.add_argument("--model", type=Path, default=DIRECTORY, help="what bench.studies.train_llm wrote")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    machine = begin("llm")
+    machine = begin("studies/llm")
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = {}
@@ -126,7 +126,7 @@ def main():
     rows = evaluate(model, windows, configs, NEW_TOKENS, findings)
     findings.finish()
     large = most_saved()
-    write("llm", machine, settings | {"large": LARGE}, {"small": rows, "large": large}, text(rows, large))
+    write("studies/llm", machine, settings | {"large": LARGE}, {"small": rows, "large": large}, text(rows, large))
 
 
 if __name__ == "__main__":
