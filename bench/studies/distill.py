@@ -1,9 +1,9 @@
 """An architecture before and after distillation: `python -m bench.studies.distill --arch C`.
 
-Draws scenes under a camera that stands still, teaches the package's tower on them with `neuroflow distill`, and
-measures it on scenes that it has not seen: the cosine of its embedding to the unpatched teacher's at several shares of
-patches skipped, how often it names the subject, and what the cosine depends on. Scenes under the other cameras are
-outside of what it is taught on. A run that was stopped goes on from the last epoch.
+Draws scenes under a fixed camera, trains the package's tower on them with `neuroflow distill`, and measures it on
+scenes that it has not seen: its embedding's cosine to the unpatched teacher's at several shares of patches skipped, how
+often it names the subject, and what the cosine depends on. Scenes under moving cameras, which training does not show,
+tell what it forgets. A run that was stopped resumes from its last epoch.
 """
 
 import argparse
@@ -26,8 +26,9 @@ from neuroflow_cli import main as neuroflow
 from safetensors import safe_open
 from tqdm import tqdm
 
+from bench.studies.protocol import embeddings, read_clip, run
 from bench.studies.street import FRAMES
-from bench.tables import RESULTS, begin, cosine, embeddings, read_clip, run, share, table, write
+from bench.tables import RESULTS, begin, cosine, share, table, write
 
 INSIDE = ("static", "noise")  # cameras; the others are outside
 EVERY, SIZE = 6, 224  # frames of a scene that are written, and their side

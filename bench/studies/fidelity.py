@@ -5,35 +5,27 @@ protocol, and `NEUROFLOW_DATA` names the directory of clips, weights and photogr
 """
 
 import argparse
-import tempfile
 
 import numpy as np
 import torch
 from neuroflow import NeuroFlowConfig
-from neuroflow.weights import copy_sharing_weights
 from PIL import Image
 from tqdm import tqdm
 
-from bench.studies.vit_tiny import vit_tiny
-from bench.tables import (
+from bench.studies.protocol import (
     LEAD,
     TOLERANCE,
-    begin,
-    cosine,
     embeddings,
-    find,
     gate_of,
+    large_clips,
+    load_classifier,
     mean_of,
-    plot_bars,
-    plot_points,
     read_clip,
     run,
     run_at_skip,
     score,
-    share,
-    table,
-    write,
 )
+from bench.tables import begin, cosine, find, plot_bars, plot_points, share, table, write
 
 VARIANTS = {
     "E (default)": NeuroFlowConfig(),
@@ -56,25 +48,11 @@ VARIANTS = {
 }
 MAIN = ("E (default)", "E, surprise", "C, published")
 SKIP, MORE = 0.84, 0.95
-LARGE_CLIPS = ("bottle", "one-by-one", "juggle", "Traffic.")
 MOVING = 0.5  # share of key frames under the default from which a clip is one of key frames only
 KINDS = ("noise", "pan", "occluder")
 SIDE, FRAMES = 224, 12
 CALIBRATED_ON = 30
 FIGURES = ("skipped", "cosine_mean", "cosine_p5", "top1", "top1_led")
-
-
-def large_clips():
-    """The paths of the clips that are measured at more than one size, by name."""
-    paths = sorted(find("videos").iterdir())
-    return {part.strip("."): path for path in paths for part in LARGE_CLIPS if part in path.name}
-
-
-def load_classifier():
-    """The patched model's classifier and an unpatched one that shares its weights."""
-    with tempfile.TemporaryDirectory() as scratch:
-        model = vit_tiny(find("weights/vit_tiny_patch16_224.safetensors"), scratch)
-    return model, copy_sharing_weights(model)
 
 
 def measure_clip(model, dense, name, clip, variants, skips, starts):

@@ -1,8 +1,9 @@
-"""Key frames of another light: `python -m bench.studies.light`.
+"""Key frames when the light changes: `python -m bench.studies.light`.
 
-An ImageNet ViT-Ti at 224 px at the default settings, without `cut_light` and with it. Photographs whose colours vanish
-at once, as of a camera that turns to infrared, and one whose contrast comes back over 60 frames, as fog lifts; and the
-first 120 frames of every clip, where nothing should change. Cosines are of CLS, to the unpatched model.
+An ImageNet ViT-Ti at 224 px at the default settings, with `cut_light` and without it. Three photographs lose their
+colours at once, as when a camera switches to infrared; one regains its contrast over 60 frames, as when fog lifts; and
+the first 120 frames of each real clip, where `cut_light` should change nothing. Cosines are those of the CLS feature to
+the unpatched model's.
 """
 
 import dataclasses
@@ -12,8 +13,8 @@ import torch
 from neuroflow import NeuroFlowConfig
 from PIL import Image
 
-from bench.studies.fidelity import load_classifier
-from bench.tables import begin, cosine, find, read_clip, run, share, table, write
+from bench.studies.protocol import load_classifier, read_clip, run
+from bench.tables import begin, cosine, find, share, table, write
 
 PHOTOGRAPHS = ("0350_ibex.jpg", "0100_black_swan.jpg", "0250_siberian_husky.jpg")
 SIDE, FRAMES = 224, 120

@@ -1,9 +1,8 @@
-"""NeuroFlow against its baselines, each as fast as it goes at one fidelity: `python -m bench.studies.peers`.
+"""NeuroFlow beside other methods, each as fast as it goes at equal fidelity: `python -m bench.studies.peers`.
 
-An ImageNet ViT-Ti over two real clips; see tables.py for the protocol and for where clips and weights come from. For
-every target, a mean cosine to the unpatched model, each method has the cheapest of its settings that reaches it, and
-then all of them are timed in turns in one run. The settings are those of the results that are there;
-`python -m bench.studies.peers --search` finds them anew. Results go to bench/results/.
+An ImageNet ViT-Ti on two real clips, by the protocol of `protocol.py`. For each target, a mean cosine to the unpatched
+model's embeddings, every method runs at the cheapest of its settings that reaches it, and all of them are timed in
+turns in one run. The settings are taken from the recorded results; `--search` finds them anew.
 """
 
 import argparse
@@ -19,8 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.baselines import STC, AttentionDropping, Eventful, FrameSkipping, PixelGate, Published, TokenMerging
-from bench.studies.fidelity import load_classifier
-from bench.tables import RESULTS, Run, begin, cosine, embeddings, find, read_clip, score, share, table, write
+from bench.studies.protocol import Run, embeddings, load_classifier, read_clip, score
+from bench.tables import RESULTS, begin, cosine, find, share, table, write
 
 CLIPS = ("degirum_Traffic.mp4", "sam2_05_default_juggle.mp4")
 FRAMES = {224: 120, 448: 60}  # of each clip
@@ -253,10 +252,10 @@ def text_of(rows, settings):
     parts = [
         f"# Methods at equal fidelity, {settings['size']} px, the first {settings['frames']} frames of each clip",
         "`python -m bench.studies.peers`. An ImageNet ViT-Ti, nothing trained, compared with the unpatched model on "
-        "the same frames. Each method runs at the cheapest of its settings, by FLOPs, that reaches the target mean cosine, "
-        "or at its most expensive where none does. FLOPs are those of the patch projection and the blocks' matrix "
-        f"products, averaged over frames. Times are from one run in which methods take turns of {TURN} frames: the "
-        f"mean over frames of each frame's shortest time in {settings['passes']} passes. The published architecture B "
+        "the same frames. Each method runs at the cheapest of its settings, by FLOPs, that reaches the target mean "
+        "cosine, or at its most expensive where none does. FLOPs are those of the patch projection and the blocks' "
+        f"matrix products, averaged over frames. Times are from one run in which methods take turns of {TURN} frames: "
+        f"the mean over frames of each frame's shortest time in {settings['passes']} passes. The published B "
         "gives the same CLS output as C. bench/baselines describes each method and what of it is not reproduced.",
     ]
     for clip in dict.fromkeys(one["clip"] for one in rows):

@@ -1,8 +1,8 @@
 """What `precision="bfloat16"` costs in fidelity: `python -m bench.studies.precision`.
 
-An ImageNet ViT-Ti in float32 over the first 120 frames of four clips, architecture E at its default settings, with the
-model's own precision and with products in bfloat16 where a frame is encoded in part; cosine of the CLS feature to the
-unpatched model's, mean and 5th percentile. The same patches are active. What it saves is in bench.run.
+An ImageNet ViT-Ti in float32 on the first 120 frames of four clips, architecture E at its default settings, with matrix
+products of partial frames in float32 and in bfloat16. Cells are the mean and the 5th percentile of the CLS feature's
+cosine to the unpatched model's. Both encode the same patches. `python -m bench.run` measures the time that it saves.
 """
 
 import argparse
@@ -10,8 +10,8 @@ import argparse
 import neuroflow
 import torch
 
-from bench.studies.fidelity import large_clips, load_classifier
-from bench.tables import begin, cosine, embeddings, read_clip, run, score, share, table, write
+from bench.studies.protocol import embeddings, large_clips, load_classifier, read_clip, run, score
+from bench.tables import begin, cosine, share, table, write
 
 SIZE, FRAMES = 224, 120
 PRECISIONS = ("model", "bfloat16")

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from neuroflow.engine import scores
 from tqdm import tqdm
 
-from bench.studies.fidelity import large_clips, load_classifier
-from bench.tables import begin, cosine, embeddings, gate_of, read_clip, run_at_skip, score, share, table, write
+from bench.studies.protocol import embeddings, gate_of, large_clips, load_classifier, read_clip, run_at_skip, score
+from bench.tables import begin, cosine, share, table, write
 
 SIZE, FRAMES = 224, 120
 SKIPS = (0.84,)

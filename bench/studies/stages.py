@@ -1,8 +1,8 @@
-"""What a partial frame leaves in the feature maps between the blocks: `python -m bench.studies.stages`.
+"""What partial frames cost in the feature maps between blocks: `python -m bench.studies.stages`.
 
-An ImageNet ViT-Ti as a backbone of four stages, the last norm applied to each, over the first 60 frames of four clips,
-architecture E with a budget; mean cosine of a patch's feature to the unpatched model's, after key frames. "again" is a
-frame that is shown twice, the second time with the least that a frame encodes.
+An ImageNet ViT-Ti as a backbone of four stages, with the last norm applied to each, on the first 60 frames of four
+clips, architecture E with a budget. Cells are the mean cosine of a patch's feature to the unpatched model's, key frames
+left out. "again" shows one frame twice, the second time with as few patches as a frame can encode.
 """
 
 import argparse
@@ -11,8 +11,8 @@ import neuroflow
 import torch
 import torch.nn.functional as F
 
-from bench.studies.fidelity import large_clips, load_classifier
-from bench.tables import begin, cosine, read_clip, share, table, write
+from bench.studies.protocol import large_clips, load_classifier, read_clip
+from bench.tables import begin, cosine, share, table, write
 
 SIZE, FRAMES = 224, 60
 STAGES = (3, 6, 9, 12)  # blocks

@@ -15,7 +15,8 @@ from neuroflow.street import load_street
 from neuroflow.street.scene import CAMERAS, CLASSES, TRAJECTORIES, scenes, write_scene
 from tqdm import tqdm
 
-from bench.tables import begin, cosine, embeddings, gate_of, plot_bars, read_clip, run, run_at_skip, share, table, write
+from bench.studies.protocol import embeddings, gate_of, read_clip, run, run_at_skip
+from bench.tables import begin, cosine, plot_bars, share, table, write
 
 VARIANTS = {"E (default)": neuroflow.NeuroFlowConfig(), "C, published": neuroflow.NeuroFlowConfig.published()}
 FIELDS = {"trajectory": TRAJECTORIES, "camera": CAMERAS, "subject": CLASSES}

@@ -1,8 +1,8 @@
-"""How the package hangs together: `python -m bench.studies.structure`.
+"""How the package is wired: `python -m bench.studies.structure`.
 
-Its files and the imports among them, whether any of these run in a circle, and which files one sparse frame enters, and
-how often: in a patched model that is called, and in `neuroflow run`, beside the frame before it. A file is entered
-where a function of it is called from another file.
+Prints its files and the imports among them, import cycles if there are any, and which files a sparse frame enters and
+how often: when a patched model is called, and in `neuroflow run`, compared with the frame before. A file is entered
+when one of its functions is called from another file.
 """
 
 import ast

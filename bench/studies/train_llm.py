@@ -1,8 +1,8 @@
 """Train a small language model on Python's standard library: `OMP_NUM_THREADS=1 python -m bench.studies.train_llm`.
 
-A Phi-3 of 2.6 million parameters over bytes, for the tables of `python -m bench.studies.llm`. It reads the running
-interpreter's own library: the source, the documentation strings and the literals of modules, of which every 16th module
-is held out. A run that was stopped goes on from its last checkpoint, on the batches that it would have seen.
+A Phi-3 of 2.6 million parameters over bytes, for `python -m bench.studies.llm`. It reads the library of the running
+interpreter: its source, its docstrings and its literals, with every 16th module held out. A run that was stopped
+resumes from its last checkpoint, on the batches that it would have seen.
 """
 
 import argparse

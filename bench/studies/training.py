@@ -1,4 +1,4 @@
-"""What the training scripts share: the optimizer, its rate, and checkpoints that a stopped run goes on from."""
+"""What the training scripts share: the optimizer, its learning rate, and checkpoints to resume from."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The real ImageNet ViT-Ti, whose weights the project does not carry, as tests and benchmarks use it."""
+"""The real ImageNet ViT-Ti for tests and benchmarks; the project does not carry its weights."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Which models of the installed transformers `enable_cache` takes: `python -m bench.studies.zoo [NAME ...]`.
+"""Which models of the installed transformers `enable_cache` accepts: `python -m bench.studies.zoo [NAME ...]`.
 
-Every class of its auto-mappings that takes images or video is made small and at random, each in a process of its own,
-and each vision tower in it handed to `enable_cache`.
+Builds every class of transformers' auto-mappings that takes images or video, small and with random weights, each in a
+process of its own, and passes each vision tower in it to `enable_cache`.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from bench.baselines.eventful import Gated
 from bench.baselines.tome import merge
 from bench.baselines.tower import Tower
 from bench.studies import peers
-from bench.tables import embeddings
+from bench.studies.protocol import embeddings
 
 SIZE = (48, 64)  # not the models' native one: 6 x 8 patches
 PATCHES = 48
