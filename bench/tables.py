@@ -13,6 +13,7 @@ DATA = Path(os.environ.get("NEUROFLOW_DATA", ROOT.parent / "shared" / "data"))
 RESULTS = ROOT / "bench" / "results"
 FACTS = ("processor", "instruction sets", "threads", "cuda:0", "python", "torch", "triton", "transformers", "numpy")
 PROCESSORS = ("epyc", "xeon", "ryzen", "core")
+MARKERS = "os^vD*<>PXph8"
 
 
 def find(name):
@@ -105,8 +106,7 @@ def plot_points(stem, title, panels, series):
         distance = key.startswith("cosine")
         for number, (name, rows) in enumerate(series.items()):
             points = sorted((100 * row["skipped"], 1 - row[key] if distance else row[key]) for row in rows)
-            marker = "os^vD*<>PXph8"[number % 13]
-            axis.plot(*zip(*points, strict=True), marker=marker, linewidth=1, label=name)
+            axis.plot(*zip(*points, strict=True), marker=MARKERS[number % len(MARKERS)], linewidth=1, label=name)
         axis.set(xlabel="patches skipped, %", ylabel=label, yscale="log" if distance else "linear")
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
