@@ -2,8 +2,7 @@
 
 RUN.png shows the speed-up by resolution, the fidelity that skipping costs (measured by `python -m
 bench.studies.fidelity clips`) and the roofline of the ops; RUN.md has every row. The summary tables are printed, and
-`--readme` writes those of bench/results/run-*.json into bench/README.md, between the two comments that name this
-program.
+`--readme` writes those of bench/results/run-*.json, and those of `summaries.py`, into bench/README.md.
 """
 
 import argparse
@@ -16,26 +15,17 @@ from matplotlib.lines import Line2D
 
 from bench.run import ceilings_line, label, sustained
 from bench.studies.fidelity import MAIN, mean_rows
+from bench.summaries import TABLES, of, values, with_tables
 from bench.tables import MARKERS, RESULTS, table
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- by python -m bench.plot --readme -->", "<!-- end -->"
 FIDELITY = RESULTS / "studies" / "clips-224.json"
 FACTS = ("cuda:0", "processor", "instruction sets", "threads", "torch", "transformers", "commit")
 STYLES = {"float32": "-", "bfloat16": "--"}
 TICKS = (1, 2, 5, 10, 20, 50, 100)
-
-
-def of(rows, **wanted):
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-
-
-def values(rows, name):
-    """What a column holds, each once, in the order of the rows."""
-    return list(dict.fromkeys(row[name] for row in rows))
 
 
 def machine_line(run):
@@ -181,20 +171,9 @@ def plot(run, fidelity, path):
     plt.close(figure)
 
 
-def with_tables(readme, text):
-    """The README's text with `text` between the two comments.
-
-    Raises:
-        ValueError: the text does not have both of them, once each.
-    """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"bench/README.md needs the line {BEGIN!r} once, followed by {END!r}")
-    before, _, rest = readme.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
-
-
 def readme_tables():
-    return "\n\n".join(tables_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("run-*.json")))
+    runs = "\n\n".join(tables_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("run-*.json")))
+    return {"runs": runs} | {name: write() for name, write in TABLES.items()}
 
 
 def main():

@@ -17,7 +17,7 @@ MARKERS = "os^vD*<>PXph8"
 
 
 def find(name):
-    """The path of a file or directory that the project does not carry."""
+    """The path of a file or directory that is not in the repository."""
     path = DATA / name
     if not path.exists():
         raise SystemExit(f"{name} is not in {DATA}; set NEUROFLOW_DATA to the directory that holds it")
@@ -39,18 +39,18 @@ def table(names, rows):
 
 
 def git(*arguments):
-    """What git prints of this project; nothing where it is no checkout."""
+    """What git prints about this project; nothing where it is not a checkout."""
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.rstrip()
 
 
 def changed():
-    """The tracked files, results aside, that are not as the last commit has them."""
+    """The tracked files that differ from the last commit, results aside."""
     status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return [line[3:] for line in status.splitlines()]
 
 
 def machine():
-    """What every result says of where it comes from: the machine, the versions and the commit."""
+    """Where a result comes from: the machine, the versions and the commit."""
     facts = describe()
     commit = git("describe", "--always")
     found = {name: facts[name] for name in FACTS if name in facts}
@@ -58,32 +58,32 @@ def machine():
 
 
 def begin(stem):
-    """The machine that `write` is to name; called before anything is measured.
+    """The machine and the commit for `write` to name; to be called before anything is measured.
 
-    stem: of a file in bench/results ("studies/street" is one in bench/results/studies), or a path's.
+    stem: a file in bench/results without its extension, such as "clip" or "studies/street", or a path elsewhere.
 
     Raises:
-        SystemExit: the file is to lie in bench/results, and no commit has the code as it is here.
+        SystemExit: the file would lie in bench/results, and the code here is not that of a commit.
     """
     if Path(RESULTS, stem).resolve().is_relative_to(RESULTS):
         if not git("describe", "--always"):
-            raise SystemExit(f"{stem} is to name the commit that was measured; {ROOT} is no checkout of git")
+            raise SystemExit(f"{stem} has to name the commit that was measured, but {ROOT} is not a git checkout")
         if files := changed():
             raise SystemExit(
-                f"{stem} is to name the commit that was measured, and these differ from it: {', '.join(files)}; commit "
-                "or stash them first"
+                f"{stem} has to name the commit that was measured, and these differ from it: {', '.join(files)}; "
+                "commit or stash them first"
             )
     return machine()
 
 
 def short_name(device):
-    """What files call a processor or GPU of a name such as "AMD EPYC 9654, AVX512": its family if known, else all."""
+    """The part of a file name for a processor or GPU such as "AMD EPYC 9654, AVX512": its family if known, else all."""
     words = re.findall("[a-z0-9]+", device.partition(",")[0].lower())
     return next((word for word in words if word in PROCESSORS), "-".join(words))
 
 
 def write(stem, machine, settings, rows, text):
-    """bench/results/STEM.json with the `machine` of `begin`, the settings and every row; STEM.md."""
+    """Write bench/results/STEM.json, with the `machine` of `begin`, the settings and every row, and STEM.md."""
     Path(RESULTS, stem).parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine, "settings": settings, "rows": rows}
     Path(RESULTS, f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -92,9 +92,9 @@ def write(stem, machine, settings, rows, text):
 
 
 def plot_points(stem, title, panels, series):
-    """bench/results/STEM.png: for every panel (key, label) the rows of `series` {name: rows} over their skip.
+    """Draw bench/results/STEM.png: for each panel (key, label), the rows of `series` {name: rows} over their skip.
 
-    Cosines are shown as distances from 1, on a log scale, as most lie close to it.
+    Cosines are drawn as distances from 1 on a log scale, since most are close to 1.
     """
     import matplotlib
 
@@ -116,7 +116,7 @@ def plot_points(stem, title, panels, series):
 
 
 def plot_bars(stem, title, label, groups, series):
-    """bench/results/STEM.png: the values of `series` {name: values, one for each of `groups`} side by side."""
+    """Draw bench/results/STEM.png: the values of `series` {name: values, one for each of `groups`}, side by side."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -49,7 +49,8 @@ def main():
     rows = measure()
     lines = [[row["clip"], str(row["frames"]), share(row["skipped"]), cosine(row["cosine"])] for row in rows]
     about = __doc__.partition("\n\n")[2].strip()
-    text = f"# What clips lose\n\n{about}\n\n{table(['clip', 'frames per call', 'skipped', 'cosine to dense'], lines)}"
+    names = ["clip", "frames per call", "skipped", "cosine to dense"]
+    text = f"# Fidelity of clips of {LENGTH} frames\n\n{about}\n\n{table(names, lines)}"
     write("studies/clip-fidelity", machine, {"frames": LENGTH}, rows, text)
     print(text)
 

@@ -211,11 +211,11 @@ def text_of(rows, size, masks, train, moves):
         ]
         for row in sorted(best.values(), key=lambda row: -row["f1"])
     ]
-    names = ["method", "signal", "around", "given", "threshold", "F1", "precision", "recall", "F1 where chosen"]
+    names = ["method", "signal", "around", "setting", "threshold", "F1", "precision", "recall", "F1 on the first third"]
     about = __doc__.partition("\n\n")[2].strip()
     return (
-        f"# The gate as a motion mask: CDnet highway\n\n{about}\n\n{size} px, {masks} masks of which {train} to choose "
-        f"by, {moves} of the scored patches move.\n\n{table(names, lines)}"
+        f"# The gate as a motion mask: CDnet highway\n\n{about}\n\n{size} px, {masks} masks, the first {train} of them "
+        f"for choosing; {moves} of the scored patches move.\n\n{table(names, lines)}"
     )
 
 

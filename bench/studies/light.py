@@ -22,13 +22,13 @@ GREY = torch.tensor((0.299, 0.587, 0.114))
 
 
 def photograph(name):
-    """[1, 3, SIDE, SIDE] from -1 to 1."""
+    """A photograph [1, 3, SIDE, SIDE] from -1 to 1."""
     picture = Image.open(find("imagenet256") / name).convert("RGB").resize((SIDE, SIDE))
     return torch.from_numpy(np.asarray(picture).astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def scenes():
-    """(name, frames [T, 3, SIDE, SIDE]) of each."""
+    """The name and the frames [T, 3, SIDE, SIDE] of each scene."""
     for name in PHOTOGRAPHS:
         day = photograph(name)
         night = torch.einsum("schw,c->shw", day, GREY)[:, None].expand_as(day)
@@ -68,9 +68,9 @@ def main():
         lines.append([name, *(text for pair in texts for text in pair)])
         print(*lines[-1], sep="  ", flush=True)
         rows.append(row)
-    names = ["frames", "key frames, without", "with", "skipped, without", "with"]
-    names += ["least cosine, without", "with", "mean cosine, without", "with"]
-    text = f"# Another light\n\n{__doc__.partition(chr(10) * 2)[2].strip()}\n\n{table(names, lines)}"
+    names = ["scene", "key frames, without", "with", "skipped, without", "with"]
+    names += ["lowest cosine, without", "with", "mean cosine, without", "with"]
+    text = f"# Changing light\n\n{__doc__.partition(chr(10) * 2)[2].strip()}\n\n{table(names, lines)}"
     write("studies/light", machine, {"cut_light": with_light.cut_light}, rows, text)
 
 

@@ -32,8 +32,8 @@ STRIDE, TRIALS = 5.0, 7
 
 
 class Run(NamedTuple):
-    """What a patched model gave on a clip of T frames: embeddings [T, D], share skipped [T], key frames after the
-    first, and the median milliseconds of a dense frame over those of a patched one where both were run.
+    """A patched model on a clip of T frames: embeddings [T, D], share skipped [T], key frames after the first, and the
+    median time of a dense frame over that of a patched one where both were run.
     """
 
     embeddings: torch.Tensor
@@ -56,7 +56,7 @@ def load_classifier():
 
 
 def read_clip(path, size, count, rate=None):
-    """The first `count` frames, all or so many a second, [T, 3, size, size] float32."""
+    """The first `count` frames, all of them or `rate` per second, [T, 3, size, size] float32."""
     preprocess = Preprocessor(size, size)
     with closing(Source(str(path))) as source:
         step = 1 if rate is None else max(round(source.rate / rate), 1)
@@ -70,11 +70,10 @@ def embeddings(model, pixels):
 
 
 def run(model, clips, config, *, dense=None, weights=None):
-    """A `Run` for each of `clips`, which are streams of one pass where they are of one length.
+    """A `Run` for each of `clips`, encoded as streams of one pass if they have the same length.
 
-    With `dense`, the unpatched model is run in turns with the patched one, clip by clip; returns its embeddings too.
-    `weights` is a file of those for partial frames.
-    What is encoded does not depend on how fast the machine is.
+    With `dense`, the unpatched model, both models take turns clip by clip, and its embeddings are returned too.
+    `weights` is a file of weights for partial frames. What is encoded does not depend on the machine's speed.
     """
     neuroflow.enable_cache(model, config.reproducible(), weights=weights)
     try:
@@ -108,7 +107,7 @@ def _run_in_turns(model, clip, dense):
     neuroflow.reset_cache(model)
     found, expected, reports, times = [], [], [], {model: [], dense: []}
     for number, pixels in enumerate(clip.split(1)):
-        # Taking turns, so that neither always finds the processor's cache as the other left it.
+        # In turns, so that neither model always finds the processor's cache as the other left it.
         for each in (model, dense) if number % 2 else (dense, model):
             start = time.perf_counter()
             (found if each is model else expected).append(embeddings(each, pixels))
@@ -123,9 +122,9 @@ def mean_skip(runs):
 
 
 def find_threshold(skipped_at, skip, start, trials=TRIALS, tolerance=TOLERANCE):
-    """The threshold of those tried at which `skipped_at(threshold)` is nearest to `skip`.
+    """The threshold, among those tried, at which `skipped_at(threshold)` is nearest to `skip`.
 
-    Steps of a factor until two thresholds have `skip` between them, then to where a line between the two meets it.
+    Multiplies or divides by `STRIDE` until two thresholds bracket `skip`, then interpolates between them.
     """
     tried = {}
     threshold = start
@@ -146,7 +145,7 @@ def find_threshold(skipped_at, skip, start, trials=TRIALS, tolerance=TOLERANCE):
 
 
 def gate_of(model):
-    """A copy of `model` with its first block alone: what is skipped by surprise does not depend on the others."""
+    """A copy of `model` with its first block only: what surprise skips does not depend on the other blocks."""
     gate = copy_sharing_weights(model)
     first = anatomy_of(gate).layers[0]
     for module in list(gate.modules()):
@@ -167,14 +166,14 @@ def run_at_skip(model, gate, clips, config, skip, start, tolerance=TOLERANCE):
         runs[threshold] = run(model, clips, tried)
         return mean_skip(runs[threshold])
 
-    # A gate alone is cheap to ask.
+    # Running the gate alone is cheap.
     threshold = find_threshold(skipped_at, skip, start, 3 * TRIALS if shallow else TRIALS, tolerance)
     chosen = dataclasses.replace(config, threshold=threshold)
     return chosen, run(model, clips, chosen) if shallow else runs[threshold]
 
 
 def score(expected, runs, head):
-    """The figures of runs against dense embeddings [T, D] of each, over all frames but the first of each clip.
+    """The scores of runs against the dense embeddings [T, D] of each, over all frames but the first of each clip.
 
     head: embeddings [T, D] -> logits [T, classes].
     """

@@ -138,7 +138,7 @@ def main():
                 bar.update()
     scores.staleness = STALENESS
     parts = [
-        "# Ways to score a patch, at equal tokens",
+        "# Patch scores at equal tokens",
         f"`python -m bench.studies.scores`. An ImageNet ViT-Ti at {SIZE} px, architecture E, on the first {FRAMES} "
         "frames of each clip, without scene cuts or an age limit. Cells are the mean and the 5th percentile of the CLS "
         "feature's cosine to dense. The threshold is found per clip.",

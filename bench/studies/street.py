@@ -125,7 +125,7 @@ def report(machine, rows, settings, count, seed):
         f"{variant}, {knob}": [row["retained"] for row in shown if (row["variant"], row["knob"]) == (variant, knob)]
         for variant, knob in settings
     }
-    plot_bars("studies/street", f"{count} drawn scenes", "retained of what dense names", groups, series)
+    plot_bars("studies/street", f"{count} drawn scenes", "share of dense's right answers kept", groups, series)
     return text
 
 
