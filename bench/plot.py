@@ -136,11 +136,11 @@ def plot_fidelity(axis, rows):
 
 def plot_roofline(axis, rows, ceilings):
     """Bytes per second over FLOPs per byte; ops without arithmetic lie at 0."""
-    names = values(rows, "case")
-    for row in rows:
-        if row["system"] in ("cpp", "cuda", "triton"):
-            intensity, rate = row["flops"] / row["bytes"], 1e3 * row["bytes"] / row["median_ms"]
-            axis.plot(intensity, rate, linestyle="", **marker_of(names.index(row["case"]), row["dtype"]))
+    drawn = [row for row in rows if row["system"] in ("cpp", "cuda", "triton")]
+    names = values(drawn, "case")
+    for row in drawn:
+        intensity, rate = row["flops"] / row["bytes"], 1e3 * row["bytes"] / row["median_ms"]
+        axis.plot(intensity, rate, linestyle="", **marker_of(names.index(row["case"]), row["dtype"]))
     reach = [0.0, *(0.1 * 1.1**step for step in range(100))]
     for dtype in values(rows, "dtype"):
         roof = [min(ceilings["memory"], ceilings[dtype] / flops if flops else ceilings["memory"]) for flops in reach]
