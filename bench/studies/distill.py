@@ -193,25 +193,25 @@ def text_of(rows, others, count, history, arguments):
         [
             f"# Architecture {arguments.arch} before and after distillation",
             f"`python -m bench.studies.distill --arch {arguments.arch} --videos {arguments.videos} --epochs "
-            f"{arguments.epochs} --rate {arguments.rate:g}`: the package's tower, taught on {arguments.videos} drawn "
-            f"videos (one in five of them held out) of {FRAMES // EVERY} frames, under the cameras "
-            f"{' and '.join(INSIDE)}. By epoch, its cosine on the held-out videos at 90 % skipped, and the share of "
-            f"scenes under the other cameras whose subject it names in the last of {ENOUGH} frames, at 90 % skipped "
-            f"too. Epoch 0 is before training. Epoch {chosen(history)['number']} is kept, of the highest cosine among "
-            "those that lose less than a point outside:",
+            f"{arguments.epochs} --rate {arguments.rate:g}`: the package's tower, trained on {arguments.videos} drawn "
+            f"videos of {FRAMES // EVERY} frames, one in five of them held out, under the cameras "
+            f"{' and '.join(INSIDE)}. The table has its cosine on the held-out videos by epoch, and the share of "
+            f"scenes under the other cameras whose subject it names in the last of {ENOUGH} frames, both at 90 % "
+            f"skipped. Epoch 0 is before training. Epoch {chosen(history)['number']} is kept: it has the highest "
+            "cosine of those that lose less than a point outside.",
             table(["epoch", "cosine", "5th percentile", "top-1 outside"], epochs),
-            f"On {arguments.test} other scenes, which neither training nor the choice of the epoch has seen; cosine is "
-            "to the unpatched model. What is distilled are weights for partial frames alone: the first frame of each "
-            "scene is whole, is encoded with the model's own, and is not counted:",
+            f"On {arguments.test} other scenes, which neither training nor the choice of the epoch has seen. Only the "
+            "weights for partial frames are distilled: the first frame of each scene is whole, is encoded with the "
+            "model's own weights, and is not counted.",
             table(["system", *head], by_share),
-            f"On {count} other scenes under the other cameras, of which nothing was taught, the last of {ENOUGH} "
-            "frames, at 90 % skipped:",
+            f"On {count} scenes under the other cameras, which training did not show, the last of {ENOUGH} frames, at "
+            "90 % skipped:",
             table(
                 ["system", "cosine", "top-1"],
                 [[name, cosine(value), share(right / count)] for name, (right, value) in others.items()],
             ),
-            "What the cosine at 90 % skipped depends on; the last column is that of the mean of the clip's own dense "
-            "embeddings, a constant that knows the answer:",
+            "What the cosine at 90 % skipped depends on. The last column is the cosine of a constant, the mean of the "
+            "clip's own dense embeddings.",
             table(["frames where", "system", "frames", *head, "own mean"], by_group),
         ]
     )

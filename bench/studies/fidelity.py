@@ -180,12 +180,13 @@ def clips_text(rows, arguments):
         [
             f"# Fidelity on clips, {arguments.size} px, the first {arguments.frames} frames of each",
             f"`python -m bench.studies.fidelity clips --size {arguments.size} --frames {arguments.frames}`. An "
-            "ImageNet ViT-Ti, nothing trained; everything against the unpatched model on the same frames. Dense leads "
-            f"where its answer is {LEAD} more probable than its next.",
+            "ImageNet ViT-Ti, nothing trained, compared with the unpatched model on the same frames. Dense leads where "
+            f"its answer is {LEAD} more probable than the runner-up.",
             f"Means over the clips on which every variant reaches {SKIP:.0%} (and {MORE:.0%}, where that is asked):",
             table(head, means),
-            "The default at its default threshold. Speed: the median time of a dense frame over that of a patched one, "
-            "in turns. Clips of key frames only ask for no skip from variants that make key frames of cuts.",
+            "The default at its default threshold. Speed is the median time of a dense frame over that of a patched "
+            "one, in turns. On clips that are all key frames, variants that turn cuts into key frames have no row "
+            "below.",
             table(["clip", "key frames", *head[3:], "speed"], default),
             "Every clip at matched skip:",
             table(["clip", *head[:2], *head[3:]], single),

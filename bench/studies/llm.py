@@ -49,12 +49,12 @@ def by_layer(values):
 
 
 def text(rows, large):
-    parts = ["# Language models that repeat themselves", __doc__.split("\n\n", 1)[1].strip().replace("\n", " ")]
+    parts = ["# Language models whose layers repeat", __doc__.split("\n\n", 1)[1].strip()]
     parts.append(
-        "Similarity: percentiles of the cosine between the gate layer's attention outputs in consecutive steps. Drift: "
-        f"share of {NEW_TOKENS} greedy tokens that differ from the plain model's after the first half of a window. "
-        "Divergence: distance of the last hidden state to dense as a share of its length. The pair 1>0 goes by the "
-        "decision of the step before."
+        "P10, P50 and P90 are percentiles of the cosine between the gate layer's attention outputs in consecutive "
+        f"steps. Drift is the share of {NEW_TOKENS} greedy tokens after the first half of a window that differ from "
+        "the plain model's. Divergence is the distance of the last hidden state from dense, as a share of its length. "
+        "The pair 1>0 uses the decision of the step before."
     )
     names = ["gate>cached", "threshold", "text", "repeated", "P10", "P50", "P90", "dense", "bypassed", "drift"]
     for target, title in (("attention", "Attention that repeats"), ("mlp", "MLPs that repeat")):
@@ -90,14 +90,14 @@ def text(rows, large):
         for row in rows
     ]
     names = ["gate>cached", "threshold", "repeated", "dense, ms/token", "bypassed, ms/token", "speed"]
-    parts += ["## Milliseconds a token, one row of code, in turns", table(names, lines)]
+    parts += ["## Milliseconds per token, one row of code, in turns", table(names, lines)]
     lines = [
         [row["target"], f"{row['dense_ms']:.1f}", f"{row['ms']:.1f}", f"{row['dense_ms'] / row['ms']:.2f}x"]
         for row in large
     ]
     size = ", ".join(f"{name} {value}" for name, value in LARGE.items())
     parts += [
-        f"## The most that is saved\n\nRandom weights, {size}, float32; layers 2 to 11 repeat in every step.",
+        f"## The most that repeating can save\n\nRandom weights, {size}, float32; layers 2 to 11 repeat in every step.",
         table(["what repeats", *names[3:]], lines),
     ]
     return "\n\n".join(parts)
