@@ -147,9 +147,9 @@ soak: .venv/installed
 bench-vllm: .venv/vllm/installed
 	$(<D)/bin/python -m bench.vllm_video
 
-# Likewise bench/results/zoo.*. Towers of timm are left out, as it is not installed.
+# Likewise bench/results/studies/zoo.*. Towers of timm are left out, as it is not installed.
 zoo: .venv/installed
-	$(BIN)/python -m bench.zoo
+	$(BIN)/python -m bench.studies.zoo
 
 # On a machine with a GPU, in the Python that has its torch: `make gpu PYTHON=python3`.
 gpu:

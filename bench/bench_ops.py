@@ -1,6 +1,6 @@
-"""The registry's ops under pytest-benchmark: `pytest bench`. Nothing is timed that has not agreed with the reference.
+"""The registry's ops under pytest-benchmark: `pytest bench`. Nothing is timed that does not agree with the reference.
 
-Here inputs stay in the processor's cache where they fit; `python -m bench.run ops` takes them from memory.
+Inputs stay in the processor's cache here if they fit; `python -m bench.run ops` reads them from memory.
 """
 
 import functools

@@ -1,10 +1,10 @@
 """Frames on a machine that is busy with something else: `python -m bench.busy`.
 
-The median and the 95th percentile of a frame on a quiet machine, and beside as many processes as there are cores, each
-of which computes without end. Torch and NeuroFlow have their default settings: a patched model runs on as many threads
-as there are free cores, an unpatched one on all that torch has. Models with random weights, on random frames of whose
-patches a share is new from frame to frame; a key frame encodes all of them. What is measured begins once the processes
-have run for a while, and of unpatched frames beside them there are few, as one may take more than a second.
+The median and the 95th percentile of a frame on a quiet machine, and next to as many endless processes as there are
+cores. Torch and NeuroFlow have their default settings: a patched model runs on as many threads as there are free cores,
+an unpatched one on all that torch has. Models have random weights, and in their random frames a given share of the
+patches is new from frame to frame; a key frame encodes all of them. Measuring starts once the processes have run for a
+while. Unpatched frames next to them are few, since one may take more than a second.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The registry: what the benchmarks measure, how each case is built, and how it is checked before it is timed.
 
-Ops are called in every backend that serves the device, and beside them the plain torch lines that they replace. Models
-are a SigLIP tower of base size with random weights: unpatched, compiled, the published system, and NeuroFlow's
-architectures, which all encode the same frames.
+Ops run on every backend that serves the device, next to the plain torch lines that they replace. Models are a SigLIP
+tower of base size with random weights: unpatched, compiled, as the published system, and under NeuroFlow's
+architectures, all of which encode the same frames.
 """
 
 import itertools

@@ -1,37 +1,23 @@
-"""A clip in one call beside dense in batches of as many frames: `python -m bench.clip`.
+"""A clip in one call beside dense batches of as many frames: `python -m bench.clip`.
 
-Models with random weights, architecture E, on random frames of whose patches a share is new from frame to frame. Both
-ways take turns, a step being T frames; a speed-up is the median of ratios within a turn. "going on": the stream is
-known from the call before. "with its key frame": the clip has no name, and begins with a frame that is encoded whole.
-Dense is the unpatched model in batches of the same T; beside the speed-up over that stands the one over dense at its
-own best T. What a clip gives must be what its frames give one by one, in the same run, up to rounding.
-
-`--fidelity` measures instead what clips lose where that is not so: an ImageNet ViT-Ti at 224 px on real clips, at the
-default settings, whose score reads the attention that the pooled output paid the patches, of which a pass knows no more
-than its stream did before it. The threshold is the one that skips 84 % frame by frame.
-
-`--reuse` measures what clips without a name gain by serving a patch that is not encoded by the nearest of its versions,
-before or after, over the last: the same ViT-Ti on 32 frames of each clip at several rates, the same patches encoded
-both ways, cosines of CLS and of the patches' tokens. The time is that of "nearest" over that of "last", the median
-of ratios within a turn.
+Models with random weights, architecture E, on random frames in which a given share of the patches is new from frame to
+frame. Both sides take turns, one step being T frames, and a speed-up is the median of ratios within a turn. "Going on"
+is a stream that earlier calls have opened. "With its key frame" is a clip without a name, whose first frame is encoded
+whole. Dense is the unpatched model in batches of the same T; the last column compares with dense at its own best T. A
+clip has to give what its frames give one by one, in the same run, up to rounding.
 """
 
 import argparse
-import functools
 import itertools
-import operator
 import statistics
 
 import neuroflow
 import torch
-from neuroflow import NeuroFlowConfig
-from neuroflow.weights import copy_sharing_weights
 
 from bench import cases
-from bench.fidelity import large_clips, load_classifier
 from bench.run import DTYPES, timed
 from bench.streams import MODELS, embedding
-from bench.tables import begin, cosine, embeddings, find_threshold, gate_of, read_clip, run_at_skip, share, table, write
+from bench.tables import begin, table, write
 
 LENGTHS = (1, 4, 16, 32)
 SKIPS = (0.97, 0.84)
@@ -76,78 +62,6 @@ def measure(name, size, dtype, length, skip, turns, device="cpu"):
     return row
 
 
-@torch.inference_mode()
-def fidelity(lengths):
-    """Of each clip, mean cosine to dense and share skipped, frame by frame and in clips of each of `lengths` frames."""
-    model, unpatched = load_classifier()
-    gate, rows = gate_of(model), []
-    for name, path in large_clips().items():
-        frames = read_clip(path, 224, 120)
-        dense = torch.cat([embeddings(unpatched, part) for part in frames.split(30)])
-        config = NeuroFlowConfig(dense_above=1.0)
-        chosen, (alone,) = run_at_skip(model, gate, [frames], config, 0.84, 0.1)
-        rows.append({"clip": name, "frames": 1} | _figures(alone.embeddings, alone.skipped.tolist(), dense))
-        for length in lengths:
-            neuroflow.enable_cache(model, chosen)
-            found, skipped = [], []
-            with neuroflow.cache_context(model, name):
-                for part in frames.split(length):
-                    found.append(embeddings(model, part))
-                    skipped += [report.skipped for report in neuroflow.last_pass(model)]
-            neuroflow.disable_cache(model)
-            rows.append({"clip": name, "frames": length} | _figures(torch.cat(found), skipped, dense))
-    return rows
-
-
-@torch.inference_mode()
-def reuse(skips=(0.84, 0.7), length=32, turns=5):
-    """Of each clip, rate and share skipped: mean cosines to dense and relative time, by what serves a skipped patch."""
-    model, unpatched = load_classifier()
-    towers, rows = {"last": model.vit, "nearest": copy_sharing_weights(model).vit}, []
-
-    def skipped_at(threshold, frames):
-        neuroflow.enable_cache(towers["last"], NeuroFlowConfig(threshold=threshold, reuse="last", dense_above=1.0))
-        towers["last"](frames)
-        reports = neuroflow.last_pass(towers["last"])[1:]
-        neuroflow.disable_cache(towers["last"])
-        return statistics.mean(report.skipped for report in reports)
-
-    for rate, (name, path) in itertools.product((1, 2, 4, None), large_clips().items()):
-        frames = read_clip(path, 224, length, rate)
-        if len(frames) < length // 2:
-            continue
-        expected = unpatched.vit(frames).last_hidden_state
-        for skip in skips:
-            threshold = find_threshold(functools.partial(skipped_at, frames=frames), skip, 0.1, tolerance=0.01)
-            row = {"clip": name, "rate": rate, "frames": len(frames), "skipped": skipped_at(threshold, frames)}
-            times = {kind: [] for kind in towers}
-            for kind, tower in towers.items():
-                neuroflow.enable_cache(tower, NeuroFlowConfig(threshold=threshold, reuse=kind, dense_above=1.0))
-                found = tower(frames).last_hidden_state
-                cosines = torch.nn.functional.cosine_similarity(found[1:], expected[1:], dim=-1)
-                row |= {f"cls_{kind}": cosines[:, 0].mean().item(), f"tokens_{kind}": cosines[:, 1:].mean().item()}
-            for turn in range(turns):
-                for kind, tower in sorted(towers.items(), reverse=bool(turn % 2)):
-                    times[kind].append(timed(functools.partial(tower, frames), "cpu")[1])
-            for tower in towers.values():
-                neuroflow.disable_cache(tower)
-            row["time"] = statistics.median(map(operator.truediv, times["nearest"], times["last"]))
-            rows.append(row)
-            print(*format_reuse(row), sep="  ", flush=True)
-    return rows
-
-
-def format_reuse(row):
-    rate = "full" if row["rate"] is None else f"{row['rate']}/s"
-    figures = (row[f"{of}_{kind}"] for of in ("cls", "tokens") for kind in ("last", "nearest"))
-    return [row["clip"], rate, str(row["frames"]), share(row["skipped"]), *map(cosine, figures), f"{row['time']:.2f}"]
-
-
-def _figures(found, skipped, dense):
-    cosines = torch.nn.functional.cosine_similarity(found, dense)[1:]
-    return {"skipped": statistics.mean(skipped[1:]), "cosine": cosines.mean().item()}
-
-
 def format_row(row, best):
     def way(name):
         if name not in row:
@@ -167,26 +81,8 @@ def main():
     parser.add_argument("--skip", type=float, nargs="+", default=SKIPS)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--fidelity", action="store_true", help="what clips lose, on real ones")
     parser.add_argument("--out", default="clip", help="the stem of the files in bench/results, or a path's")
-    parser.add_argument("--reuse", action="store_true", help="what clips without a name gain by their next versions")
     arguments = parser.parse_args()
-    if arguments.reuse:
-        machine = begin("reuse")
-        rows = reuse()
-        names = ["clip", "rate", "T", "skipped", "CLS, last", "nearest", "tokens, last", "nearest", "time"]
-        text = f"# The last version of a patch, or its nearest\n\n{table(names, map(format_reuse, rows))}"
-        write("reuse", machine, {}, rows, text)
-        print(text)
-        return
-    if arguments.fidelity:
-        machine = begin(f"{arguments.out}-fidelity")
-        rows = fidelity([length for length in arguments.length if length > 1])
-        lines = [[row["clip"], str(row["frames"]), share(row["skipped"]), cosine(row["cosine"])] for row in rows]
-        text = f"# What clips lose\n\n{table(['clip', 'T', 'skipped', 'cosine to dense'], lines)}"
-        write(f"{arguments.out}-fidelity", machine, {}, rows, text)
-        print(text)
-        return
     machine, rows, lines = begin(arguments.out), [], []
     of = itertools.product(arguments.model, arguments.size, arguments.dtype, arguments.skip)
     for name, size, dtype, skip in of:

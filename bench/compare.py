@@ -1,7 +1,7 @@
-"""Two runs side by side: `python -m bench.compare A.json B.json`; of one, what is recorded for its machine is A.
+"""Two runs side by side: `python -m bench.compare A.json B.json`; with one run, A is what is recorded for its machine.
 
-Medians are compared row by row, which says something where the machine is the same; `*` marks those whose p20 to p80
-do not overlap. Speed-ups are taken within a run, so they can be compared between machines too.
+Medians are compared row by row, which means something only on the same machine; `*` marks rows whose ranges from p20 to
+p80 do not overlap. Speed-ups are ratios within a run, so they can be compared between machines too.
 """
 
 import argparse

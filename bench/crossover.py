@@ -1,8 +1,8 @@
-"""From which share of active patches on dense is faster: `python -m bench.crossover`.
+"""Above which share of active patches a dense pass is faster: `python -m bench.crossover`.
 
-Models with random weights, on random frames of which a share is new from frame to frame: the median of what a pass
-takes over the unpatched model's in the same turn, the crossover that follows, and the one that a patched model measures
-by its first block. Results go to bench/results/.
+Models with random weights, on random frames in which a given share of the patches is new from frame to frame: the
+median of a pass's time over the unpatched model's in the same turn, the crossover that follows from it, and the one
+that a patched model measures on its first block.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""All that waits for a GPU, in one call of less than ten minutes: `make gpu`, which runs `python -m bench.gpu`.
+"""Everything that needs a GPU, in one call of less than ten minutes: `make gpu`, which runs `python -m bench.gpu`.
 
 Builds the CUDA extension for the GPU at hand, tests the ops and the engine on it, runs the ops under compute-sanitizer,
-and measures. Each step has a time limit and a log, and one that fails does not stop the next; `gpu.json` says which
-did, how long they took, and on what machine. It takes the Python that runs it as it is, and installs nothing.
+and measures. Each step has a time limit and a log, and a step that fails does not stop the next; `gpu.json` says which
+ones did, how long they took, and on what machine. Nothing is installed: it uses the Python that runs it.
 """
 
 import argparse

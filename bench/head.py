@@ -1,9 +1,9 @@
 """What the pooling head costs a sparse frame, whole and folded: `python -m bench.head`.
 
-SigLIP's head projects every token to a key and a value, of which a sparse frame changes few. Folded, the one query goes
-into the keys' weights and the values' weights behind the sum, so that nothing is projected, and nothing need be cached
-either. Both are C on the same weights and frames, 97 % skipped, and take turns; a speed-up is the median of ratios
-within a turn. Both must give the same embedding in the same run, up to rounding.
+SigLIP's head projects every token to a key and a value, although a sparse frame changes few tokens. Folded, its single
+query moves into the keys' weights and the values' weights move behind the sum, so that nothing has to be projected or
+cached. Both are C with the same weights and frames at 97 % skipped, and take turns; a speed-up is the median of ratios
+within a turn. Both have to give the same embedding in the same run, up to rounding.
 """
 
 import argparse

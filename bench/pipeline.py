@@ -1,11 +1,12 @@
 """Where the time of `neuroflow run` goes on a 1080p clip: `python -m bench.pipeline`.
 
-Three passes over the same frames, taking turns: the encoder alone, its inputs already in memory; decoding,
-preprocessing and encoding in turn; decoding and preprocessing in a thread that runs ahead, as `neuroflow run` does.
-What they add is the median of a frame's wait and encoding over the median of the encoder alone. The same by the
-processor time of the loop's own thread, whatever else the machine is at, tells what is left where the other has a core
-to itself; with one thread for the model, that is all of the encoder's. The model encodes 3 % of the patches of every
-frame, which is where a millisecond counts most. The SigLIP of base size has random weights: this is about time alone.
+Three passes over the same frames take turns: the encoder alone, with its inputs already in memory; decoding,
+preprocessing and encoding one after the other; and decoding and preprocessing in a thread that runs ahead, as in
+`neuroflow run`. "Added" is the median of a frame's wait plus encoding over the median of the encoder alone. "Added,
+processor" is the same in processor time of the loop's own thread, which does not depend on what else the machine does:
+it shows what would be left if the other thread had a core to itself. With one thread for the model, it covers all of
+the encoder. The model encodes 3 % of the patches of every frame, where each millisecond counts most. The SigLIP of base
+size has random weights, since only time is measured.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""The figure and the tables of runs: `python -m bench.plot`, of what `python -m bench.run --out RUN.json` has measured.
+"""Figures and tables of benchmark runs: `python -m bench.plot`, for what `python -m bench.run --out RUN.json` wrote.
 
-RUN.png shows the speed-up by resolution, what skipping costs in fidelity (measured by `python -m bench.fidelity clips`)
-and the roofline of the ops; RUN.md has every row. The tables for the README are printed, and `--readme` puts those of
-the runs in bench/results between the two comments of README.md that name this program.
+RUN.png shows the speed-up by resolution, the fidelity that skipping costs (measured by `python -m
+bench.studies.fidelity clips`) and the roofline of the ops; RUN.md has every row. The summary tables are printed, and
+`--readme` writes those of bench/results/run-*.json, and those of `summaries.py`, into bench/README.md.
 """
 
 import argparse
@@ -13,28 +13,19 @@ from pathlib import Path
 import matplotlib
 from matplotlib.lines import Line2D
 
-from bench.fidelity import MAIN, mean_rows
 from bench.run import ceilings_line, label, sustained
-from bench.tables import RESULTS, table
+from bench.studies.fidelity import MAIN, mean_rows
+from bench.summaries import TABLES, of, values, with_tables
+from bench.tables import MARKERS, RESULTS, table
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- by python -m bench.plot --readme -->", "<!-- end -->"
-FIDELITY = RESULTS / "clips-224.json"
+README = Path(__file__).with_name("README.md")
+FIDELITY = RESULTS / "studies" / "clips-224.json"
 FACTS = ("cuda:0", "processor", "instruction sets", "threads", "torch", "transformers", "commit")
 STYLES = {"float32": "-", "bfloat16": "--"}
-MARKERS = "os^vD*<>PX"
-
-
-def of(rows, **wanted):
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-
-
-def values(rows, name):
-    """What a column holds, each once, in the order of the rows."""
-    return list(dict.fromkeys(row[name] for row in rows))
+TICKS = (1, 2, 5, 10, 20, 50, 100)
 
 
 def machine_line(run):
@@ -104,22 +95,34 @@ def all_rows(run):
     return "\n\n".join([head, table(names, body)]) + "\n"
 
 
+def marker_of(number, dtype):
+    """How a series is drawn: filled where it is float32, hollow where it is bfloat16."""
+    colour = f"C{number % 10}"
+    face = colour if dtype == "float32" else "white"
+    return {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markerfacecolor": face}
+
+
+def legend_beside(axis, **options):
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=8, **options)
+
+
 def plot_speedup(axis, rows, skip):
-    """The paper's figure: how many times faster than dense, by resolution."""
+    """How many times faster than dense, by resolution."""
     chosen = [row for row in rows if row["skip"] in (None, skip) and row["system"] != "dense" and not row["noise"]]
     for number, name in enumerate(values(chosen, "system")):
         for dtype in values(chosen, "dtype"):
             points = sorted((row["shape"][0], row["speedup"]) for row in of(chosen, system=name, dtype=dtype))
-            style = {"color": f"C{number}", "marker": MARKERS[number], "linestyle": STYLES[dtype]}
+            style = marker_of(number, dtype) | {"linestyle": STYLES[dtype]}
             axis.plot(*zip(*points, strict=True), **style, label=f"{name}, {dtype}")
     sizes = sorted({row["shape"][0] for row in rows})
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set(xscale="log", yscale="log", xlabel="input, px", ylabel="times faster than dense")
     axis.set_title(f"{skip:.0%} skipped")
-    axis.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    ticks = [tick for tick in TICKS if tick <= axis.get_ylim()[1]]
+    axis.set_yticks(ticks, map(str, ticks))
     axis.set_xticks(sizes, map(str, sizes))
     axis.minorticks_off()
-    axis.legend(fontsize=7, handlelength=4)
+    legend_beside(axis, handlelength=4)
 
 
 def plot_fidelity(axis, rows):
@@ -128,30 +131,25 @@ def plot_fidelity(axis, rows):
             points = sorted((100 * mean["skipped"], 1 - mean["cosine_mean"]) for mean in means)
             axis.plot(*zip(*points, strict=True), marker=MARKERS[number], label=name)
     axis.set(yscale="log", xlabel="patches skipped, %", ylabel="1 - mean cosine to dense", title="ViT-Ti on real clips")
-    axis.legend(fontsize=7)
+    legend_beside(axis)
 
 
 def plot_roofline(axis, rows, ceilings):
-    """Bytes a second by FLOPs for each byte: an op that does no arithmetic has its place at 0."""
-    names = values(rows, "case")
-    for row in rows:
-        if row["system"] in ("cpp", "cuda", "triton"):
-            intensity, rate = row["flops"] / row["bytes"], 1e3 * row["bytes"] / row["median_ms"]
-            number = names.index(row["case"])
-            face = f"C{number}" if row["dtype"] == "float32" else "none"
-            axis.plot(intensity, rate, MARKERS[number % len(MARKERS)], color=f"C{number}", markerfacecolor=face)
+    """Bytes per second over FLOPs per byte; ops without arithmetic lie at 0."""
+    drawn = [row for row in rows if row["system"] in ("cpp", "cuda", "triton")]
+    names = values(drawn, "case")
+    for row in drawn:
+        intensity, rate = row["flops"] / row["bytes"], 1e3 * row["bytes"] / row["median_ms"]
+        axis.plot(intensity, rate, linestyle="", **marker_of(names.index(row["case"]), row["dtype"]))
     reach = [0.0, *(0.1 * 1.1**step for step in range(100))]
     for dtype in values(rows, "dtype"):
         roof = [min(ceilings["memory"], ceilings[dtype] / flops if flops else ceilings["memory"]) for flops in reach]
         axis.plot(reach, roof, STYLES[dtype], color="grey", label=f"ceiling, {dtype}")
     axis.set_xscale("symlog", linthresh=0.1)
-    axis.set(yscale="log", xlabel="FLOPs for each byte", ylabel="bytes a second", title="ops")
-    handles = [
-        Line2D([], [], marker=MARKERS[n % len(MARKERS)], color=f"C{n}", linestyle="", label=name)
-        for n, name in enumerate(names)
-    ]
-    handles.append(Line2D([], [], marker="o", color="k", markerfacecolor="none", linestyle="", label="bfloat16"))
-    axis.legend(handles=handles + axis.get_legend_handles_labels()[0], fontsize=6)
+    axis.set(yscale="log", xlabel="FLOPs per byte", ylabel="bytes per second", title="ops")
+    handles = [Line2D([], [], linestyle="", label=name, **marker_of(n, "float32")) for n, name in enumerate(names)]
+    handles.append(Line2D([], [], marker="o", color="k", markerfacecolor="white", linestyle="", label="bfloat16"))
+    legend_beside(axis, handles=handles + axis.get_legend_handles_labels()[0])
 
 
 def plot(run, fidelity, path):
@@ -161,7 +159,7 @@ def plot(run, fidelity, path):
     panels.append(lambda axis: plot_fidelity(axis, fidelity["rows"]))
     if ops:
         panels.append(lambda axis: plot_roofline(axis, ops, run["ceilings"]))
-    figure, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(6 * -(-len(panels) // 2), 9), layout="constrained")
+    figure, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(8 * -(-len(panels) // 2), 9), layout="constrained")
     for axis, draw in itertools.zip_longest(axes.flat, panels):
         axis.grid(alpha=0.3)
         if draw is None:
@@ -173,26 +171,15 @@ def plot(run, fidelity, path):
     plt.close(figure)
 
 
-def with_tables(readme, text):
-    """The README's text with `text` between the two comments.
-
-    Raises:
-        ValueError: they are not there, once each.
-    """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md has to have the line {BEGIN!r} once, and after it {END!r}")
-    before, _, rest = readme.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
-
-
 def readme_tables():
-    return "\n\n".join(tables_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("run-*.json")))
+    runs = "\n\n".join(tables_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("run-*.json")))
+    return {"runs": runs} | {name: write() for name, write in TABLES.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="*", help="bench/results/run-*.json where none is named")
-    parser.add_argument("--readme", action="store_true", help="put the tables into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the tables into bench/README.md")
     arguments = parser.parse_args()
     fidelity = json.loads(FIDELITY.read_text())
     for path in arguments.runs or sorted(RESULTS.glob("run-*.json")):

@@ -1,11 +1,11 @@
-"""Where the time of a sparse frame goes, and how little it could be: `python -m bench.roofline`.
+"""Where the time of a sparse frame goes, and how little it could take: `python -m bench.roofline`.
 
-SigLIP base under architecture E, between key frames. A part's time is its own, without that of the parts within it, so
-that all of them add up to the frame. Its bound is what the machine's measured ceilings allow: its bytes, each read or
-written once, at the rate of memory, or its FLOPs at that of a large product, whichever takes longer. Activations of few
-rows stay in the processor's cache and can be faster than that; weights cannot, as all of them together do not fit. The
-ceiling of FLOPs is that of torch's own product, which other kernels beat where a share is above 100 %. A part above
-60 % of its bound is done.
+SigLIP base under architecture E, between key frames. A part's time excludes the parts within it, so the parts add up to
+the frame. Its bound follows from the machine's measured ceilings: its bytes, each read or written once, at the rate of
+memory, or its FLOPs at the rate of a large matrix product, whichever takes longer. Activations of few rows stay in the
+processor's cache and can be faster than that; weights cannot, since together they do not fit. The ceiling of FLOPs is
+that of torch's own product, which other kernels beat where a share is above 100 %. A part above 60 % of its bound is
+done.
 """
 
 import argparse

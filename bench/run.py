@@ -1,11 +1,11 @@
-"""Measure the registry: `python -m bench.run`, and `bench.compare`, `bench.plot` for what it writes.
+"""Measure the registry: `python -m bench.run`, and `bench.compare` and `bench.plot` for what it writes.
 
 All systems of a case take turns, and a speed-up is the median of ratios within a turn, so that a machine that changes
-its pace changes both sides. A row is there only if its check passed in the same run. On a GPU the time is that between
-two events, on a CPU the wall clock's.
+its pace changes both sides. A row is written only if its check passed in the same run. Time is that between two events
+on a GPU, and wall-clock time on a CPU.
 
-Ops take inputs from so many copies that they come from memory, not from a cache. Models: a frame is one between key
-frames.
+Ops read their inputs from so many copies that they come from memory, not from a cache. Frames of models are those
+between key frames.
 """
 
 import argparse

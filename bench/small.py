@@ -1,6 +1,6 @@
 """Every op once on small and awkward shapes, for compute-sanitizer: `python -m bench.small --device cuda`.
 
-What a backend gives is compared with the reference on the same device.
+Each backend's result is compared with the reference's on the same device.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Streams at random for as long as one likes: `python -m bench.soak --minutes 10`.
+"""Random streams for as long as you like: `python -m bench.soak --minutes 10`.
 
-Threads share one patched tower with random weights and hand it frames of streams of their own: one at a time, several
-in a pass, clips with and without names, cuts, other sizes, NaN, resets, and files that are saved and loaded again,
-while a limit closes what was used least recently. Every so often a stream's frames since it opened are encoded once
-more, alone and one by one, which has to give the same last output. What the process holds is counted all along: memory,
-open handles and threads have to stay what they were a fifth of the way in.
+Threads share one patched tower with random weights and give it frames of their own streams: one at a time, several in a
+pass, clips with and without names, cuts, other sizes, NaN, resets, and files that are saved and loaded again, while a
+limit closes the streams that were used least recently. Every so often the frames of a stream since it opened are
+encoded once more, alone and one by one, and the last output has to be the same. Memory, open handles and threads are
+counted throughout and have to stay what they were a fifth of the way in.
 """
 
 import argparse

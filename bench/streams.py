@@ -1,8 +1,8 @@
 """Many streams in one pass beside as many passes: `python -m bench.streams`.
 
-Models with random weights, on random frames of each stream, of whose patches a share is new from frame to frame. Both
-ways take turns, a step being one frame of every stream; a speed-up is the median of ratios within a turn. Both must
-give every stream the same embedding in the same run, up to rounding.
+Models with random weights, on random frames of each stream in which a given share of the patches is new from frame to
+frame. Both ways take turns, one step being one frame of every stream; a speed-up is the median of ratios within a turn.
+Both have to give every stream the same embedding in the same run, up to rounding.
 """
 
 import argparse

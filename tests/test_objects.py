@@ -21,7 +21,7 @@ from neuroflow.objects import (
     to_detections,
 )
 
-from bench import highway
+from bench.studies import highway
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = (12, 20)

@@ -6,7 +6,7 @@ import sys
 import neuroflow
 import pytest
 
-from bench import structure
+from bench.studies import structure
 
 # From the top floor down; every file of the engine imports those below it alone.
 ENGINE = (

@@ -1,7 +1,7 @@
-"""Other ways to encode video with less, as baselines: each file one method, written plainly in eager torch.
+"""Other ways to encode video with less, as baselines: one method per file, written plainly in eager torch.
 
-A baseline is made from a model and its one setting, is called frame by frame with pixels [1, 3, H, W] and returns the
-frame's embedding [1, D]; `reset()` forgets the stream, and `flops` counts up what its products cost.
+A baseline is made from a model and its one setting, is called frame by frame with pixels [1, 3, H, W], and returns the
+frame's embedding [1, D]. `reset()` forgets the stream, and `flops` counts what its matrix products cost.
 """
 
 from .attention_dropping import AttentionDropping

@@ -100,8 +100,8 @@ class NeuroFlowConfig:
             frames that have nothing in common are key frames, and cost what they cost dense. "streams": a frame of each
             of as many streams, 0 to S - 1. "dense": they run unpatched.
         reuse: what serves a patch that is not encoded. "last", its last version; "nearest", in a clip without a name,
-            its last or its next, whichever is nearer in content (bench/results/reuse.md). A stream that goes on knows
-            no next version, and is served by the last; so is any reference but "refreshed".
+            its last or its next, whichever is nearer in content (bench/results/studies/reuse.md). A stream that goes
+            on knows no next version, and is served by the last; so is any reference but "refreshed".
         pass_patches: how many patches a pass holds at most; a call of more frames than that is encoded in several, one
             after the other, which bounds the memory that it takes beside its output.
         launch: "graph": on a GPU, sparse frames of streams that keep coming together are recorded as CUDA graphs, whose

@@ -9,13 +9,13 @@ from models import PATCH, SIZES, clip, tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
-from bench import peers
 from bench.baselines import STC, AttentionDropping, Eventful, FrameSkipping, PixelGate, Published, TokenMerging
 from bench.baselines.attention_dropping import cls_attention, drop
 from bench.baselines.eventful import Gated
 from bench.baselines.tome import merge
 from bench.baselines.tower import Tower
-from bench.tables import embeddings
+from bench.studies import peers
+from bench.studies.protocol import embeddings
 
 SIZE = (48, 64)  # not the models' native one: 6 x 8 patches
 PATCHES = 48
@@ -417,7 +417,7 @@ def test_positions_of_another_size(classifier):
 
 def test_settings_of_the_last_run(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "RESULTS", tmp_path)
-    with pytest.raises(SystemExit, match=r"peers-224.json is not in .*; python -m bench.peers --search"):
+    with pytest.raises(SystemExit, match=r"peers-224.json is not in .*; python -m bench.studies.peers --search"):
         peers.chosen_before("peers-224")
     rows = [
         {"clip": "some", "peer": "dense", "setting": {}, "target": None},

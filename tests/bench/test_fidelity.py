@@ -15,7 +15,8 @@ from neuroflow.weights import copy_sharing_weights
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from bench import fidelity, street, tables
+from bench import tables
+from bench.studies import fidelity, protocol, street
 
 
 @pytest.fixture
@@ -41,8 +42,8 @@ def test_score_of_a_hand_made_run():
     # Logits are the embeddings: dense answers 0, by little in frame 3. The first frame would spoil every figure.
     dense = torch.tensor([turned(0), turned(0), turned(0), turned(44)])
     found = torch.tensor([turned(180), turned(0), turned(60), turned(46)])
-    run = tables.Run(found, torch.tensor([0.0, 0.9, 0.8, 0.4]), 2)
-    figures = tables.score([dense], [run], lambda embeddings: embeddings)
+    run = protocol.Run(found, torch.tensor([0.0, 0.9, 0.8, 0.4]), 2)
+    figures = protocol.score([dense], [run], lambda embeddings: embeddings)
     cosines = [1, 0.5, math.cos(math.radians(2))]
     # Of three sorted values the 5th percentile lies a tenth of the way from the lowest to the middle one.
     p5 = cosines[1] + 0.1 * (cosines[2] - cosines[1])
@@ -56,7 +57,7 @@ def test_score_of_a_hand_made_run():
 
 def test_score_where_dense_never_leads():
     dense = torch.tensor([turned(0), turned(44)])
-    figures = tables.score([dense], [tables.Run(dense, torch.zeros(2), 0)], lambda embeddings: embeddings)
+    figures = protocol.score([dense], [protocol.Run(dense, torch.zeros(2), 0)], lambda embeddings: embeddings)
     assert figures["top1_led"] is None and figures["top1"] == 1
 
 
@@ -68,29 +69,29 @@ def test_threshold_is_found_from_either_side(start):
         tried.append(threshold)
         return min(max(0.84 + 0.2 * math.log10(threshold / 0.02), 0), 0.98)
 
-    found = tables.find_threshold(skipped_at, 0.84, start)
-    assert abs(skipped_at(found) - 0.84) <= tables.TOLERANCE and len(tried) <= tables.TRIALS + 1
+    found = protocol.find_threshold(skipped_at, 0.84, start)
+    assert abs(skipped_at(found) - 0.84) <= protocol.TOLERANCE and len(tried) <= protocol.TRIALS + 1
 
 
 def test_nearest_threshold_where_none_reaches_the_skip_rate():
-    assert tables.find_threshold(lambda threshold: 0.3 if threshold < 10 else 0.6, 0.84, 0.1) > 10
+    assert protocol.find_threshold(lambda threshold: 0.3 if threshold < 10 else 0.6, 0.84, 0.1) > 10
 
 
 def test_gate_alone_skips_as_the_whole_model_does(classifier):
     frames = clip(frames=8)
-    gate = tables.gate_of(classifier)
+    gate = protocol.gate_of(classifier)
     assert len(neuroflow.adapters.describe(gate).layers) == 1
     assert len(neuroflow.adapters.describe(classifier).layers) == SIZES["num_hidden_layers"]
     config = neuroflow.NeuroFlowConfig.published(threshold=0.05)
-    (whole,), (alone,) = tables.run(classifier, [frames], config), tables.run(gate, [frames], config)
+    (whole,), (alone,) = protocol.run(classifier, [frames], config), protocol.run(gate, [frames], config)
     assert torch.equal(whole.skipped, alone.skipped) and 0.1 < whole.skipped[1:].mean() < 0.95
 
 
 def test_clips_run_together_or_alone_give_the_same(classifier):
     clips = [clip(seed=seed) for seed in range(2)]
     config = neuroflow.NeuroFlowConfig()
-    together = tables.run(classifier, clips, config)
-    alone = [tables.run(classifier, [one], config)[0] for one in clips]
+    together = protocol.run(classifier, clips, config)
+    alone = [protocol.run(classifier, [one], config)[0] for one in clips]
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one.skipped, other.skipped) and one.key_frames == other.key_frames
         torch.testing.assert_close(one.embeddings, other.embeddings)
@@ -105,7 +106,7 @@ def test_rows_of_a_clip(classifier):
     assert rows[0]["speed"] > 0 and rows[3]["budget"] == 0.25 and rows[3]["skipped"] == 0.75
     for row in rows[:3]:
         config = dataclasses.replace(variants[row["variant"]], threshold=row["threshold"])
-        assert row["reached"] == (row["asked"] is None or abs(row["skipped"] - 0.75) <= tables.TOLERANCE)
+        assert row["reached"] == (row["asked"] is None or abs(row["skipped"] - 0.75) <= protocol.TOLERANCE)
         neuroflow.enable_cache(classifier, config)
         with torch.inference_mode():
             found, expected = (

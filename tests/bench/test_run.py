@@ -359,16 +359,17 @@ def test_results_are_of_a_commit(checkout):
 def test_results_need_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "bench" / "results")
-    with pytest.raises(SystemExit, match="is no checkout of git"):
+    with pytest.raises(SystemExit, match="is not a git checkout"):
         tables.begin("some")
     assert tables.begin(str(tmp_path / "some"))["commit"] == "unknown"
 
 
 def writers():
-    """Every program of bench that writes a result."""
-    for path in sorted(Path(run.__file__).parent.glob("*.py")):
+    """Every program of bench that writes a result, by its name within the package."""
+    package = Path(run.__file__).parent
+    for path in sorted(package.rglob("*.py")):
         if path.name != "tables.py" and "    write(" in path.read_text() and "def main" in path.read_text():
-            yield path.stem
+            yield ".".join(path.relative_to(package).with_suffix("").parts)
 
 
 @pytest.mark.parametrize("name", [*writers(), "run"])
@@ -378,7 +379,7 @@ def test_nothing_is_measured_of_a_changed_tree(name, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     for kind, method in ((torch.nn.Module, "__call__"), (Path, "open")):  # what would be next
         monkeypatch.setattr(kind, method, lambda *_, **__: pytest.fail("something is measured"))
-    given = {"fidelity": ["clips"], "run": ["--out", str(tables.RESULTS / "run-cpu-some.json")]}
+    given = {"studies.fidelity": ["clips"], "run": ["--out", str(tables.RESULTS / "run-cpu-some.json")]}
     monkeypatch.setattr("sys.argv", [name, *given.get(name, [])])
     with pytest.raises(SystemExit, match=r"differ from it: code\.py"):
         module.main()
@@ -431,22 +432,24 @@ def test_plot_writes_a_picture_and_every_row(drawn, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.strip() == plot.tables_of(drawn)
 
 
-def test_readme_holds_the_tables_between_its_comments(drawn, tmp_path, monkeypatch):
+def test_readme_holds_the_tables_in_their_blocks(drawn, tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n\n{plot.BEGIN}\n\nold\n\n{plot.END}\n\nafter\n")
+    block = "<!-- {}: by python -m bench.plot --readme -->\n\n{}\n\n<!-- end -->".format
+    readme.write_text(f"before\n\n{block('other', 'old')}\n\nbetween\n\n{block('runs', 'old')}\n\nafter\n")
     (tmp_path / "run-cpu.json").write_text(json.dumps(drawn))
     monkeypatch.setattr(plot, "README", readme)
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    monkeypatch.setattr(plot, "TABLES", {"other": lambda: "new"})
     monkeypatch.setattr("sys.argv", ["plot", "--readme"])
+    written = f"before\n\n{block('other', 'new')}\n\nbetween\n\n{block('runs', plot.tables_of(drawn))}\n\nafter\n"
     for _ in range(2):
         plot.main()
-        assert readme.read_text() == (f"before\n\n{plot.BEGIN}\n\n{plot.tables_of(drawn)}\n\n{plot.END}\n\nafter\n")
-    with pytest.raises(ValueError, match=r"README\.md has to have the line"):
-        plot.with_tables(f"{plot.BEGIN}\nno end", "text")
+        assert readme.read_text() == written
+    for text in (block("runs", "").removesuffix("<!-- end -->"), block("runs", "") * 2, block("other", "")):
+        with pytest.raises(ValueError, match=r"README\.md needs the blocks runs, once each"):
+            plot.with_tables(text, {"runs": "text"})
 
 
 def test_readme_shows_what_was_recorded():
     text = plot.README.read_text()
-    if plot.BEGIN not in text:
-        pytest.skip(f"README.md has no {plot.BEGIN}")
     assert plot.with_tables(text, plot.readme_tables()) == text

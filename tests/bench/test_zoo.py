@@ -6,7 +6,7 @@ import signal
 import neuroflow
 import pytest
 
-from bench import zoo
+from bench.studies import zoo
 
 
 def rows_of(names):

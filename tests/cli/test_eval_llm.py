@@ -10,7 +10,7 @@ from neuroflow.llm import BypassConfig, bypass_summary, cache_argument, enable_b
 from neuroflow_cli import main
 from transformers import BertConfig, DynamicCache, Phi3Config, Phi3ForCausalLM, Phi3Model, ViTConfig
 
-from bench.train_llm import byte_tokenizer
+from bench.studies.train_llm import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

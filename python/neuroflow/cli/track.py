@@ -162,7 +162,8 @@ def _track(arguments: argparse.Namespace, out: Path | None) -> int:
 def background_gate(threshold: float, ema_decay: float) -> neuroflow.NeuroFlowConfig:
     """A gate whose surprise tells what moves: the dual-rate reference, which no refresh sets back.
 
-    The embedding tells it best (bench/results/highway.md): beside a position, the noise of what is flat counts less.
+    The embedding works best (bench/results/studies/highway.md): next to a positional embedding, the noise of flat
+    patches counts less.
     What stops stays surprising until the slow average has taken it in. Every patch whose `motion` lies above
     `threshold` is encoded: one in the 3 x 3 around it has a surprise of that over (1 + AROUND_WEIGHT)^2.
     """

@@ -25,7 +25,7 @@ def staleness(surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor
     frame))^2. The square root of the frames since it was encoded weighs this, as what goes on changing is stale again
     at once; and so does the square root of the attention that the pooled output pays the patch, so that tokens go where
     they change the result. In a frame where nothing changed nothing is stale. Form and weights were found on real
-    footage, at equal tokens (bench/results/scores.md).
+    footage, at equal tokens (bench/results/studies/scores.md).
 
     Args:
         surprise: [S, N] float32, infinite at patches with NaN.
