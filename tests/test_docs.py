@@ -20,6 +20,7 @@ import transformers
 from neuroflow import adapters
 from neuroflow.files import to_json
 from PIL import Image
+from questions import inputs_of, video
 from recordings import write_recording
 from torch import nn
 
@@ -154,6 +155,7 @@ def desk(hub, tmp_path, monkeypatch):
 
 def given():
     """The names that a page may use without saying what they are: noisy footage of a camera that stands still."""
+    vlm = made("qwen3-vl")
     generator = torch.Generator().manual_seed(0)
     still = torch.rand(1, 3, SIDE // 16, SIDE // 16, generator=generator) * 2 - 1
     clip = still.repeat_interleave(16, 2).repeat_interleave(16, 3).repeat(16, 1, 1, 1)
@@ -165,6 +167,7 @@ def given():
         "frame": clip[:1],
         "frames": clip.split(1),
         "pixels": torch.cat((clip[:1], clip[5:6].flip(3), clip[:1].flip(2))),
+        "inputs": inputs_of(vlm, "qwen3-vl") | {"pixel_values_videos": video(vlm)},
         "url": "file:///clip.mp4",
     }
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from models import clip, exact, tiny
+from questions import GRID, inputs_of, video
 from recordings import write_recording
 from safetensors.torch import load_file
 
@@ -21,7 +22,6 @@ from bench.vllm_models import made
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FOLDER = Path(__file__).parents[1] / "python" / "examples"
-GRID = [3, 8, 8]
 
 
 def example(name):
@@ -29,15 +29,6 @@ def example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def video(model, seed=0):
-    """Patches of a video of GRID, a few of which change with each step in time."""
-    values = model.model.visual.patch_embed.proj.weight[0].numel()
-    rows = torch.randn(1, 64, values, generator=torch.Generator().manual_seed(seed)).repeat(GRID[0], 1, 1)
-    rows[1:, 5:9] *= -1
-    rows[2:, 30:34] *= -1
-    return rows.flatten(0, 1)
 
 
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl"])
@@ -62,16 +53,6 @@ def test_the_plugin_for_sglang_gives_what_its_tower_gives(family):
     neuroflow.disable_cache(tower)
     neuroflow.enable_cache(tower, exact(threshold=0))
     torch.testing.assert_close(module.video_features(tower, items), dense, rtol=0, atol=1e-5)
-
-
-def inputs_of(model, family):
-    """Qwen3-VL is told the time of each step, and so has its tokens apart."""
-    config, (steps, rows, columns) = model.config, GRID
-    runs = [steps * rows * columns // 4] if family == "qwen2.5-vl" else [rows * columns // 4] * steps
-    start, end, token = config.vision_start_token_id, config.vision_end_token_id, config.video_token_id
-    ids = torch.tensor([[each for run in runs for each in (70, start, *[token] * run, end)] + [50, 60]])
-    kinds = {"mm_token_type_ids": 2 * (ids == token).int()}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "video_grid_thw": torch.tensor([GRID])} | kinds
 
 
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl"])
