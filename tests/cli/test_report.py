@@ -386,13 +386,19 @@ RULES = {
         figures(skipped=0.5),
         {},
         CLIP,
-        ("changes nearly everywhere, as when the camera moves: 0% of the frames", "--normalise-motion", None),
+        ("as when the camera moves: half of the partial frames encode 50% of", "--normalise-motion", None),
     ),
     "the camera moves, key frames": (
         figures(key_frames(20, 30.0)),
         dict.fromkeys(range(1, 21), "dense"),
         CLIP,
         ("50% of the frames are key frames for it", "--normalise-motion", None),
+    ),
+    "the camera moves, nothing else": (
+        figures(skipped=0.0, key_frame=True, cosine=1.0),
+        dict.fromkeys(range(1, 41), "cut"),
+        CLIP,
+        ("as when the camera moves: 100% of the frames are key frames for it.", "cut_surprise", None),
     ),
     "light": (
         figures(key_frames(12, 30.0)),

@@ -3,6 +3,7 @@
 import shlex
 from collections import Counter
 from collections.abc import Iterator
+from statistics import median_high
 from typing import NamedTuple
 
 from ..config import NeuroFlowConfig
@@ -82,7 +83,7 @@ def _fidelity(figures: Figures, reasons: dict[int, str], setup: Setup) -> Iterat
     elif lowest < WRONG:
         found = f"The mean cosine is {mean:.4f}, but frame {worst} falls to {lowest:.4f}."
         yield Advice(found, "See its still for what was missed; a lower --threshold or --max-age catches it sooner.")
-    elif mean >= EXACT and figures.skipped < ROOM:
+    elif mean >= EXACT and figures.skipped < ROOM and _movement_of(figures, reasons) is None:
         found = f"The mean cosine is {mean:.4f} with {figures.skipped:.1%} of the patches skipped: there is room."
         yield _recalibrate(found, FAITHFUL, setup)
 
@@ -98,28 +99,27 @@ def _recalibrate(found: str, target: float, setup: Setup) -> Advice:
     return Advice(found, action, setup.command("calibrate", *options))
 
 
-def _is_moving(figures: Figures, reasons: dict[int, str]) -> tuple[float, float] | None:
-    """Of frames that change nearly everywhere, the median share encoded of the partial ones, and the share of all that
-    are key frames for the change; None where they do not.
-    """
-    partial = sorted(1 - record.skipped for record in figures.scored if not record.key_frame)
-    encoded = partial[len(partial) // 2] if partial else 1.0
+def _movement_of(figures: Figures, reasons: dict[int, str]) -> str | None:
+    """How much of the frames changes, in words, where that is nearly everything; None where it is not."""
+    partial = [1 - record.skipped for record in figures.scored if not record.key_frame]
     changed = sum(reasons.get(record.frame) in ("cut", "dense") for record in figures.scored) / len(figures.scored)
-    return (encoded, changed) if max(encoded, changed) > MOVING else None
+    encoded = median_high(partial) if partial else 0.0
+    words = []
+    if changed > MOVING:
+        words.append(f"{changed:.0%} of the frames are key frames for it")
+    if encoded > MOVING:
+        words.append(f"half of the partial frames encode {encoded:.0%} of their patches or more")
+    return " and ".join(words) or None
 
 
 def _movement(figures: Figures, reasons: dict[int, str], setup: Setup) -> Iterator[Advice]:
-    moving = _is_moving(figures, reasons)
+    moving = _movement_of(figures, reasons)
     if moving is not None:
-        encoded, changed = moving
-        found = (
-            f"The picture changes nearly everywhere, as when the camera moves: {changed:.0%} of the frames are key "
-            f"frames for it, and half of the others encode {encoded:.0%} of their patches or more."
-        )
         yield Advice(
-            found,
-            "Little can be reused here. --normalise-motion helps with slow pans, and a larger --threshold trades "
-            "fidelity for speed; otherwise the unpatched model costs no more.",
+            f"The picture changes nearly everywhere, as when the camera moves: {moving}.",
+            "Little can be reused here. --normalise-motion helps with slow pans; a larger --threshold, and larger "
+            "cut_share and cut_surprise in the file that --config names, trade fidelity for speed. Otherwise the "
+            "unpatched model costs no more.",
         )
 
 
@@ -131,7 +131,7 @@ def _key_frames(figures: Figures, reasons: dict[int, str], setup: Setup) -> Iter
             count[reasons[record.frame]] += 1
             spent[reasons[record.frame]] += record.neuroflow_ms
     whole = sum(record.neuroflow_ms for record in figures.scored)
-    config, moving = setup.config, _is_moving(figures, reasons) is not None
+    config, moving = setup.config, _movement_of(figures, reasons) is not None
 
     def found(reason: str, why: str) -> str:
         return f"{_counted(count[reason], 'key frame')} {why} took {spent[reason] / whole:.0%} of the model's time."

@@ -15,7 +15,7 @@ from ..calibration import Calibration
 from .figures import Figures
 
 WIDTH = 9.6  # inches; a chart is as wide as the page, and one point is about one and a half of its pixels
-MOST_POINTS = 600  # of a line; of more frames, each point stands for several
+MOST_POINTS, FEWER = 1500, 500  # of a line; of more frames than the first, it has as many points as the second
 MOST_RULES = 24  # key frames that are marked through all panels
 # Colours that stand for variables of the page's style, which differ in light and dark.
 NAMES = ("ink", "quiet", "line", "share", "time", "key", "fifth")
@@ -74,15 +74,16 @@ def timeline(figures: Figures, reasons: Mapping[int, str]) -> Markup:
         skipped = panels[0]
         skipped.set_title("Patches skipped")
         _line(skipped, time, [record.skipped for record in records], SHARE)
-        skipped.set(ylim=(0, 1.02), yticks=(0, 0.25, 0.5, 0.75, 1))
+        skipped.set(ylim=(-0.02, 1.02), yticks=(0, 0.25, 0.5, 0.75, 1))
         skipped.yaxis.set_major_formatter(PERCENT)
         if figures.compared:
             panels[1].set_title("Cosine to the unpatched model")
             _line(panels[1], time, [record.cosine for record in records], KEY)
             panels[1].yaxis.set_major_locator(MaxNLocator(4))
-            panels[1].yaxis.set_major_formatter(FuncFormatter(lambda cosine, _: f"{cosine:.10g}"))
+            panels[1].yaxis.set_major_formatter(FuncFormatter(lambda cosine, _: "" if cosine > 1 else f"{cosine:.10g}"))
             lowest = min(record.cosine for record in records)
-            panels[1].set_ylim(lowest - max(0.1 * (1 - lowest), 1e-4), 1 + max(0.1 * (1 - lowest), 1e-4))
+            margin = max(0.1 * (1 - lowest), 0.001)
+            panels[1].set_ylim(lowest - margin, 1 + margin)
         latency = panels[-1]
         latency.set_title("Latency, ms a frame")
         _line(latency, time, [record.neuroflow_ms for record in records], TIME, "NeuroFlow")
@@ -206,12 +207,11 @@ def lines(
 
 def _line(axes: Axes, time: np.ndarray, values: list[float], colour: str, label: str | None = None) -> None:
     """A line, or of many frames medians in front of the range that they are medians of."""
-    parts = min(len(values), MOST_POINTS)
-    if parts == len(values):
-        axes.plot(time, values, color=colour, label=label, marker="o" if parts < 3 else None, markersize=3)
+    if len(values) <= MOST_POINTS:
+        axes.plot(time, values, color=colour, label=label, marker="o" if len(values) < 3 else None, markersize=3)
         return
-    split = np.array_split(np.array(values, float), parts)
-    middle = [part.mean() for part in np.array_split(time, parts)]
+    split = np.array_split(np.array(values, float), FEWER)
+    middle = [part.mean() for part in np.array_split(time, FEWER)]
     low, high = [part.min() for part in split], [part.max() for part in split]
     axes.fill_between(middle, low, high, color=colour, alpha=0.22, linewidth=0)
     axes.plot(middle, [np.median(part) for part in split], color=colour, label=label)

@@ -1,6 +1,7 @@
 """The pages of reports: one file each, that needs no network, looks at home in light and dark, and prints."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,12 @@ from neuroflow_kernels.env import describe
 
 from ..calibration import Calibration
 from ..evaluation import Row
+from ..video.results import Record
 from .advice import Advice, Setup, advise
 from .figures import Figures
 from .moments import Moments
 
-LISTED = 100  # key frames in the table of a page
+LISTED = 100  # rows of key frames in a page
 MEANINGS = {  # as FrameReport has them
     "first": "the stream's first frame",
     "gap": "it did not follow the last frame",
@@ -82,12 +84,18 @@ class RunReport:
             advice=advise(figures, self.moments.reasons, self.setup),
             stills=self.moments.chosen(),
             timeline=timeline(figures, reasons),
-            reasons=reasons,
+            spans=_spans(figures.records, reasons),
             by_reason=[(reason, MEANINGS[reason], len(times), sum(times) / whole) for reason, times in counted.items()],
             listed=LISTED,
             ages=ages(self.moments.ages) if self.moments.ages.any() else None,
             settings=self.settings,
         )
+
+
+def _spans(records: list[Record], reasons: Mapping[int, str]) -> list[tuple[str, list[Record]]]:
+    """Key frames that follow each other for the same reason, together, with that reason."""
+    groups = itertools.groupby(records, lambda record: reasons.get(record.frame))
+    return [(reason, list(group)) for reason, group in groups if reason is not None]
 
 
 def write_calibration(
