@@ -80,7 +80,9 @@ def timeline(figures: Figures, reasons: Mapping[int, str]) -> Markup:
             panels[1].set_title("Cosine to the unpatched model")
             _line(panels[1], time, [record.cosine for record in records], KEY)
             panels[1].yaxis.set_major_locator(MaxNLocator(4))
-            panels[1].yaxis.set_major_formatter(FuncFormatter(lambda cosine, _: "" if cosine > 1 else f"{cosine:.10g}"))
+            panels[1].yaxis.set_major_formatter(
+                FuncFormatter(lambda cosine, _: f"{cosine:.6g}" if cosine < 1 + 1e-9 else "")
+            )
             lowest = min(record.cosine for record in records)
             margin = max(0.1 * (1 - lowest), 0.001)
             panels[1].set_ylim(lowest - margin, 1 + margin)
@@ -141,7 +143,7 @@ def sweep(found: Calibration, target: str, value: float) -> Markup:
             thresholds, [trial.fidelity_p5 for trial in trials], "o:", color=QUIET, markersize=2.5, label="p5"
         )
         fidelity.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, borderpad=0, handlelength=1.6)
-        fidelity.yaxis.set_major_formatter(FuncFormatter(lambda cosine, _: f"{cosine:.10g}"))
+        fidelity.yaxis.set_major_formatter(FuncFormatter(lambda cosine, _: f"{cosine:.6g}"))
         skipped.set_title("Patches skipped")
         skipped.plot(thresholds, [trial.skipped for trial in trials], "o-", color=SHARE, markersize=3)
         skipped.set(ylim=(0, 1.02), yticks=(0, 0.25, 0.5, 0.75, 1), xlabel="threshold", xscale="log")
