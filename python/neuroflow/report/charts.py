@@ -186,12 +186,14 @@ def lines(
             name, value, interval = level
             axes.axhspan(*interval, color=QUIET, alpha=0.14, linewidth=0)
             axes.axhline(value, color=QUIET, linestyle=(0, (4, 3)), label=name)
+        spread = np.ptp([point[0] for points in series.values() for point in points] or [0.0])
         for number, (name, points) in enumerate(series.items()):
             x, y, *interval = np.array(sorted(points), float).T
             colour = SERIES[number % len(SERIES)]
             style = {"color": colour, "label": name, "marker": "o", "markersize": 3.5}
             if interval:
                 low, high = interval
+                x = x + 0.006 * spread * (number - (len(series) - 1) / 2)  # or bars would hide each other
                 reach = np.maximum([y - low, high - y], 0)  # rounding aside, y lies between the two
                 axes.errorbar(x, y, reach, elinewidth=0.9, capsize=2.5, **style)
             else:
