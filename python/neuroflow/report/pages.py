@@ -83,7 +83,7 @@ class RunReport:
             figures=figures,
             advice=advise(figures, self.moments.reasons, self.setup),
             stills=self.moments.chosen(),
-            timeline=timeline(figures, reasons),
+            timeline=timeline(figures, reasons) if len(figures.records) > 1 else None,
             spans=_spans(figures.records, reasons),
             by_reason=[(reason, MEANINGS[reason], len(times), sum(times) / whole) for reason, times in counted.items()],
             listed=LISTED,
@@ -207,7 +207,7 @@ def shown_address(source: str) -> str:
     """A source as it may be shown: an address without its user's name, password and query."""
     if "://" not in source:
         return source
-    return re.sub(r"(?<=://)[^?#]*@", "", re.sub(r"[?#].*", "", source, flags=re.DOTALL), count=1)
+    return re.sub(r"(?<=://)[^/?#]*@", "", re.sub(r"[?#].*", "", source, flags=re.DOTALL), count=1)
 
 
 def _write(path: Path, template: str, **content: Any) -> None:
