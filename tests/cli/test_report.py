@@ -144,6 +144,14 @@ def test_a_runs_page_says_what_its_results_say(neuroflow, clip, model, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "result.jsonl"]
 
 
+def test_key_frames_that_follow_each_other_are_one_row(neuroflow, clip, model, tmp_path):
+    report = tmp_path / "report.html"
+    assert neuroflow("run", clip, "--model", model, "--max-age", 1, "--report", report)[0] == 0
+    page = Page(report)
+    assert "0 0:00.00 first" in page.text and "1 to 9 0:00.10 to 0:00.90 age" in page.text
+    assert "age max_age was reached 9" in page.text
+
+
 def test_a_page_is_read_in_light_and_dark(neuroflow, clip, model, tmp_path):
     report = tmp_path / "report.html"
     assert neuroflow("run", clip, "--model", model, "--compare", "--report", report)[0] == 0
