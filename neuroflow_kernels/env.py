@@ -18,6 +18,7 @@ from .ways import LINEAR, Choice, LinearWeights, linear_ways
 PACKAGES = ("torch", "triton", "transformers", "numpy", "neuroflow")
 SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
 VARIABLES = ("NEUROFLOW_", "TRITON_", "TORCH_", "ATEN_", "TORCHINDUCTOR_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES")
+SECRET = ("NEUROFLOW_TOKEN",)  # said to be set, and no more, as what is said here goes into bug reports and pages
 
 LAYERS = 4  # per shape, so that weights do not all come from the cache
 ROWS = (7, 32, 128)
@@ -76,7 +77,8 @@ def describe() -> dict[str, str]:
         for device in ("cpu", "cuda"):
             facts[f"{backend} on {device}"] = unavailable(backend, device) or "available"
     facts["row kernels"] = without_row_kernels() or "available"
-    return facts | {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    return facts | {name: "set" if name in SECRET else value for name, value in variables.items()}
 
 
 @torch.no_grad()

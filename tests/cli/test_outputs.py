@@ -76,6 +76,13 @@ COMMANDS = {  # with the suffix that its output has
     "eval laws": (["eval", "laws", "{read}", "--out", "{written}"], ".json"),
     "eval video": (["eval", "video", "x", "--testlist", "{read}", "--out", "{written}"], ".json"),
     "eval llm": (["eval", "llm", "--model", "x", "--text", "x.txt", "{read}", "--out", "{written}"], ".json"),
+    "run --report": (["run", "{read}", "--report", "{written}"], ".html"),
+    "calibrate --report": (
+        ["calibrate", "x.mp4", "--config", "{read}", "--target-skip", "0.5", "--out", "x", "--report", "{written}"],
+        ".html",
+    ),
+    "eval laws --report": (["eval", "laws", "{read}", "--report", "{written}"], ".html"),
+    "eval video --report": (["eval", "video", "x", "--classes", "{read}", "--report", "{written}"], ".html"),
     "distill": (["distill", "x", "--model", "{read}", "--out", "{written}"], ".safetensors"),
 }
 
@@ -144,10 +151,12 @@ def test_nor_is_what_is_written_beside_it(suffix, refused, tmp_path):
 
 def test_nor_is_another_output_or_a_directory_that_is_read(refused, tmp_path):
     (tmp_path / "a.npz").write_bytes(b"")
-    (tmp_path / "b.mp4").symlink_to(tmp_path / "a.npz")
-    refused("is what --out writes too", "run", "x", "--out", tmp_path / "a.npz", "--overlay", tmp_path / "b.mp4")
+    for name in ("b.mp4", "b.html"):
+        (tmp_path / name).symlink_to(tmp_path / "a.npz")
+    for option, other in (("--overlay", "b.mp4"), ("--report", "b.html")):
+        refused("is what --out writes too", "run", "x", "--out", tmp_path / "a.npz", option, tmp_path / other)
     refused("which is read", "eval", "laws", tmp_path, "--plots", tmp_path / "plots")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.html", "b.mp4"]
 
 
 def test_beside_what_is_read_is_not_over_it(neuroflow, clip, model, tmp_path):
@@ -173,9 +182,11 @@ def held(path, command):
         ("run", "--out", "result.jsonl"),
         ("run --resume", "--out", "result.jsonl"),
         ("run", "--overlay", "overlay.mp4"),
+        ("run", "--report", "report.html"),
         ("track", "--out", "tracks.json"),
         ("track", "--overlay", "overlay.mp4"),
         ("eval laws", "--out", "laws.json"),
+        ("eval laws", "--report", "report.html"),
         ("distill", "--out", "weights.safetensors"),
         ("calibrate --target-skip 0.5", "--out", "config.json"),
     ],
@@ -183,7 +194,7 @@ def held(path, command):
 def test_a_second_run_stops_and_leaves_the_first_alone(command, option, name, refused, clip, model, tmp_path):
     path = tmp_path / name
     path.write_bytes(b"of an earlier run")
-    first = "overlay" if option == "--overlay" else command.partition(" --")[0]
+    first = option if option in ("--overlay", "--report") else command.partition(" --")[0]
     with held(path, first):
         before = listing(tmp_path)
         assert len(before) == 2
@@ -222,6 +233,7 @@ def room(most):
         ("run", "--out", "result.npz", 0),
         ("run", "--overlay", "overlay.mp4", 0),
         ("run", "--overlay", "overlay.mp4", 3000),
+        ("run", "--report", "report.html", 3000),
         ("track", "--overlay", "overlay.mp4", 3000),
         ("track", "--out", "tracks.json", 100),
         ("eval laws --arch=E", "--out", "laws.json", 100),
@@ -287,6 +299,7 @@ def test_a_directory_that_vanishes_is_one_line(name, moment, refused, clip, mode
     [
         ("run", "--out", ".jsonl"),
         ("run", "--overlay", ".mp4"),
+        ("run", "--report", ".html"),
         ("track", "--out", ".json"),
         ("track", "--overlay", ".mp4"),
         ("eval laws", "--out", ".json"),
@@ -323,6 +336,7 @@ def test_a_name_that_cannot_be_is_one_line(kind, command, option, suffix, refuse
         ("run --resume", "--out", "result.jsonl", ".journal"),
         ("run", "--out", "result.jsonl", ".partial"),
         ("run", "--overlay", "overlay.mp4", ".partial"),
+        ("run", "--report", "report.html", ".partial"),
         ("track", "--out", "tracks.json", ".partial"),
         ("eval laws --arch=E", "--out", "laws.json", ".journal"),
     ],

@@ -15,7 +15,8 @@ from models import tiny
 from neuroflow.cli import encoding
 from neuroflow.cli.common import INTERRUPTED
 from neuroflow.cli.encoding import encode_video, shares
-from neuroflow.cli.report import Stages, format_report
+from neuroflow.cli.report import format_report
+from neuroflow.report.figures import Figures, Stages
 from neuroflow.video.ahead import ReadAhead, prepare
 from neuroflow.video.encode import VideoWriter
 from neuroflow.video.preprocess import Preprocessor
@@ -153,7 +154,7 @@ def test_frames_that_go_together_give_what_they_give_one_by_one(clip, length):
 def encode(clip, monkeypatch):
     """encode(**options) -> exit code, and the stages that were reported; runs a tiny model over the clip."""
     reported = []
-    monkeypatch.setattr(encoding, "format_report", lambda records, stages, *_: reported.extend(stages))
+    monkeypatch.setattr(encoding, "format_report", lambda figures: reported.extend(figures.stages))
 
     def call(*, source=None, preprocess=None, **options):
         preprocess = preprocess or Preprocessor(SIZE, SIZE)
@@ -255,7 +256,7 @@ def test_the_pipeline_line_adds_up_and_leaves_the_first_frame_out():
     third = Stages(decode=4, preprocess=3, wait=0.75, encode=50, dense=410, write=2, total=464)
 
     def line(stages):
-        table = format_report(records, stages, 0, "", "", torch.device("cpu"))
+        table = format_report(Figures(records, stages, 0, "", "", ""))
         return [line for line in table.splitlines() if line.startswith("pipeline")]
 
     assert line([first, second, third]) == [

@@ -11,6 +11,7 @@ from neuroflow import NeuroFlowConfig
 from neuroflow.cli import demo
 from neuroflow.cli.encoding import caption
 from neuroflow.cli.report import format_report
+from neuroflow.report.figures import Figures
 from neuroflow.street.scene import CAMERAS, CLASSES, TRAJECTORIES, Scene, scenes, write_scene
 from neuroflow.video.encode import VideoWriter
 from neuroflow.video.preprocess import Preprocessor
@@ -414,7 +415,7 @@ def test_agreement_and_caption_name_what_differs():
         Record(number, 0, 0.5, 98, number == 0, 2.0, 9.0, 0.9, number == 0, predicted, "car")
         for number, predicted in enumerate(("van", "car", "van"))
     )
-    table = format_report([first, same, other], [], 0, "", "", torch.device("cpu"))
+    table = format_report(Figures([first, same, other], [], 0, "", "", ""))
     assert "top-1 agreement   50.0% of the frames" in table
     assert caption(same).startswith("frame 1    car    50.0% skipped")
     assert caption(other).startswith("frame 2    van (dense: car)    50.0% skipped")
@@ -426,5 +427,7 @@ def test_help_shows_examples_and_every_option(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "examples:" in text
-    options = "device dtype arch threshold ema-decay stride max-frames resume compare out overlay size max-pixels"
+    options = (
+        "device dtype arch threshold ema-decay stride max-frames resume compare out overlay report size max-pixels"
+    )
     assert all(f"--{option}" in text for option in options.split())

@@ -8,7 +8,7 @@ from pathlib import Path
 from . import CommandError
 
 INPUTS = ("source", "videos", "outside", "model", "weights", "config", "labels", "classes", "testlist", "text")
-OUTPUTS = ("out", "overlay")
+OUTPUTS = ("out", "overlay", "report")
 BESIDE = ("", ".partial", ".journal", ".checkpoint", ".lock")  # what is written under an output's name
 
 

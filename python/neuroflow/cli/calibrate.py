@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator
@@ -10,14 +11,19 @@ from typing import get_args
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 import neuroflow
 
 from ..calibration import Of
+from ..report.advice import Advice, Setup
+from ..report.pages import shown_address, write_calibration
+from ..video.preprocess import Preprocessor
 from ..video.source import Source, every
 from . import CommandError
-from .common import format_gate, gate_config, load_model, require_writable
-from .options import add_frames, add_gate, add_model, share
+from .common import format_gate, gate_config, load_model, pinned_model, report_file, require_writable
+from .options import add_frames, add_gate, add_model, add_report, share
+from .report import machine
 
 DESCRIPTION = """\
 Find the threshold that gives a wanted fidelity, or a wanted share of patches skipped, on your own footage, and write
@@ -29,7 +35,7 @@ SOURCE is a video file or a directory of images, MODEL as for `neuroflow run`.
 
 EXAMPLES = """\
 examples:
-  neuroflow calibrate clip.mp4 --target-fidelity 0.99 --out config.json
+  neuroflow calibrate clip.mp4 --target-fidelity 0.99 --out config.json --report calibration.html
   neuroflow calibrate clip.mp4 --model ./my-vit --target-skip 0.84 --max-age 60 --out config.json
 """
 
@@ -51,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="compare frames' embeddings, or each patch's token, as language models read them (default: embedding)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the configuration to write, JSON")
+    add_report(parser)
     add_gate(parser)
     add_frames(parser, 120, "of N frames at most (default: 120)")
 
@@ -73,12 +80,17 @@ def calibrate(arguments: argparse.Namespace) -> int:
 
     Raises:
         CommandError: bad options, or a target out of reach.
-        OutputError: --out cannot be written.
+        OutputError: --out or --report cannot be written.
         SourceError: the source gives no frames.
     """
-    config = gate_config(arguments)
-    out = arguments.out
-    require_writable("--out", out, None)
+    require_writable("--out", arguments.out, None)
+    with report_file(arguments.report) as page:
+        return _calibrate(arguments, page)
+
+
+def _calibrate(arguments: argparse.Namespace, page: Path | None) -> int:
+    """Find the threshold, and write the report to `page`."""
+    config, out = gate_config(arguments), arguments.out
     with contextlib.closing(Source(arguments.source, max_pixels=arguments.max_pixels)) as source:
         if source.live:
             raise CommandError(f"{source.address}: a live source gives each frame once; record some, and give the file")
@@ -109,8 +121,47 @@ def calibrate(arguments: argparse.Namespace) -> int:
         raise CommandError(str(error)) from None
     print(format_calibration(found, len(frames)))
     found.config.save(out)
+    if page is not None:
+        _write_page(page, found, arguments, model, preprocess, len(frames))
     print(f"written           {out}, for neuroflow run --config")
     return 0
+
+
+def _write_page(
+    page: Path,
+    found: neuroflow.Calibration,
+    arguments: argparse.Namespace,
+    model: PreTrainedModel,
+    preprocess: Preprocessor,
+    frames: int,
+) -> None:
+    source = shown_address(arguments.source)
+    by_skip = arguments.target_fidelity is None
+    next_run = Setup(source, arguments.model, found.config).command("run", "--config", str(arguments.out), "--compare")
+    write_calibration(
+        page,
+        found,
+        "skip" if by_skip else "fidelity",
+        arguments.target_skip if by_skip else arguments.target_fidelity,
+        source=source,
+        frames=frames,
+        advice=Advice("Check the choice on footage that it was not found on.", "Here, it is on the same:", next_run),
+        facts={
+            "model": f"{type(model).__name__}, {preprocess.width}x{preprocess.height}",
+            "gate": format_gate(found.config),
+            "machine": machine(model.device),
+        },
+        settings={
+            "source": source,
+            "model": pinned_model(arguments),
+            "frames": frames,
+            "stride": arguments.stride,
+            "compared": arguments.target_of,
+            "device": arguments.device,
+            "dtype": arguments.dtype,
+            **dataclasses.asdict(found.config),
+        },
+    )
 
 
 def format_calibration(found: neuroflow.Calibration, frames: int) -> str:

@@ -1,11 +1,13 @@
 """What several commands do alike: the model, its input and its gate from the options, and a source's frames."""
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 
 import neuroflow
 
+from ..files import replacing
 from ..journal import Findings
 from ..street import STREET
 from ..video.preprocess import Preprocessor
@@ -196,6 +199,25 @@ def open_findings(arguments: argparse.Namespace, settings: dict[str, Any], read:
     if out is not None:
         require_writable("--out", out, ".json")
     return Findings(out, settings, resume=arguments.resume, read=read)
+
+
+@contextlib.contextmanager
+def report_file(path: Path | None) -> Iterator[Path | None]:
+    """An empty file that takes the place of --report when the block ends; None without --report.
+
+    Raises:
+        CommandError: it cannot be written, or a library that pages need is missing.
+        OutputError: it cannot be written, or another run is writing it.
+    """
+    if path is None:
+        yield None
+        return
+    require_writable("--report", path, ".html")
+    for library in ("jinja2", "matplotlib"):
+        if importlib.util.find_spec(library) is None:
+            raise CommandError(f"--report: {library} is missing; install the report extra: neuroflow[report]")
+    with replacing(path) as partial:
+        yield partial
 
 
 def require_writable(option: str, path: Path, suffix: str | None) -> None:

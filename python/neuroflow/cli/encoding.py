@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 import neuroflow
 
 from ..classes import ClassHead
+from ..report.figures import Figures, Stages
+from ..report.pages import RunReport
 from ..video.ahead import ReadAhead, prepare
 from ..video.overlay import OverlayWriter
 from ..video.preprocess import Preprocessor
@@ -22,7 +24,7 @@ from ..video.stream import encode_stream
 from ..weights import copy_sharing_weights
 from . import CommandError
 from .common import INTERRUPTED, format_gate, pair
-from .report import Stages, format_report
+from .report import format_report, machine
 
 
 def encode_video(
@@ -39,6 +41,7 @@ def encode_video(
     clip: int = 1,
     results: Results | None = None,
     overlay: Path | None = None,
+    report: RunReport | None = None,
 ) -> int:
     """Encode a source's frames, with progress on stderr and the table on stdout, and return the exit code.
 
@@ -55,11 +58,12 @@ def encode_video(
         clip: how many frames of a file go through the model in one call; those of a live source go one by one.
         results: where every frame's embedding and record go.
         overlay: an MP4 to write, of the frames beside their active patches.
+        report: looks at every frame, and is written in the end, also of a run that is interrupted.
 
     Raises:
         CommandError: a configuration that does not fit the model, or no frame is left for the overlay.
         JournalError: an embedding with NaN or Inf.
-        OutputError: results or overlay cannot be written.
+        OutputError: results, overlay or report cannot be written.
         SourceError: no frame.
     """
     dense = copy_sharing_weights(model) if compare else None
@@ -100,6 +104,8 @@ def encode_video(
                     results.append(record, encoded.embedding)
                 if writer is not None:
                     writer.draw(encoded.prepared.frame, encoded.active, caption(record), encoded.prepared.region)
+                if report is not None:
+                    report.moments.note(encoded)
                 skipped += record.skipped
                 bar.update()
                 bar.set_postfix_str(f"{skipped / (bar.n - bar.initial):.1%} skipped", refresh=False)
@@ -121,6 +127,8 @@ def encode_video(
                     together = 0
     except KeyboardInterrupt:
         print(f"interrupted after {len(records)} frames", file=sys.stderr)
+        if report is not None and records:
+            report.write(_figures(records, stages, model, preprocess, config), interrupted=True)
         return INTERRUPTED
     if not records:
         raise SourceError(f"{source.address}: {source.stopped or 'it ended before a frame was encoded'}; try again")
@@ -131,13 +139,26 @@ def encode_video(
     if overlay is not None and not stages:
         message = "is not written: the run that is continued left no frame for it; run without --resume"
         raise CommandError(f"--overlay {overlay}: {message}")
+    figures = _figures(records, stages, model, preprocess, config)
+    if report is not None:
+        report.write(figures)
+    print(format_report(figures))
+    return 0
+
+
+def _figures(
+    records: list[Record],
+    stages: list[Stages],
+    model: PreTrainedModel,
+    preprocess: Preprocessor,
+    config: neuroflow.NeuroFlowConfig,
+) -> Figures:
     height, width = preprocess.height, preprocess.width
     rows, columns = (size // patch for size, patch in zip((height, width), pair(model.config.patch_size), strict=True))
     dtype = str(model.dtype).removeprefix("torch.")
     name = f"{type(model).__name__}, {width}x{height}, {rows * columns} patches, {dtype}"
     state_bytes = neuroflow.summary(model).state_bytes
-    print(format_report(records, stages, state_bytes, name, format_gate(config), model.device))
-    return 0
+    return Figures(records, stages, state_bytes, name, format_gate(config), machine(model.device))
 
 
 def shares(stages: list[Stages]) -> list[Stages]:

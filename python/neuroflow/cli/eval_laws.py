@@ -12,10 +12,11 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import laws
+from ..report.pages import Section, lines_chart, shown_address, write_evaluation
 from ..video.preprocess import Preprocessor
 from ..video.source import Source, every
 from . import CommandError
-from .common import INTERRUPTED, KEPT, input_size, load_model, open_findings
+from .common import INTERRUPTED, KEPT, input_size, load_model, open_findings, report_file
 from .model import TOWERS
 from .options import add_frames, add_model, size
 from .report import machine
@@ -71,8 +72,15 @@ def eval_laws(arguments: argparse.Namespace) -> int:
     Raises:
         CommandError: bad options, or a clip of one frame.
         JournalError: the unfinished run was made with other settings, or cannot be read.
+        OutputError: an output cannot be written, or another run is writing it.
         SourceError: the source gives no frames.
     """
+    with report_file(arguments.report) as page:
+        return _eval_laws(arguments, page)
+
+
+def _eval_laws(arguments: argparse.Namespace, page: Path | None) -> int:
+    """Measure the laws, and write the report to `page`."""
     configs = system_configs(arguments)
     thresholds = list(dict.fromkeys(config.threshold for config in configs.values()))
     if None in thresholds:
@@ -126,10 +134,25 @@ def eval_laws(arguments: argparse.Namespace) -> int:
         findings.close()
     findings.finish(machine=machine(model.device))
     found = {law: {LETTERS[arch]: findings.done[f"{law} {LETTERS[arch]}"] for arch in firsts} for law in measures}
-    print(f"frames     {len(frames)}, of which the first is dense and is not counted")
-    print(f"model      {type(model).__name__}, {preprocess.width}x{preprocess.height}")
-    print(f"NeuroFlow  {format_common(configs)}")
-    print(f"machine    {machine(model.device)}")
+    facts = {
+        "frames": f"{len(frames)}, of which the first is dense and is not counted",
+        "model": f"{type(model).__name__}, {preprocess.width}x{preprocess.height}",
+        "NeuroFlow": format_common(configs),
+        "machine": machine(model.device),
+    }
+    if page is not None:
+        write_evaluation(
+            page,
+            source=shown_address(arguments.source),
+            kind="eval laws",
+            sections=[
+                Section(law, lines_chart(law, *_law_lines(law, found[law])), *_law_cells(found[law])) for law in found
+            ],
+            settings=settings,
+            facts=facts,
+        )
+    for name, value in facts.items():
+        print(f"{name:<11}{value}")
     for law, by_arch in found.items():
         print(f"\n{law}\n\n{_law_table(by_arch)}")
     if plots is not None:
@@ -148,7 +171,13 @@ def _sizes(model: nn.Module, preprocess: Preprocessor, asked: list[tuple[int, in
 
 
 def _law_table(by_arch: dict[str, list[dict]]) -> str:
-    """The rows of a law; of those of frames, their means."""
+    """The Markdown table of a law."""
+    names, rows = _law_cells(by_arch)
+    return markdown(names, rows) if rows else "no frame but key frames: nothing to count"
+
+
+def _law_cells(by_arch: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
+    """The names of a law's columns, and its rows; of those of frames, their means."""
     rows = []
     for arch, found in by_arch.items():
         if found and "frame" in found[0]:
@@ -156,17 +185,21 @@ def _law_table(by_arch: dict[str, list[dict]]) -> str:
             means = {name: fmean(values) if values else None for name, values in columns.items()}
             found = [{"frames": len(found)} | {name: means[name] for name in means if name != "frame"}]
         rows += [{"arch": arch} | {name: value for name, value in row.items() if name != "arch"} for row in found]
-    if not rows:
-        return "no frame but key frames: nothing to count"
     shown = [
         ["-" if value is None else f"{value:.4f}" if type(value) is float else str(value) for value in row.values()]
         for row in rows
     ]
-    return markdown(list(rows[0]), shown)
+    return list(rows[0]) if rows else [], shown
 
 
 def _plot_laws(directory: Path, found: dict[str, dict[str, list[dict]]]) -> None:
-    """A picture of each law: what its rows hold over the skip rate, the patches, the blocks or the frames."""
+    """A picture of each law."""
+    for law, by_arch in found.items():
+        plot(directory / f"{law.replace(' ', '-')}.png", *_law_lines(law, by_arch))
+
+
+def _law_lines(law: str, by_arch: dict[str, list[dict]]) -> tuple[str, str, dict[str, list[tuple[float, float]]]]:
+    """What a law's rows hold over the skip rate, the patches, the blocks or the frames: names of axes, and lines."""
     axes = {
         "saturation": ("skipped", "share of patches skipped", {"gap": ""}, "distance to dense"),
         "degradation": ("patches", "patches", {"fidelity": ""}, "cosine to dense"),
@@ -175,11 +208,10 @@ def _plot_laws(directory: Path, found: dict[str, dict[str, list[dict]]]) -> None
         "head entropy": ("frame", "frame", {"dense": ", dense", "sparse": ", sparse"}, "entropy, nats"),
         "token stability": ("frame", "frame", {"active": ", active", "inactive": ", inactive"}, "cosine to cached"),
     }
-    for law, by_arch in found.items():
-        across, xlabel, columns, ylabel = axes[law]
-        lines = {
-            f"{arch}{suffix}": [(row[across], row[column]) for row in rows if row[column] is not None]
-            for arch, rows in by_arch.items()
-            for column, suffix in columns.items()
-        }
-        plot(directory / f"{law.replace(' ', '-')}.png", xlabel, ylabel, lines)
+    across, xlabel, columns, ylabel = axes[law]
+    lines = {
+        f"{arch}{suffix}": [(row[across], row[column]) for row in rows if row[column] is not None]
+        for arch, rows in by_arch.items()
+        for column, suffix in columns.items()
+    }
+    return xlabel, ylabel, lines

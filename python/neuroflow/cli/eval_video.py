@@ -17,6 +17,7 @@ import neuroflow
 
 from ..classes import ClassHead, read_classes
 from ..evaluation import DENSE, Answer, Row, classify, spoken, tabulate
+from ..report.pages import Section, accuracy, shown_address, write_evaluation
 from ..street import load_classes
 from ..video.ahead import ReadAhead
 from ..video.clips import Clip, find_clips, read_clip
@@ -24,7 +25,7 @@ from ..video.preprocess import Preprocessor
 from ..video.source import SourceError
 from ..weights import copy_sharing_weights
 from . import CommandError
-from .common import INTERRUPTED, KEPT, load_model, open_findings
+from .common import INTERRUPTED, KEPT, load_model, open_findings, report_file
 from .options import add_frames, add_model
 from .report import machine
 from .systems import (
@@ -54,11 +55,12 @@ EXAMPLES = """\
 examples:
   neuroflow eval video UCF-101 --testlist testlist01.txt --model google/siglip-base-patch16-224 --preset published
   neuroflow eval video clips --model ./my-siglip --arch C E --threshold 0.05 0.1 --template "a photo of {}." "{}"
-  neuroflow eval video clips --model ./my-vit --classes classes.npz --out result.json --plots plots
+  neuroflow eval video clips --model ./my-vit --classes classes.npz --out result.json --report report.html
   neuroflow eval video clips --model ./my-vit --classes classes.npz --out result.json --resume
 """
 
 WITH_TEXT = ("clip", "siglip")
+NAMES = ["system", "top-1", "95 % interval", "top-3", "95 % interval", "patches skipped", "cosine to dense"]
 TEMPLATE = "a video of a person doing {}."
 
 
@@ -98,7 +100,14 @@ def eval_video(arguments: argparse.Namespace) -> int:
     Raises:
         CommandError: bad options, or no clip that can be read.
         JournalError: the unfinished run was made with other settings, or cannot be read.
+        OutputError: an output cannot be written, or another run is writing it.
     """
+    with report_file(arguments.report) as page:
+        return _eval_video(arguments, page)
+
+
+def _eval_video(arguments: argparse.Namespace, page: Path | None) -> int:
+    """Name the clips, and write the report to `page`."""
     configs = system_configs(arguments)
     plots = plot_directory(arguments.plots)
     try:
@@ -120,6 +129,37 @@ def eval_video(arguments: argparse.Namespace) -> int:
     patched = {system: _patched(model, config) for system, config in configs.items()}
     left_out: dict[str, str] = {}
     waiting = [clip for clip in clips if clip.name not in findings.done]
+
+    def table() -> list[Row]:
+        """Of the clips that are named so far; none, where no clip is."""
+        done = [findings.done[clip.name] for clip in clips if clip.name in findings.done]
+        return tabulate(_answers(record, configs) for record in done) if done else []
+
+    def facts(rows: list[Row]) -> dict[str, str]:
+        return {
+            "clips": f"{rows[0].clips} of {len(clips)}, {len(classes.names)} classes",
+            "frames": f"{arguments.max_frames} of each clip from its first, stride {arguments.stride}; their mean is "
+            "named",
+            "model": f"{type(model).__name__}, {preprocess.width}x{preprocess.height}, "
+            + str(model.dtype).removeprefix("torch."),
+            "NeuroFlow": format_common(configs),
+            "machine": machine(model.device),
+        }
+
+    def write_page(rows: list[Row], interrupted: bool = False) -> None:
+        if page is not None and rows:
+            archs = {system: LETTERS[config.arch] for system, config in configs.items()}
+            write_evaluation(
+                page,
+                source=shown_address(arguments.source),
+                kind="eval video",
+                sections=[Section("accuracy", accuracy(rows, archs), NAMES, _cells(rows))],
+                settings=settings,
+                facts=facts(rows),
+                interrupted=interrupted,
+                left_out=left_out,
+            )
+
     try:
         with contextlib.ExitStack() as stack:
             start, right = len(clips) - len(waiting), 0
@@ -139,27 +179,22 @@ def eval_video(arguments: argparse.Namespace) -> int:
         print(f"interrupted after {len(findings.done)} clips", file=sys.stderr)
         if arguments.out is not None:
             print(KEPT, file=sys.stderr)
+        write_page(table(), interrupted=True)
         return INTERRUPTED
     except ValueError as error:
         raise CommandError(str(error)) from None
     finally:
         findings.close()
-    records = [findings.done[clip.name] for clip in clips if clip.name in findings.done]
-    if not records:
+    rows = table()
+    if not rows:
         raise CommandError(f"{arguments.source}: none of its {len(clips)} clips can be read, {clips[0].name} first")
-    rows = tabulate(_answers(record, configs) for record in records)
     findings.finish(
         machine=machine(model.device), table=[row._asdict() for row in rows], left_out=left_out, classes=classes.names
     )
-    height, width = preprocess.height, preprocess.width
-    print(f"clips      {len(records)} of {len(clips)}, {len(classes.names)} classes")
-    print(
-        f"frames     {arguments.max_frames} of each clip from its first, stride {arguments.stride}; their mean is named"
-    )
-    print(f"model      {type(model).__name__}, {width}x{height}, {str(model.dtype).removeprefix('torch.')}")
-    print(f"NeuroFlow  {format_common(configs)}")
-    print(f"machine    {machine(model.device)}\n")
-    print(format_rows(rows))
+    write_page(rows)
+    for name, value in facts(rows).items():
+        print(f"{name:<11}{value}")
+    print(f"\n{format_rows(rows)}")
     if plots is not None:
         _plot_accuracy(plots, rows, configs)
     return 0
@@ -216,23 +251,25 @@ def text_classes(
 
 def format_rows(rows: list[Row]) -> str:
     """The Markdown table of an evaluation."""
+    return markdown(NAMES, _cells(rows))
+
+
+def _cells(rows: list[Row]) -> list[list[str]]:
+    """The rows of an evaluation under NAMES."""
 
     def interval(share: float, bounds: tuple[float, float]) -> list[str]:
         return [f"{share:.2%}", f"{bounds[0]:.1%} to {bounds[1]:.1%}"]
 
-    return markdown(
-        ["system", "top-1", "95 % interval", "top-3", "95 % interval", "patches skipped", "cosine to dense"],
+    return [
         [
-            [
-                row.system,
-                *interval(row.top1, row.top1_interval),
-                *interval(row.top3, row.top3_interval),
-                "-" if row.skipped is None else f"{row.skipped:.1%}",
-                "-" if row.cosine is None else f"{row.cosine:.4f}",
-            ]
-            for row in rows
-        ],
-    )
+            row.system,
+            *interval(row.top1, row.top1_interval),
+            *interval(row.top3, row.top3_interval),
+            "-" if row.skipped is None else f"{row.skipped:.1%}",
+            "-" if row.cosine is None else f"{row.cosine:.4f}",
+        ]
+        for row in rows
+    ]
 
 
 def _answers(record: dict, configs: Iterable[str]) -> tuple[str, dict[str, Answer]]:

@@ -104,6 +104,11 @@ def add_frames(
     return frames
 
 
+def add_report(output: argparse._ActionsContainer) -> None:
+    """The page that `report_file` makes room for."""
+    output.add_argument("--report", type=Path, metavar="FILE", help="an .html page to look at, in one file")
+
+
 def share(text: str) -> float:
     """A number between 0 and 1."""
     with contextlib.suppress(ValueError):

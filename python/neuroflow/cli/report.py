@@ -1,66 +1,28 @@
 """The table at the end of a run."""
 
-from dataclasses import dataclass
-from statistics import fmean
-
-import numpy as np
 import torch
 
 from neuroflow_kernels.env import describe
 
-from ..video.results import Record
+from ..report.figures import Figures, Times
 
 
-@dataclass(frozen=True)
-class Stages:
-    """Where a frame's time went, in milliseconds; frames that go through the model together share theirs equally.
-
-    Attributes:
-        decode: until the source gave the frame; a live one is waited for.
-        preprocess: from the frame to the model's input.
-        wait: of the loop, for that input: both of the former where they were not done ahead.
-        encode: in the patched model.
-        dense: in the unpatched model, None without a comparison.
-        write: results and overlay.
-        total: of the loop, from the last frame's end to this one's.
-    """
-
-    decode: float
-    preprocess: float
-    wait: float
-    encode: float
-    dense: float | None
-    write: float
-    total: float
-
-
-def format_report(
-    records: list[Record], stages: list[Stages], state_bytes: int, model: str, gate: str, device: torch.device
-) -> str:
-    """The table of a run: times, skipped patches, fidelity, state and machine.
-
-    Args:
-        records: of every frame, at least one.
-        stages: of the frames that this run encoded.
-        state_bytes: what the stream holds.
-        model: the model and its input, one line.
-        gate: NeuroFlow's settings, one line.
-        device: what the model ran on.
-    """
-    scored = [record for record in records if not record.first]
+def format_report(figures: Figures) -> str:
+    """The table of a run: times, skipped patches, fidelity, state and machine."""
     lines = [
-        f"frames            {len(records)}, {len(scored)} of them scored (a run's first is dense, and is not)",
-        f"model             {model}",
-        f"NeuroFlow         {gate}",
+        f"frames            {len(figures.records)}, {len(figures.scored)} of them scored (a run's first is dense, and "
+        "is not)",
+        f"model             {figures.model}",
+        f"NeuroFlow         {figures.gate}",
     ]
-    if scored:
-        lines += _statistics(scored)
-    if len(stages) > 1:
-        lines.append(_pipeline(stages[1:]))
+    if figures.scored:
+        lines += _statistics(figures)
+    if figures.mean_stages is not None:
+        lines.append(_pipeline(figures))
     lines += [
-        f"key frames        {sum(record.key_frame for record in records)}",
-        f"state             {state_bytes:,} bytes",
-        f"machine           {machine(device)}",
+        f"key frames        {len(figures.key_frames)}",
+        f"state             {figures.state_bytes:,} bytes",
+        f"machine           {figures.machine}",
     ]
     return "\n".join(lines)
 
@@ -75,41 +37,34 @@ def machine(device: torch.device) -> str:
     )
 
 
-def _statistics(scored: list[Record]) -> list[str]:
-    sparse = np.array([record.neuroflow_ms for record in scored])
-    skipped = f"patches skipped   {np.mean([record.skipped for record in scored]):.1%}"
+def _statistics(figures: Figures) -> list[str]:
+    skipped = f"patches skipped   {figures.skipped:.1%}"
     heading = f"ms/frame          {'median':>10}{'p20':>10}{'p80':>10}"
-    if scored[0].dense_ms is None:
-        return [heading, _times("NeuroFlow", sparse), skipped, "fidelity          not measured; --compare does"]
-    dense = np.array([record.dense_ms for record in scored])
-    cosine = np.array([record.cosine for record in scored])
-    fidelity = f"mean {cosine.mean():.4f}   p5 {np.quantile(cosine, 0.05):.4f}   min {cosine.min():.4f}"
+    if not figures.compared:
+        return [heading, _times("NeuroFlow", figures.sparse), skipped, "fidelity          not measured; --compare does"]
+    mean, p5, lowest = figures.fidelity
     lines = [
         heading,
-        _times("dense", dense),
-        _times("NeuroFlow", sparse),
-        f"speed-up          {np.median(dense) / np.median(sparse):.2f}x, same frames, side by side",
+        _times("dense", figures.dense),
+        _times("NeuroFlow", figures.sparse),
+        f"speed-up          {figures.speed_up:.2f}x, same frames, side by side",
         skipped,
-        f"fidelity          {fidelity}   (cosine to dense)",
+        f"fidelity          mean {mean:.4f}   p5 {p5:.4f}   min {lowest:.4f}   (cosine to dense)",
     ]
-    if scored[0].dense_predicted is not None:
-        agreement = np.mean([record.predicted == record.dense_predicted for record in scored])
-        lines.append(f"top-1 agreement   {agreement:.1%} of the frames get the class that dense gives them")
+    if figures.agreement is not None:
+        lines.append(f"top-1 agreement   {figures.agreement:.1%} of the frames get the class that dense gives them")
     return lines
 
 
-def _pipeline(stages: list[Stages]) -> str:
-    """Means, as they add up; medians do not."""
-    mean = {name: fmean(values) for name in vars(stages[0]) if None not in (values := [vars(s)[name] for s in stages])}
-    shown = {"encode": "encode", "dense": "dense", "wait": "wait for input", "write": "write"}
-    parts = [f"{label} {mean[name]:.1f}" for name, label in shown.items() if name in mean]
-    other = mean["total"] - sum(mean[name] for name in shown if name in mean)
+def _pipeline(figures: Figures) -> str:
+    mean = figures.mean_stages
+    shown = {"encode": mean.encode, "dense": mean.dense, "wait for input": mean.wait, "write": mean.write}
+    parts = [f"{name} {value:.1f}" for name, value in shown.items() if value is not None]
     return (
-        f"pipeline          {mean['total']:.1f} ms/frame (mean): {', '.join(parts)}, other {other:.1f}; "
-        f"the input took decode {mean['decode']:.1f}, preprocess {mean['preprocess']:.1f}"
+        f"pipeline          {mean.total:.1f} ms/frame (mean): {', '.join(parts)}, other {figures.other_ms:.1f}; "
+        f"the input took decode {mean.decode:.1f}, preprocess {mean.preprocess:.1f}"
     )
 
 
-def _times(name: str, milliseconds: np.ndarray) -> str:
-    median, low, high = np.quantile(milliseconds, [0.5, 0.2, 0.8])
-    return f"  {name:<16}{median:>10.1f}{low:>10.1f}{high:>10.1f}"
+def _times(name: str, times: Times) -> str:
+    return f"  {name:<16}{times.median:>10.1f}{times.p20:>10.1f}{times.p80:>10.1f}"

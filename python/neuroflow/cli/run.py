@@ -10,13 +10,15 @@ from typing import Any
 import neuroflow
 
 from ..embedding import CLIP
+from ..report.advice import Setup
+from ..report.pages import RunReport, shown_address
 from ..street import load_classes
 from ..video.results import Results
 from ..video.source import Source
 from . import CommandError
-from .common import INTERRUPTED, KEPT, gate_config, load_model, pinned_model, require_writable
+from .common import INTERRUPTED, KEPT, gate_config, load_model, pinned_model, report_file, require_writable
 from .encoding import encode_video
-from .options import add_frames, add_gate, add_model, add_rule, count
+from .options import add_frames, add_gate, add_model, add_report, add_rule, count
 
 DESCRIPTION = """\
 Encode a video with a vision transformer, re-encoding only the patches that changed, and report what that saved and,
@@ -37,6 +39,7 @@ examples:
   neuroflow run clip.mp4 --compare
   neuroflow run clip.mp4 --model google/siglip2-base-patch16-224 --compare
   neuroflow run clip.mp4 --model ./my-vit --out result.parquet --overlay overlay.mp4
+  neuroflow run clip.mp4 --model ./my-vit --compare --report report.html
   neuroflow run rtsp://camera/stream --model ./my-vit --device cuda --dtype float16 --max-frames 1000
   neuroflow run clip.mp4 --model ./my-vit --out result.jsonl --resume
   neuroflow run clip.mp4 --model ./my-vit --config config.json
@@ -69,6 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FILE", help="each frame's embedding, skip and timing: .jsonl, .npz or .parquet"
     )
     output.add_argument("--overlay", type=Path, metavar="FILE", help="an .mp4 of frames beside their active patches")
+    add_report(output)
     output.add_argument("--resume", action="store_true", help="continue the unfinished --out of the same command")
 
 
@@ -95,6 +99,10 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.out is not None:
             results = Results(arguments.out, _settings(arguments, config), resume=arguments.resume)
             stack.callback(results.close)
+        report = None
+        page = stack.enter_context(report_file(arguments.report))
+        if page is not None:
+            report = RunReport(page, _shown(arguments, config), _setup(arguments, config, source.live))
         model, preprocess = load_model(arguments)
         code = encode_video(
             source,
@@ -109,10 +117,21 @@ def run(arguments: argparse.Namespace) -> int:
             clip=arguments.clip,
             results=results,
             overlay=overlay,
+            report=report,
         )
     if code == INTERRUPTED and results is not None:
         print(KEPT, file=sys.stderr)
     return code
+
+
+def _setup(arguments: argparse.Namespace, config: neuroflow.NeuroFlowConfig, live: bool) -> Setup:
+    source = shown_address(arguments.source)
+    return Setup(source, arguments.model, config, live=live, overlay=arguments.overlay is not None)
+
+
+def _shown(arguments: argparse.Namespace, config: neuroflow.NeuroFlowConfig) -> dict[str, Any]:
+    """The settings that the report shows."""
+    return _settings(arguments, config) | {"source": shown_address(arguments.source)}
 
 
 def _settings(arguments: argparse.Namespace, config: neuroflow.NeuroFlowConfig) -> dict[str, Any]:

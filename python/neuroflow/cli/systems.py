@@ -12,6 +12,7 @@ import neuroflow
 from ..config import ARCHITECTURES
 from . import CommandError
 from .common import changed_settings, pinned_model
+from .options import add_report
 
 LETTERS = {arch: letter for letter, arch in ARCHITECTURES.items()}
 
@@ -40,6 +41,7 @@ def add_findings(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--out", type=Path, metavar="FILE", help="a .json file of everything that was found")
     output.add_argument("--resume", action="store_true", help="continue the --out of the same command")
     output.add_argument("--plots", type=Path, metavar="DIR", help="pictures, with matplotlib (the bench extra)")
+    add_report(output)
 
 
 def system_configs(arguments: argparse.Namespace) -> dict[str, neuroflow.NeuroFlowConfig]:
