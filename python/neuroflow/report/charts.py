@@ -51,7 +51,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.labelcolor": INK,
 }
-PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g} %")
+PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}%")
 
 
 def timeline(figures: Figures, reasons: Mapping[int, str]) -> Markup:

@@ -220,7 +220,7 @@ def _write(path: Path, template: str, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters["percent"] = lambda share, digits=1: f"{share:.{digits}%}".replace("%", "\N{NO-BREAK SPACE}%")
+    pages.filters["percent"] = lambda share: f"{share:.1%}"
     pages.filters["last_name"] = lambda source: source if "://" in source else Path(source).name or source
     pages.filters["number"] = lambda value, digits: f"{value:,.{digits}f}"
     pages.filters["clock"] = lambda seconds: f"{int(seconds // 60)}:{seconds % 60:05.2f}"
