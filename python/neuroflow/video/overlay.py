@@ -18,7 +18,7 @@ CAPTION_HEIGHT = 32
 BRIGHTNESS = 0.25  # of patches that were not encoded
 INK, PAPER = (236, 238, 240), (16, 18, 22)
 INFERNO = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
-COLDEST, HOTTEST = 1e-3, 1.0  # surprise at either end of the colours, which are its logarithm's
+COLDEST, HOTTEST = 5e-3, 0.5  # surprise at either end of the colours, which are its logarithm's
 BOX_HEIGHT, BOX_WIDTH = 720, 3840  # of pictures under boxes, at most
 COLOURS = ("#ffb000", "#fe6100", "#dc267f", "#785ef0", "#648fff", "#00b894", "#f1f1f1", "#ffe066")
 
