@@ -26,8 +26,8 @@ STRUCTURAL := tests/adapters tests/engine tests/ops/test_reference_vectors.py te
 KERNELS := $(addprefix tests/,ops adapters/test_families.py adapters/test_timm.py adapters/test_whole_models.py \
   engine/test_stream_cache.py)
 
-.PHONY: demo test test-kernels test-others test-slow test-ray test-viz test-vllm fuzz soak gpu lock compat $(COMPAT:%=compat-%) \
-  compat-torch $(COMPAT_TORCH:%=compat-torch-%) lint format bench bench-vllm zoo clean always
+.PHONY: demo test test-kernels test-others test-slow test-ray test-viz test-vllm fuzz soak gpu lock compat \
+  $(COMPAT:%=compat-%) compat-torch $(COMPAT_TORCH:%=compat-torch-%) lint format bench bench-vllm zoo clean always
 
 .venv/installed: pyproject.toml setup.py $(LOCK) $(SOURCES)
 	$(PYTHON) -m venv .venv

@@ -1,5 +1,6 @@
 """Recordings for Rerun's viewer, read back; and what is said where there is no Rerun, or no display."""
 
+import errno
 import io
 import sys
 import types
@@ -8,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from neuroflow.files import OutputError
 from neuroflow.video import overlay
 from neuroflow.video.ahead import Prepared
 from neuroflow.video.encode import VideoWriter
@@ -131,6 +133,20 @@ def test_a_recording_is_written_whole_or_not_at_all(recorder, encoded, tmp_path)
         pass
     assert [file.name for file in tmp_path.iterdir()] == ["run.rrd"]
     assert (tmp_path / "run.rrd").read_bytes() == b"of an earlier run"
+
+
+def test_a_write_that_fails_once_is_no_recording(recorder, encoded, monkeypatch, tmp_path):
+    kind, _ = recorder
+
+    def copy(pipe, file):
+        while pipe.read(2**16):
+            pass
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("neuroflow.video.recording.shutil.copyfileobj", copy)
+    with pytest.raises(OutputError, match="run.rrd: cannot be written"), kind(tmp_path / "run.rrd") as recording:
+        recording.log(encoded[0])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_viewer_gets_what_a_file_does(recorder, encoded, monkeypatch, tmp_path):

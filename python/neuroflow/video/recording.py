@@ -164,6 +164,7 @@ def _layout() -> rrb.Blueprint:
                 rrb.TimeSeriesView(origin="latency", name="latency"),
                 rrb.TimeSeriesView(origin="cosine", name="cosine to dense"),
                 rrb.TextLogView(origin="key_frames", name="key frames"),
+                column_shares=[2, 2, 2, 3],
             ),
             row_shares=[2, 1],
         ),
