@@ -144,7 +144,7 @@ def test_a_write_that_fails_once_is_no_recording(recorder, encoded, monkeypatch,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("neuroflow.video.recording.shutil.copyfileobj", copy)
-    with pytest.raises(OutputError, match="run.rrd: cannot be written"), kind(tmp_path / "run.rrd") as recording:
+    with pytest.raises(OutputError, match=r"run\.rrd: cannot be written"), kind(tmp_path / "run.rrd") as recording:
         recording.log(encoded[0])
     assert list(tmp_path.iterdir()) == []
 
