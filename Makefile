@@ -26,8 +26,8 @@ STRUCTURAL := tests/adapters tests/engine tests/ops/test_reference_vectors.py te
 KERNELS := $(addprefix tests/,ops adapters/test_families.py adapters/test_timm.py adapters/test_whole_models.py \
   engine/test_stream_cache.py)
 
-.PHONY: demo test test-kernels test-others test-slow test-ray test-vllm fuzz soak gpu lock compat $(COMPAT:%=compat-%) \
-  compat-torch $(COMPAT_TORCH:%=compat-torch-%) lint format bench bench-vllm zoo clean always
+.PHONY: demo test test-kernels test-others test-slow test-ray test-viz test-vllm fuzz soak gpu lock compat \
+  $(COMPAT:%=compat-%) compat-torch $(COMPAT_TORCH:%=compat-torch-%) lint format bench bench-vllm zoo clean always
 
 .venv/installed: pyproject.toml setup.py $(LOCK) $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -45,6 +45,11 @@ KERNELS := $(addprefix tests/,ops adapters/test_families.py adapters/test_timm.p
 # Ray, which only its own tests need. What is compiled stays as it is.
 .venv/ray: pyproject.toml $(LOCK) | .venv/installed
 	NEUROFLOW_BUILD=0 $(BIN)/$(INSTALL) --no-build-isolation --editable '.[ray]'
+	touch $@
+
+# Rerun, some 160 MB, which only its own tests need.
+.venv/viz: pyproject.toml $(LOCK) | .venv/installed
+	NEUROFLOW_BUILD=0 $(BIN)/$(INSTALL) --no-build-isolation --editable '.[viz]'
 	touch $@
 
 demo: .venv/installed
@@ -65,6 +70,9 @@ test-slow: .venv/installed .venv/timm
 
 test-ray: .venv/installed .venv/ray
 	$(BIN)/python -m pytest -m ray tests/serve
+
+test-viz: .venv/installed .venv/viz
+	$(BIN)/python -m pytest -rs tests/video/test_recording.py tests/cli/test_outputs.py -k 'recording or rerun'
 
 fuzz: .venv/installed
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -m fuzz tests

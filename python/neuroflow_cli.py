@@ -35,6 +35,7 @@ EXTRAS = {
     **dict.fromkeys(("av", "PIL", "pyarrow", "scipy"), "video"),
     **dict.fromkeys(("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"), "serve"),
     "ray": "ray",
+    "rerun": "viz",
 }
 
 

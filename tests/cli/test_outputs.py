@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAMES, SIDE = 6, 48
+needs_rerun = pytest.mark.skipif(find_spec("rerun") is None, reason="rerun-sdk is not installed: make test-viz")
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +66,7 @@ def listing(directory):
 
 COMMANDS = {  # with the suffix that its output has
     "run --overlay": (["run", "{read}", "--overlay", "{written}"], ".mp4"),
+    "run --rerun": (["run", "{read}", "--rerun", "{written}"], ".rrd"),
     "run --out": (["run", "{read}", "--out", "{written}"], ".npz"),
     "run, its weights": (["run", "x.mp4", "--weights", "{read}", "--out", "{written}"], ".npz"),
     "track --overlay": (["track", "{read}", "--overlay", "{written}"], ".mp4"),
@@ -183,6 +186,7 @@ def held(path, command):
         ("run --resume", "--out", "result.jsonl"),
         ("run", "--overlay", "overlay.mp4"),
         ("run", "--report", "report.html"),
+        pytest.param("run", "--rerun", "run.rrd", marks=needs_rerun),
         ("track", "--out", "tracks.json"),
         ("track", "--overlay", "overlay.mp4"),
         ("eval laws", "--out", "laws.json"),
@@ -194,7 +198,7 @@ def held(path, command):
 def test_a_second_run_stops_and_leaves_the_first_alone(command, option, name, refused, clip, model, tmp_path):
     path = tmp_path / name
     path.write_bytes(b"of an earlier run")
-    first = option if option in ("--overlay", "--report") else command.partition(" --")[0]
+    first = option if option in ("--overlay", "--rerun", "--report") else command.partition(" --")[0]
     with held(path, first):
         before = listing(tmp_path)
         assert len(before) == 2
@@ -234,6 +238,7 @@ def room(most):
         ("run", "--overlay", "overlay.mp4", 0),
         ("run", "--overlay", "overlay.mp4", 3000),
         ("run", "--report", "report.html", 3000),
+        pytest.param("run", "--rerun", "run.rrd", 3000, marks=needs_rerun),
         ("track", "--overlay", "overlay.mp4", 3000),
         ("track", "--out", "tracks.json", 100),
         ("eval laws --arch=E", "--out", "laws.json", 100),
@@ -300,6 +305,7 @@ def test_a_directory_that_vanishes_is_one_line(name, moment, refused, clip, mode
         ("run", "--out", ".jsonl"),
         ("run", "--overlay", ".mp4"),
         ("run", "--report", ".html"),
+        pytest.param("run", "--rerun", ".rrd", marks=needs_rerun),
         ("track", "--out", ".json"),
         ("track", "--overlay", ".mp4"),
         ("eval laws", "--out", ".json"),
@@ -337,6 +343,7 @@ def test_a_name_that_cannot_be_is_one_line(kind, command, option, suffix, refuse
         ("run", "--out", "result.jsonl", ".partial"),
         ("run", "--overlay", "overlay.mp4", ".partial"),
         ("run", "--report", "report.html", ".partial"),
+        pytest.param("run", "--rerun", "run.rrd", ".partial", marks=needs_rerun),
         ("track", "--out", "tracks.json", ".partial"),
         ("eval laws --arch=E", "--out", "laws.json", ".journal"),
     ],

@@ -1,8 +1,11 @@
 """The command as a user meets it: what it writes, what it says, and what it answers to bad input."""
 
 import json
+import re
 import shutil
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ from neuroflow.cli import demo
 from neuroflow.cli.encoding import caption
 from neuroflow.cli.report import format_report
 from neuroflow.report.figures import Figures
-from neuroflow.street.scene import CAMERAS, CLASSES, TRAJECTORIES, Scene, scenes, write_scene
+from neuroflow.street.scene import CAMERAS, CLASSES, TRAJECTORIES, Scene, draw_scene, scenes, write_scene
 from neuroflow.video.encode import VideoWriter
+from neuroflow.video.overlay import PANEL_HEIGHT
 from neuroflow.video.preprocess import Preprocessor
 from neuroflow.video.results import Record, Results
 from neuroflow.video.source import Source
@@ -140,9 +144,9 @@ def test_the_middle_of_frames_where_the_model_asks_for_it(tmp_path, neuroflow_ru
         expected = SiglipVisionModel.from_pretrained(name).eval()(pixel_values=pixels).pooler_output
     torch.testing.assert_close(torch.from_numpy(np.load(out)["embedding"]), expected, rtol=1e-4, atol=1e-5)
     picture = next(iter(Source(str(overlay))))
-    panel, patches = np.split(picture.rgb(*picture.size)[:448].astype(float), 2, 1)
+    panel, _, patches = np.split(picture.rgb(*picture.size)[30:PANEL_HEIGHT].astype(float), 3, 1)
     ratio = patches.mean((0, 2)) / panel.mean((0, 2))  # of 108 columns, resized, 22 are cut away on either side
-    assert ratio[10:120].max() < 0.5 and ratio[150:520].min() > 0.8 and ratio[550:660].max() < 0.5
+    assert ratio[8:96].max() < 0.5 and ratio[120:418].min() > 0.8 and ratio[442:530].max() < 0.5
     code, table, message = neuroflow_run(clip, "--size", "96x64", model=name)
     assert code == 0 and "96x64, 24 patches" in table
     assert "warning: frames are resized whole to 96x64, in place of the 64x64 that" in message
@@ -363,14 +367,52 @@ def test_demo(tmp_path, capsys, monkeypatch):
     table = capsys.readouterr().out
     for words in (*TRAJECTORIES, *CAMERAS, "top-1", "speed-up", "weights are random, so this is about speed only"):
         assert words in table
-    shown = next(scene for scene in scenes(5, held_out=True) if scene.camera == "static")
     clips = [f"{scene.subject}-{scene.trajectory}-{scene.camera}.mp4" for scene in scenes(5, held_out=True)]
     written = sorted(file.name for file in (tmp_path / "demo").iterdir())
     assert written == sorted([*clips, "overlay.mp4", "result.jsonl", "street.mp4"])
     records = rows(tmp_path / "demo" / "result.jsonl")
     assert len(records) == 16 and len(records[0]["embedding"]) == 192
     assert 0.5 < np.mean([record["skipped"] for record in records[1:]]) < 1
-    assert {record["dense_predicted"] for record in records} <= set(CLASSES) and shown.subject in table
+    clip = re.search(rf"^  {re.escape(demo.started_as())} run (\S+) --threshold", table, re.MULTILINE)[1]
+    scene = scenes(5, held_out=True)[clips.index(Path(clip).name)]
+    assert Path(clip).exists() and f"Open {tmp_path / 'demo' / 'overlay.mp4'}: the {scene.subject} beside" in table
+    labels = [CLASSES[label] if label >= 0 else None for _, label in draw_scene(scene, 16)]
+    named = [record["dense_predicted"] for record in records]
+    assert all(label in (None, name) for label, name in zip(labels[1:], named[1:], strict=True)), (labels, named)
+
+
+def test_the_showcase_is_what_dense_names_rightly_and_skips_most():
+    wrong, right, better = (Scene("dog", "arc", "static", seed) for seed in range(3))
+
+    def scored(scene, dense, skipped, *, label="dog", first=False):
+        return demo.Scored(scene, label, Record(0, 0, skipped, 9, first, 2.0, 9.0, 0.9, first, "bird", dense))
+
+    frames = [
+        *(scored(wrong, "dog", 0.99), scored(wrong, "bird", 0.99)),
+        *(scored(right, "bird", 0.0, first=True), scored(right, "dog", 0.5), scored(right, "cat", 0.5, label=None)),
+        *(scored(better, "dog", 0.4), scored(better, "dog", 0.8)),
+    ]
+    assert demo.showcase(frames) == better
+    assert demo.showcase(frames[:-2]) == right
+    assert demo.showcase(frames[:2]) == wrong
+
+
+@pytest.mark.parametrize(
+    ("typed", "on_path", "expected"),
+    [
+        (".venv/bin/neuroflow", None, ".venv/bin/neuroflow"),
+        ("/opt/bin/neuroflow", "/opt/bin/neuroflow", "neuroflow"),
+        (".venv/bin/neuroflow", "/opt/bin/neuroflow", ".venv/bin/neuroflow"),
+        ("/my env/bin/neuroflow", None, "'/my env/bin/neuroflow'"),
+        ("/src/neuroflow_cli.py", "/opt/bin/neuroflow", f"{sys.executable} -m neuroflow_cli"),
+    ],
+)
+def test_what_to_type_next_begins_as_the_demo_was_started(monkeypatch, typed, on_path, expected):
+    monkeypatch.setattr(sys, "argv", [typed])
+    monkeypatch.setattr(shutil, "which", lambda name: on_path)
+    assert demo.started_as() == expected
+    said = demo.farewell("bus", Path("my demo/bus.mp4"), Path("my demo/overlay.mp4"), Path("my demo/result.jsonl"))
+    assert f"  {expected} run 'my demo/bus.mp4' --threshold" in said
 
 
 def test_table_of_the_demo():
@@ -419,6 +461,7 @@ def test_agreement_and_caption_name_what_differs():
     assert "top-1 agreement   50.0% of the frames" in table
     assert caption(same).startswith("frame 1    car    50.0% skipped")
     assert caption(other).startswith("frame 2    van (dense: car)    50.0% skipped")
+    assert caption(same, "cut").endswith("    key frame: cut") and "key frame" not in caption(same)
 
 
 def test_help_shows_examples_and_every_option(capsys):

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import CommandError
+from .options import LIVE
 
 INPUTS = ("source", "videos", "outside", "model", "weights", "config", "labels", "classes", "testlist", "text")
-OUTPUTS = ("out", "overlay", "report")
+OUTPUTS = ("out", "overlay", "rerun", "report")
 BESIDE = ("", ".partial", ".journal", ".checkpoint", ".lock")  # what is written under an output's name
 
 
@@ -25,6 +26,8 @@ def require_apart(arguments: argparse.Namespace) -> None:
     for name in (*INPUTS, *OUTPUTS, "plots", "out_dir"):
         if "\0" in str(given.get(name, "")):
             raise CommandError(f"{_option(name)}: its name holds a NUL; give another")
+    if given.get("rerun") == LIVE:
+        del given["rerun"]
     written: dict[tuple[int, int], str] = {}
     for option in OUTPUTS:
         for suffix in BESIDE if option in given else ():

@@ -2,8 +2,11 @@
 
 import argparse
 import contextlib
+import os
+import shlex
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from ..video.overlay import OverlayWriter
 from ..video.preprocess import Preprocessor
 from ..video.results import Record, Results
 from ..video.source import Source
-from ..video.stream import encode_stream
+from ..video.stream import Encoded, encode_stream
 from ..weights import copy_sharing_weights
 from . import CommandError
 from .encoding import caption, encode_video
@@ -70,29 +73,27 @@ def demo(arguments: argparse.Namespace) -> int:
     model, classes = load_tower(str(STREET), torch.device("cpu"), torch.float32), load_classes()
     dense = copy_sharing_weights(model)
     neuroflow.enable_cache(model)
-    chosen = scenes(SCENES, held_out=True)
-    shown = next(scene for scene in chosen if scene.camera == "static")
+    clips = {
+        scene: directory / f"{scene.subject}-{scene.trajectory}-{scene.camera}.mp4"
+        for scene in scenes(SCENES, held_out=True)
+    }
     print(f"drawing {SCENES} scenes that the tower was not trained on", file=sys.stderr)
     scored = []
-    for scene in tqdm(chosen, unit="scene", dynamic_ncols=True):
-        clip = directory / f"{scene.subject}-{scene.trajectory}-{scene.camera}.mp4"
-        scored += score_scene(scene, clip, model, dense, classes, write_beside=scene is shown)
+    for scene, clip in tqdm(clips.items(), unit="scene", dynamic_ncols=True):
+        scored += score_scene(scene, clip, model, dense, classes)
     print(format_scores(scored, "trajectory", TRAJECTORIES))
     print(format_scores(scored, "camera", CAMERAS))
+    shown = showcase(scored)
+    overlay, result = directory / "overlay.mp4", directory / "result.jsonl"
+    _write_showcase(clips[shown], overlay, result, model, dense, classes)
     print(f"\nA SigLIP of base size on a drawn street; {RANDOM_WEIGHTS}.", flush=True)
     code = _speed(directory / "street.mp4")
-    print(f"\nwritten to {directory}: the scenes; overlay.mp4 and result.jsonl are of the {shown.subject}")
+    print(farewell(shown.subject, clips[shown], overlay, result))
     return code
 
 
 def score_scene(
-    scene: Scene,
-    clip: Path,
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    classes: ClassHead,
-    *,
-    write_beside: bool = False,
+    scene: Scene, clip: Path, model: PreTrainedModel, dense: PreTrainedModel, classes: ClassHead
 ) -> list[Scored]:
     """Draw a scene into `clip` and run both towers over it, the patched one from nothing.
 
@@ -102,29 +103,72 @@ def score_scene(
         model: the patched tower.
         dense: the same, unpatched.
         classes: theirs.
-        write_beside: write overlay.mp4 and result.jsonl into the directory of `clip`.
     """
-    side = model.config.image_size
-    labels = [CLASSES[label] if label >= 0 else None for label in write_scene(clip, scene, FRAMES, side)]
+    labels = [CLASSES[label] if label >= 0 else None for label in write_scene(clip, scene, FRAMES, _side(model))]
+    encoded = _encode(clip, model, dense, classes)
+    return [Scored(scene, labels[each.record.frame], each.record) for each in encoded]
+
+
+def showcase(scored: list[Scored]) -> Scene:
+    """The scene that dense names rightly most often; among several, the one of which most is skipped."""
+    groups: dict[Scene, list[Scored]] = {}
+    for one in scored:
+        if not one.record.first:
+            groups.setdefault(one.scene, []).append(one)
+
+    def rank(scene: Scene) -> tuple[float, float]:
+        group = groups[scene]
+        return _top1(group, "dense_predicted"), np.mean([one.record.skipped for one in group])
+
+    return max(groups, key=rank)
+
+
+def farewell(subject: str, clip: Path, overlay: Path, result: Path) -> str:
+    """What to open, and what to type next."""
+    command = started_as()
+    own = f"{command} run CLIP --model google/siglip2-base-patch16-224 --compare --overlay overlay.mp4"
+    return f"""
+Open {overlay}: the {subject} beside its surprise and the patches that were encoded.
+The numbers behind it, frame by frame, are in {result}.
+
+The same scene at a higher threshold, which skips more patches:
+  {command} run {shlex.quote(str(clip))} --threshold 0.3 --compare
+Your own video, CLIP, and a model from Hugging Face:
+  {own}
+All options:
+  {command} run --help"""
+
+
+def started_as() -> str:
+    """The command as it was typed, for a shell."""
+    if sys.argv[0].endswith(".py"):
+        return f"{shlex.quote(sys.executable)} -m neuroflow_cli"
+    found = shutil.which("neuroflow")
+    if found is not None and os.path.abspath(found) == os.path.abspath(sys.argv[0]):
+        return "neuroflow"
+    return shlex.quote(sys.argv[0])
+
+
+def _encode(clip: Path, model: PreTrainedModel, dense: PreTrainedModel, classes: ClassHead) -> Iterator[Encoded]:
     neuroflow.reset_cache(model)
-    scored = []
-    with contextlib.ExitStack() as stack:
-        source = stack.enter_context(contextlib.closing(Source(str(clip))))
-        writer = results = None
-        if write_beside:
-            writer = stack.enter_context(OverlayWriter(clip.with_name("overlay.mp4"), RATE))
-            results = Results(clip.with_name("result.jsonl"), {"source": str(clip), "model": "street"})
-            stack.callback(results.close)
-        inputs = prepare(source, Preprocessor(side, side))
-        for encoded in encode_stream(inputs, model, dense, classes):
-            record = encoded.record
-            scored.append(Scored(scene, labels[record.frame], record))
-            if writer is not None:
-                writer.draw(encoded.prepared.frame, encoded.active, caption(record))
-                results.append(record, encoded.embedding)
-        if results is not None:
-            results.finish()
-    return scored
+    with contextlib.closing(Source(str(clip))) as source:
+        yield from encode_stream(prepare(source, Preprocessor(_side(model), _side(model))), model, dense, classes)
+
+
+def _side(model: PreTrainedModel) -> int:
+    return model.config.image_size
+
+
+def _write_showcase(
+    clip: Path, overlay: Path, result: Path, model: PreTrainedModel, dense: PreTrainedModel, classes: ClassHead
+) -> None:
+    results = Results(result, {"source": str(clip), "model": "street"})
+    with contextlib.closing(results), OverlayWriter(overlay, RATE) as writer:
+        for encoded in _encode(clip, model, dense, classes):
+            text = caption(encoded.record, encoded.key_frame)
+            writer.draw(encoded.prepared.frame, encoded.active, encoded.surprise, text)
+            results.append(encoded.record, encoded.embedding)
+        results.finish()
 
 
 def format_scores(scored: list[Scored], field: str, names: Iterable[str]) -> str:
@@ -142,13 +186,14 @@ def format_scores(scored: list[Scored], field: str, names: Iterable[str]) -> str
 
 
 def _row(name: str, group: list[Scored]) -> str:
-    seen = [one for one in group if one.label is not None]
-    dense, sparse = (
-        np.mean([getattr(one.record, of) == one.label for one in seen]) for of in ("dense_predicted", "predicted")
-    )
+    dense, sparse = (_top1(group, of) for of in ("dense_predicted", "predicted"))
     cosine, skipped = (np.mean([getattr(one.record, of) for one in group]) for of in ("cosine", "skipped"))
     dense_ms, sparse_ms = (np.median([getattr(one.record, of) for one in group]) for of in ("dense_ms", "neuroflow_ms"))
     return f"{name:<14}{dense:>9.1%}{sparse:>10.1%}{cosine:>9.4f}{skipped:>10.1%}{dense_ms:>9.1f}{sparse_ms:>10.1f}"
+
+
+def _top1(group: list[Scored], of: str) -> float:
+    return np.mean([getattr(one.record, of) == one.label for one in group if one.label is not None])
 
 
 def _speed(clip: Path) -> int:

@@ -6,6 +6,7 @@ import itertools
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -24,7 +25,11 @@ from ..video.stream import encode_stream
 from ..weights import copy_sharing_weights
 from . import CommandError
 from .common import INTERRUPTED, format_gate, pair
+from .options import LIVE
 from .report import format_report, machine
+
+if TYPE_CHECKING:
+    from ..video.recording import Recorder
 
 
 def encode_video(
@@ -41,6 +46,7 @@ def encode_video(
     clip: int = 1,
     results: Results | None = None,
     overlay: Path | None = None,
+    rerun: Path | None = None,
     report: RunReport | None = None,
 ) -> int:
     """Encode a source's frames, with progress on stderr and the table on stdout, and return the exit code.
@@ -57,13 +63,15 @@ def encode_video(
         max_frames: of the results, those of a run that is continued among them.
         clip: how many frames of a file go through the model in one call; those of a live source go one by one.
         results: where every frame's embedding and record go.
-        overlay: an MP4 to write, of the frames beside their active patches.
+        overlay: an MP4 to write, of the frames beside their surprise and active patches.
+        rerun: a recording to write for Rerun's viewer; LIVE starts the viewer instead.
         report: looks at every frame, and is written in the end, also of a run that is interrupted.
 
     Raises:
-        CommandError: a configuration that does not fit the model, or no frame is left for the overlay.
+        CommandError: a configuration that does not fit the model, no frame is left for the overlay or the recording, or
+            the viewer cannot be started.
         JournalError: an embedding with NaN or Inf.
-        OutputError: results, overlay or report cannot be written.
+        OutputError: results, overlay, recording or report cannot be written.
         SourceError: no frame.
     """
     dense = copy_sharing_weights(model) if compare else None
@@ -75,7 +83,7 @@ def encode_video(
     start = 0
     if records:
         start = records[-1].frame + stride
-        note = ", and the overlay begins there" if overlay is not None else ""
+        note = "" if overlay is None and rerun is None else ", and the overlay or recording begins there"
         print(f"resuming at frame {start}: it is a key frame{note}", file=sys.stderr)
     frames = every(source, stride, start)
     count = None if source.frame_count is None else -(-source.frame_count // stride)
@@ -88,6 +96,7 @@ def encode_video(
             writer = None
             if overlay is not None:
                 writer = stack.enter_context(OverlayWriter(overlay, (source.rate or DIRECTORY_RATE) / stride))
+            recorder = None if rerun is None else stack.enter_context(_recorder(rerun))
             # Ctrl-C is how a live source ends, but it cuts a file short.
             stack.enter_context(contextlib.suppress(KeyboardInterrupt) if source.live else contextlib.nullcontext())
             inputs = prepare(frames, preprocess)
@@ -103,7 +112,15 @@ def encode_video(
                 if results is not None:
                     results.append(record, encoded.embedding)
                 if writer is not None:
-                    writer.draw(encoded.prepared.frame, encoded.active, caption(record), encoded.prepared.region)
+                    writer.draw(
+                        encoded.prepared.frame,
+                        encoded.active,
+                        encoded.surprise,
+                        caption(record, encoded.key_frame),
+                        encoded.prepared.region,
+                    )
+                if recorder is not None:
+                    recorder.log(encoded)
                 if report is not None:
                     report.moments.note(encoded)
                 skipped += record.skipped
@@ -136,9 +153,10 @@ def encode_video(
         print(f"warning: {source.address}: {source.stopped}; the frames before are kept", file=sys.stderr)
     if results is not None:
         results.finish()
-    if overlay is not None and not stages:
-        message = "is not written: the run that is continued left no frame for it; run without --resume"
-        raise CommandError(f"--overlay {overlay}: {message}")
+    for option, path in (("overlay", overlay), ("rerun", rerun)):
+        if path not in (None, LIVE) and not stages:
+            message = "is not written: the run that is continued left no frame for it; run without --resume"
+            raise CommandError(f"--{option} {path}: {message}")
     figures = _figures(records, stages, model, preprocess, config)
     if report is not None:
         report.write(figures)
@@ -167,8 +185,18 @@ def shares(stages: list[Stages]) -> list[Stages]:
     return [dataclasses.replace(one, total=total, write=write) for one in stages]
 
 
-def caption(record: Record) -> str:
-    """What the overlay says of a frame."""
+def _recorder(rerun: Path) -> "Recorder":
+    # Late, as Rerun is there for those alone who ask for it.
+    from ..video.recording import Recorder
+
+    try:
+        return Recorder(None if rerun == LIVE else rerun)
+    except RuntimeError as error:
+        raise CommandError(f"--rerun {rerun}: the viewer cannot be started ({error})") from None
+
+
+def caption(record: Record, key_frame: str | None = None) -> str:
+    """What the overlay says of a frame; `key_frame`: why it is one, as `FrameReport` has it."""
     text = f"frame {record.frame}"
     if record.predicted is not None:
         text += f"    {record.predicted}"
@@ -177,4 +205,4 @@ def caption(record: Record) -> str:
     text += f"    {record.skipped:.1%} skipped    NeuroFlow {record.neuroflow_ms:.1f} ms"
     if record.dense_ms is not None:
         text += f"    dense {record.dense_ms:.1f} ms"
-    return text + "    key frame" * record.key_frame
+    return text if key_frame is None else f"{text}    key frame: {key_frame}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config import MOST
 
+LIVE = Path("live")  # what --rerun takes in place of a file
 MOST_PIXELS = 178_956_970  # of a frame, and of the model's input
 
 

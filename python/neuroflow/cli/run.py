@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ..video.source import Source
 from . import CommandError
 from .common import INTERRUPTED, KEPT, gate_config, load_model, pinned_model, report_file, require_writable
 from .encoding import encode_video
-from .options import add_frames, add_gate, add_model, add_report, add_rule, count
+from .options import LIVE, add_frames, add_gate, add_model, add_report, add_rule, count
 
 DESCRIPTION = """\
 Encode a video with a vision transformer, re-encoding only the patches that changed, and report what that saved and,
@@ -40,6 +42,7 @@ examples:
   neuroflow run clip.mp4 --model google/siglip2-base-patch16-224 --compare
   neuroflow run clip.mp4 --model ./my-vit --out result.parquet --overlay overlay.mp4
   neuroflow run clip.mp4 --model ./my-vit --compare --report report.html
+  neuroflow run clip.mp4 --model ./my-vit --compare --rerun run.rrd
   neuroflow run rtsp://camera/stream --model ./my-vit --device cuda --dtype float16 --max-frames 1000
   neuroflow run clip.mp4 --model ./my-vit --out result.jsonl --resume
   neuroflow run clip.mp4 --model ./my-vit --config config.json
@@ -71,7 +74,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--out", type=Path, metavar="FILE", help="each frame's embedding, skip and timing: .jsonl, .npz or .parquet"
     )
-    output.add_argument("--overlay", type=Path, metavar="FILE", help="an .mp4 of frames beside their active patches")
+    output.add_argument(
+        "--overlay", type=Path, metavar="FILE", help="an .mp4 of frames beside their surprise and active patches"
+    )
+    output.add_argument(
+        "--rerun",
+        type=Path,
+        metavar="FILE",
+        help="frames, active patches, surprise and curves for Rerun's viewer: an .rrd, or live to watch as it runs",
+    )
     add_report(output)
     output.add_argument("--resume", action="store_true", help="continue the unfinished --out of the same command")
 
@@ -91,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     overlay = arguments.overlay
     if overlay is not None:
         require_writable("--overlay", overlay, ".mp4")
+    if arguments.rerun is not None:
+        _require_viewer(arguments.rerun)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(contextlib.closing(Source(arguments.source, max_pixels=arguments.max_pixels)))
         if arguments.resume and source.live:
@@ -117,6 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
             clip=arguments.clip,
             results=results,
             overlay=overlay,
+            rerun=arguments.rerun,
             report=report,
         )
     if code == INTERRUPTED and results is not None:
@@ -132,6 +146,22 @@ def _setup(arguments: argparse.Namespace, config: neuroflow.NeuroFlowConfig, liv
 def _shown(arguments: argparse.Namespace, config: neuroflow.NeuroFlowConfig) -> dict[str, Any]:
     """The settings that the report shows."""
     return _settings(arguments, config) | {"source": shown_address(arguments.source)}
+
+
+def _require_viewer(rerun: Path) -> None:
+    """Refuse what --rerun cannot do, before anything is run.
+
+    Raises:
+        CommandError: the file cannot be written, or there is no display.
+        ModuleNotFoundError: Rerun is not installed.
+    """
+    importlib.import_module("rerun")
+    if rerun != LIVE:
+        require_writable("--rerun", rerun, ".rrd")
+    elif sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        raise CommandError(
+            "--rerun live: there is no display here; give --rerun run.rrd, and type `rerun run.rrd` where there is one"
+        )
 
 
 def _settings(arguments: argparse.Namespace, config: neuroflow.NeuroFlowConfig) -> dict[str, Any]:

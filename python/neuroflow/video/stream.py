@@ -30,6 +30,7 @@ class Encoded:
         record: what is known of it besides its embedding.
         embedding: [D] float32.
         active: [rows, columns] bool, the patches that were encoded.
+        surprise: [rows, columns] float32, as `FrameReport` has it.
         key_frame: why it is a key frame, as `FrameReport` has it; None: it is none.
         wait_ms: until the input was there.
         together: how many frames went through the model with it; its times are shares of theirs.
@@ -39,6 +40,7 @@ class Encoded:
     record: Record
     embedding: np.ndarray
     active: torch.Tensor
+    surprise: torch.Tensor
     key_frame: str | None
     wait_ms: float
     together: int
@@ -97,7 +99,7 @@ def encode_stream(
                 dense_predicted=predicted(dense_embedding),
             )
             vector, together = embedding.cpu().numpy(), len(clip)
-            yield Encoded(prepared, record, vector, report.active, report.key_frame, wait_ms, together)
+            yield Encoded(prepared, record, vector, report.active, report.surprise, report.key_frame, wait_ms, together)
             first = False
         asked = time.perf_counter()
 
