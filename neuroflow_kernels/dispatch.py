@@ -20,11 +20,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
 from . import checks
+
+Result = TypeVar("Result")
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
@@ -201,7 +203,7 @@ def _function(setup: Callable, backward: Callable) -> type[torch.autograd.Functi
     return Function
 
 
-class Operator:
+class Operator(Generic[Result]):
     """One op of the namespace `neuroflow`: schema and fake, called through whichever backend is due.
 
     The file `ops/<module>.py` that makes it has a namesake in `reference/` and, with `triton`, in `triton/`, which
@@ -212,13 +214,13 @@ class Operator:
     every backend, those called by name too.
     """
 
-    registry: ClassVar[dict[str, "Operator"]] = {}
+    registry: ClassVar[dict[str, "Operator[Any]"]] = {}
 
     def __init__(
         self,
         module: str,
         schema: str,
-        fake: Callable,
+        fake: Callable[..., Result],
         triton: bool = True,
         gradient: tuple[Callable, Callable] | None = None,
     ) -> None:
@@ -268,7 +270,7 @@ class Operator:
         self._announce(args)
         return self.overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
 
-    def __call__(self, *args: object) -> object:
+    def __call__(self, *args: object) -> Result:
         backend = _requested_backend()
         tensor = next(a for a in args if isinstance(a, torch.Tensor))
         device = tensor.device.type
