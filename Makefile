@@ -27,7 +27,8 @@ KERNELS := $(addprefix tests/,ops adapters/test_families.py adapters/test_timm.p
   engine/test_stream_cache.py)
 
 .PHONY: demo test test-kernels test-others test-slow test-ray test-viz test-vllm fuzz soak gpu lock compat \
-  $(COMPAT:%=compat-%) compat-torch $(COMPAT_TORCH:%=compat-torch-%) lint format bench bench-vllm zoo clean always
+  $(COMPAT:%=compat-%) compat-torch $(COMPAT_TORCH:%=compat-torch-%) lint format wheel test-wheel bench bench-vllm zoo \
+  clean always
 
 .venv/installed: pyproject.toml setup.py $(LOCK) $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -136,11 +137,27 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(SHIM)
+	$(BIN)/mypy
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) $(SHIM)
+
+# The sources and, of nothing but them, the wheel: with the C++ kernels, or by NEUROFLOW_BUILD=0 without.
+wheel: .venv/installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+# The wheel in dist as a user has it, in an environment of its own and outside of the checkout: for a later Python
+# `make test-wheel PYTHON=python3.13`, for another torch `make test-wheel TORCH=torch==2.10.0`.
+test-wheel:
+	$(PYTHON) -m venv --clear .venv/wheel
+	.venv/wheel/bin/pip install --quiet $(firstword $(TORCH))
+	.venv/wheel/bin/pip install --quiet "$$(echo dist/*.whl)[video]" "$$(grep ^mypy== $(LOCK))"
+	cd / && env -u PYTHONPATH $(CURDIR)/.venv/wheel/bin/python -P $(CURDIR)/.ci/smoke.py
+	cd / && $(CURDIR)/.venv/wheel/bin/mypy --strict --config-file= --cache-dir=$(CURDIR)/.venv/wheel/cache \
+	  $(CURDIR)/tests/typed_calls.py
 
 bench: .venv/installed
 	$(BIN)/python -m bench.run --out .benchmarks/run.json
@@ -164,4 +181,4 @@ gpu:
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python:$$PYTHONPATH" $(PYTHON) -m bench.gpu --out $(OUT)
 
 clean:
-	rm -rf .venv build dist demo *.egg-info neuroflow_kernels/*.so
+	rm -rf .venv .mypy_cache build dist demo *.egg-info neuroflow_kernels/*.so

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -109,5 +110,14 @@ def extensions() -> dict:
     }
 
 
+class SourceDistribution(sdist):
+    """With the kernels' sources wherever it is made: setuptools knows them only where they can be built."""
+
+    def make_release_tree(self, base_dir: str, files_found: list[str]) -> None:
+        super().make_release_tree(base_dir, sorted({*files_found, *files("**/*.*")}))
+
+
 if __name__ == "__main__":
-    setup(**extensions())
+    arguments = extensions()
+    arguments["cmdclass"] = {"sdist": SourceDistribution, **arguments.get("cmdclass", {})}
+    setup(**arguments)

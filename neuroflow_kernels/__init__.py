@@ -28,6 +28,8 @@ from .ops.linear_rows import linear_rows
 from .ops.scatter_kv import scatter_kv_
 from .ops.scatter_rows import scatter_rows_
 
+__version__ = "0.1.0"  # of both packages: the build reads it here
+
 load_extensions()
 
 __all__ = [

@@ -20,11 +20,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
 from . import checks
+
+Result = TypeVar("Result")
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 # The kernel hub imports a copy under a name of its own, beside which others may be loaded.
@@ -267,7 +269,7 @@ def _function(setup: Callable, backward: Callable) -> type[torch.autograd.Functi
     return Function
 
 
-class Operator:
+class Operator(Generic[Result]):
     """One op of the namespace NAMESPACE: its schema and fake, and the choice of backend for each call.
 
     An op made in `ops/<module>.py` has a file of the same name in `reference/` and, with `triton`, in `triton/`. Each
@@ -278,13 +280,13 @@ class Operator:
     applies to every backend, also to one asked for by name.
     """
 
-    registry: ClassVar[dict[str, "Operator"]] = {}
+    registry: ClassVar[dict[str, "Operator[Any]"]] = {}
 
     def __init__(
         self,
         module: str,
         schema: str,
-        fake: Callable,
+        fake: Callable[..., Result],
         triton: bool = True,
         gradient: tuple[Callable, Callable] | None = None,
     ) -> None:
@@ -334,7 +336,7 @@ class Operator:
         self._announce(args)
         return self.overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
 
-    def __call__(self, *args: object) -> object:
+    def __call__(self, *args: object) -> Result:
         backend = _requested_backend()
         tensor = next(a for a in args if isinstance(a, torch.Tensor))
         device = tensor.device.type

@@ -1,4 +1,4 @@
-"""`python -m neuroflow_kernels.env`: what a bug report needs."""
+"""`python -m neuroflow_kernels.env`: what a bug report needs, to be pasted as it is."""
 
 import itertools
 import math
@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
+from . import __version__
 from .cores import own_cores, quota
 from .dispatch import BACKENDS, unavailable, without_row_kernels
 from .ways import LINEAR, Choice, LinearWeights, linear_ways
 
-PACKAGES = ("torch", "triton", "transformers", "numpy", "neuroflow")
+PACKAGES = ("torch", "triton", "transformers", "timm", "vllm", "numpy")
 SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
 VARIABLES = ("NEUROFLOW_", "TRITON_", "TORCH_", "ATEN_", "TORCHINDUCTOR_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES")
-SECRET = ("NEUROFLOW_TOKEN",)  # said to be set, and no more, as what is said here goes into bug reports and pages
+SECRET = "NEUROFLOW_TOKEN"  # what clients of the server send
 
 LAYERS = 4  # per shape, so that weights do not all come from the cache
 ROWS = (7, 32, 128)
@@ -68,7 +69,7 @@ def describe() -> dict[str, str]:
         >>> describe()["reference on cpu"]
         'available'
     """
-    facts = {"python": sys.version.split()[0], "platform": platform.platform()}
+    facts = {"neuroflow": __version__, "python": sys.version.split()[0], "platform": platform.platform()}
     facts |= {package: _version(package) for package in PACKAGES} | {"torch's cuda": torch.version.cuda or "none"}
     processor, sets = _processor()
     facts |= {"processor": f"{processor}, {torch.backends.cpu.get_cpu_capability()}", "instruction sets": sets}
@@ -77,8 +78,8 @@ def describe() -> dict[str, str]:
         for device in ("cpu", "cuda"):
             facts[f"{backend} on {device}"] = unavailable(backend, device) or "available"
     facts["row kernels"] = without_row_kernels() or "available"
-    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
-    return facts | {name: "set" if name in SECRET else value for name, value in variables.items()}
+    variables = sorted(name for name in os.environ if name.startswith(VARIABLES))
+    return facts | {name: "set" if name == SECRET else os.environ[name] for name in variables}
 
 
 @torch.no_grad()
@@ -98,14 +99,19 @@ def measure_linear() -> dict[str, str]:
                     choice.note(way, time.perf_counter() - start)
                     if choice.fastest is not None:
                         break
-                taken = ", ".join(f"{way} {1e3 * seconds:.3f}" for way, seconds in choice.medians().items())
-                name = f"linear {inner} -> {width}, {str(dtype).removeprefix('torch.')}, {rows} rows"
-                found[name] = f"{taken} ms"
+                taken = (f"{way} {1e3 * seconds:.3f}" for way, seconds in choice.medians().items())
+                name = f"{inner} -> {width}, {str(dtype).removeprefix('torch.')}, {rows} rows"
+                found[name] = ", ".join(taken)
     return found
 
 
+def _print(facts: dict[str, str]) -> None:
+    width = max(map(len, facts)) + 1
+    for name, value in facts.items():
+        print(f"{name + ':':{width}} {value}")
+
+
 if __name__ == "__main__":
-    for name, value in describe().items():
-        print(f"{name + ':':20} {value}")
-    for name, value in measure_linear().items():
-        print(f"{name + ':':40} {value}")
+    _print(describe())
+    print("\nMilliseconds through a linear layer, each way:", flush=True)
+    _print(measure_linear())

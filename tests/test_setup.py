@@ -1,18 +1,21 @@
-"""What setup.py decides to build: never by a GPU, which a machine that builds need not have."""
+"""What setup.py decides to build: never by a GPU, which a machine that builds need not have. What a release needs."""
 
 import importlib.util
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils import cpp_extension
 
-SETUP = Path(__file__).parents[1] / "setup.py"
+ROOT = Path(__file__).parents[1]
+SETUP = ROOT / "setup.py"
 NVCC = """#!/bin/sh
 case $1 in
   --version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
@@ -109,3 +112,32 @@ def test_the_cpp_kernels_compile_for_aarch64(setup, tmp_path):
     for source in (*sorted(csrc.glob("cpu/*.cpp")), without_torch):
         subprocess.run([*compiler, *flags, "-c", source, "-o", built], env=environment, check=True)
         assert int.from_bytes(built.read_bytes()[18:20], "little") == 183, source  # EM_AARCH64
+
+
+def test_an_sdist_has_every_source_wherever_it_is_made(tmp_path):
+    make = [sys.executable, SETUP, "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    subprocess.run(make, cwd=ROOT, env=os.environ | {"NEUROFLOW_BUILD": "0"}, check=True)
+    (made,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    listed = subprocess.run(
+        ["git", "ls-files", "csrc", "python/neuroflow", "neuroflow_kernels"], cwd=ROOT, capture_output=True
+    )
+    sources = set(listed.stdout.decode().split())
+    assert sources and sources <= names, sources - names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+
+
+def test_pre_commit_runs_what_lint_runs():
+    pinned = set(re.findall(r"\[(.+==.+)\]", (ROOT / ".pre-commit-config.yaml").read_text()))
+    assert len(pinned) == 2 and pinned <= set((ROOT / ".ci" / "constraints.txt").read_text().splitlines())
+
+
+def test_workflows_name_targets_and_files_that_exist():
+    text = "".join(workflow.read_text() for workflow in (ROOT / ".github" / "workflows").glob("*.yml"))
+    text = re.sub(r"\$\{\{.*?\}\}", "", text)
+    called = {word for words in re.findall(r"run: make (.+)", text) for word in words.split() if "=" not in word}
+    assert {"lint", "test", "wheel", "test-wheel"} <= called
+    assert called <= set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:\.ci|\.github|neuroflow_kernels)/[\w./-]+", text))
+    assert len(named) > 3 and not [path for path in named if not (ROOT / path).exists()]

@@ -30,13 +30,13 @@ def rule_arguments(
     floor: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
     """Check the rule that `compact` and `ema_gate_` take alike; returns threshold [S] or budget [S], and floor."""
-    if (threshold is None) == (budget is None):
-        raise ValueError(f"threshold is {threshold!r} and budget is {budget!r}; accepted is exactly one of the two")
-    if threshold is not None:
+    if threshold is not None and budget is None:
         threshold = checks.per_stream("threshold", threshold, streams, device, torch.float32)
-    else:
+        return threshold, None, checks.count("floor", floor)
+    if budget is not None and threshold is None:
         budget = checks.per_stream("budget", budget, streams, device, torch.int32)
-    return threshold, budget, checks.count("floor", floor)
+        return None, budget, checks.count("floor", floor)
+    raise ValueError(f"threshold is {threshold!r} and budget is {budget!r}; accepted is exactly one of the two")
 
 
 def compact(

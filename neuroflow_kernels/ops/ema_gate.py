@@ -16,13 +16,12 @@ def _fake(
     rows: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     streams, tokens, dim = h.shape
-    if rows is None:
-        rows = torch.library.get_ctx().new_dynamic_size()
+    packed = torch.library.get_ctx().new_dynamic_size() if rows is None else rows
     return (
         h.new_empty((streams, tokens), dtype=torch.float32),
         h.new_empty((streams * tokens,), dtype=torch.int32),
         h.new_empty((streams + 1,), dtype=torch.int32),
-        h.new_empty((rows, dim)),
+        h.new_empty((packed, dim)),
     )
 
 

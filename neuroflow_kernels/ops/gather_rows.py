@@ -18,13 +18,13 @@ def _fake(
     return x.new_empty((rows, x.shape[2]))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, index, cu_seqlens, _, norm_weight, _, ctx.eps = inputs
     ctx.shape = x.shape
     ctx.save_for_backward(index, cu_seqlens, None if norm_weight is None else x, norm_weight)
 
 
-def _backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     index, cu_seqlens, x, weight = ctx.saved_tensors
     index, gradient = index[: gradient.shape[0]], gradient[: index.shape[0]]
     # Masked, because cutting to the count would wait for a GPU.
@@ -102,7 +102,7 @@ def gather_rows(
     rows = int(cu_seqlens[-1]) if rows is None else checks.count("rows", rows)
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("norm_weight and norm_bias go together; accepted is both or neither")
-    if norm_weight is not None:
+    if norm_weight is not None and norm_bias is not None:
         for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
             checks.same(name, value, x.shape[2:], x.device, x.dtype)
         norm_weight = checks.contiguous("norm_weight", norm_weight)

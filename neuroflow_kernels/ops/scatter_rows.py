@@ -39,7 +39,7 @@ class _ScatterRows(torch.autograd.Function):
         return cache
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         index, cu_seqlens = ctx.saved_tensors
         gradient = gradient.contiguous()
         of_packed = ctx.blend * gather_rows(gradient, index, cu_seqlens, ctx.rows)
@@ -88,6 +88,7 @@ def scatter_rows_(
     checks.same("packed", packed, (packed.shape[0], cache.shape[2]), cache.device, cache.dtype)
     arguments = cache, checks.contiguous("packed", packed), index, cu_seqlens, checks.fraction("blend", blend)
     if torch.is_grad_enabled() and (cache.requires_grad or packed.requires_grad):
-        return _ScatterRows.apply(*arguments)
+        written: torch.Tensor = _ScatterRows.apply(*arguments)  # type: ignore[no-untyped-call]
+        return written
     _operator(*arguments)
     return cache

@@ -1,5 +1,7 @@
 """Vision transformers over video, at the cost of the patches that changed."""
 
+from neuroflow_kernels import __version__ as __version__
+
 from . import (
     adapters,
     interface,  # noqa: F401 - registers the attention implementation

@@ -2,7 +2,7 @@ import dataclasses
 import itertools
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from .files import from_json, replacing, to_json
 
@@ -32,12 +32,12 @@ def _require(condition: bool, name: str, value: object, accepted: str) -> None:
         raise ValueError(f"{name} is {value!r:.200}; accepted is {accepted}")
 
 
-def is_number(value: object, low: float, high: float = LARGEST) -> bool:
+def is_number(value: object, low: float, high: float = LARGEST) -> TypeGuard[float]:
     """A real number from `low` to `high`; True and False are none, nor is NaN."""
-    return isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, Real) and not isinstance(value, bool) and value <= high and not value < low
 
 
-def is_integer(value: object, low: int) -> bool:
+def is_integer(value: object, low: int) -> TypeGuard[int]:
     """An integer from `low` to the largest of int32, as kernels count."""
     return isinstance(value, int) and is_number(value, low, MOST)
 
@@ -180,7 +180,7 @@ class NeuroFlowConfig:
             _require(is_integer(value, least), name, value, f"an integer from {least} to {MOST}")
         if self.ladder is not None:
             listed = isinstance(self.ladder, list | tuple) and all(is_integer(rung, 1) for rung in self.ladder)
-            ascends = listed and self.ladder and all(low < high for low, high in itertools.pairwise(self.ladder))
+            ascends = listed and bool(self.ladder) and all(low < high for low, high in itertools.pairwise(self.ladder))
             _require(ascends, "ladder", self.ladder, f"None or ascending integers from 1 to {MOST}")
             object.__setattr__(self, "ladder", tuple(self.ladder))
             _require(not self.dilation, "ladder", self.ladder, "None beside a dilation, which adds patches to it")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import copy_context
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from .engine.crossover import Size
 from .engine.engine import Deal, Engine
 from .engine.kernels import Case
 from .engine.passes import FrameReport, current_pass
+from .engine.state import StreamState
 from .engine.streams import StreamCache
 from .proof import Disproven, prove
 from .releases import warn_of_newer
@@ -33,6 +34,7 @@ from .weights import distilled_config, distilled_modules, load_weights
 
 _REPLACED = "_neuroflow_replaced"
 Model = TypeVar("Model", bound=nn.Module)
+Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _patching = threading.RLock()  # one thread at a time puts an engine in, or takes it out
@@ -193,9 +195,9 @@ def is_patched(model: nn.Module) -> bool:
     return bool(_engines(model))
 
 
-def _one_at_a_time(call: Callable[..., Result]) -> Callable[..., Result]:
+def _one_at_a_time(call: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     @functools.wraps(call)
-    def locked(*args: Any, **kwargs: Any) -> Result:
+    def locked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         with _patching:
             return call(*args, **kwargs)
 
@@ -270,9 +272,17 @@ def enable_cache(
 
 def _verify(anatomy: Anatomy) -> None:
     """Refuse a tower that, patched by this anatomy, would not do what it should."""
-    every_change = {"threshold": 1e-4, "score": "surprise", "max_age": None, "dense_above": 1.0}
-    never_cut = {"cut_share": None, "cut_surprise": None, "cut_light": None}
-    config = NeuroFlowConfig(arch="context", kernels="rows", **every_change, **never_cut)
+    config = NeuroFlowConfig(
+        arch="context",
+        threshold=1e-4,
+        score="surprise",
+        max_age=None,
+        cut_share=None,
+        cut_surprise=None,
+        cut_light=None,
+        dense_above=1.0,
+        kernels="rows",
+    )
 
     @contextlib.contextmanager
     def patched() -> Iterator[Callable[[], torch.Tensor]]:
@@ -320,7 +330,8 @@ def install(engine: Engine) -> None:
 def _take_out(engine: Engine) -> list[tuple[nn.Module, str]]:
     """Undo `install`; the modules and names of what is no longer as that set it."""
     tower = engine.anatomy.tower
-    others = vars(tower)[_REPLACED].undo()
+    replaced: Replaced = vars(tower)[_REPLACED]
+    others = replaced.undo()
     delattr(tower, ENGINE)
     delattr(tower, _REPLACED)
     return others
@@ -587,27 +598,29 @@ def summary(model: nn.Module) -> Summary:
         ValueError: several of its towers are.
     """
     engine = engine_of(model)
-    streams = {
-        name: StreamSummary(
-            frames=state.frames,
-            key_frames=state.key_frames,
-            skipped=state.skipped.item() / state.frames,
-            nonfinite=state.nonfinite,
-            grid=state.grid,
-            active=state.active.view(state.grid).clone(),
-            surprise=state.surprise.view(state.grid).clone(),
-            state_bytes=state.state_bytes,
-            frame_id=state.frame_id,
-        )
-        for name, state in ((name, copy.copy(state)) for name, state in engine.streams.items())
-    }
     return Summary(
         arch=engine.config.arch,
-        streams=streams,
+        streams={name: _summarise(copy.copy(state)) for name, state in engine.streams.items()},
         limit_bytes=engine.streams.limit_bytes,
         crossovers=dict(engine.gate.crossovers),
         pass_patches=engine.config.pass_patches,
         graph_bytes=0 if engine.graphs is None else engine.graphs.held_bytes,
         kernels=engine.kernels.fastest(),
         packed_bytes=engine.kernels.packed_bytes,
+    )
+
+
+def _summarise(state: StreamState) -> StreamSummary:
+    # A stream is kept once it has had a frame.
+    assert state.active is not None and state.surprise is not None and state.skipped is not None
+    return StreamSummary(
+        frames=state.frames,
+        key_frames=state.key_frames,
+        skipped=state.skipped.item() / state.frames,
+        nonfinite=state.nonfinite,
+        grid=state.grid,
+        active=state.active.view(state.grid).clone(),
+        surprise=state.surprise.view(state.grid).clone(),
+        state_bytes=state.state_bytes,
+        frame_id=state.frame_id,
     )

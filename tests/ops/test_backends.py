@@ -192,8 +192,9 @@ def test_extension_that_does_not_load_says_why(without_extension):
 
 def test_env_reports_backends_and_versions(without_extension):
     run_env = "import runpy; runpy.run_module('neuroflow_kernels.env', run_name='__main__')"
-    lines = dict(line.split(":", 1) for line in run(run_env, NEUROFLOW_BACKEND="auto").stdout.splitlines())
-    facts = {name: value.strip() for name, value in lines.items()}
+    said, _, times = run(run_env, NEUROFLOW_BACKEND="auto", NEUROFLOW_TOKEN="secret").stdout.partition("\n\n")
+    facts = {name: value.strip() for name, value in (line.split(":", 1) for line in said.splitlines())}
+    assert facts["neuroflow"] == kernels.__version__ and facts["NEUROFLOW_TOKEN"] == "set"
     assert facts["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert facts["threads"].split(" of ")[1] == str(os.cpu_count())
     assert facts["cores"].startswith(f"{len(own_cores())} by affinity, ")
@@ -203,5 +204,7 @@ def test_env_reports_backends_and_versions(without_extension):
     assert facts["NEUROFLOW_BACKEND"] == "auto"
     assert {"python", "triton", "transformers", "numpy", "neuroflow", "processor"} <= facts.keys()
     assert facts["instruction sets"]
+    assert re.search(r"^768 -> 3072, bfloat16, 128 rows: +.*torch \d+\.\d{3}", times, re.MULTILINE)
     bare = run(run_env, without_extension).stdout
-    assert "cpp on cpu:          it is not built" in bare and "cuda on cuda:        it is not built" in bare
+    assert re.search(r"^cpp on cpu: +it is not built", bare, re.MULTILINE)
+    assert re.search(r"^cuda on cuda: +it is not built", bare, re.MULTILINE)
