@@ -217,7 +217,7 @@ def test_hooks_of_accelerate_are_called_around_the_engine(family, begin, offload
     assert reasons == ["first", None, None, None]
     assert any(engine_of(model).kernels._layers.values()) != offload  # nothing is kept of what is taken away
     if offload:
-        with pytest.raises(RuntimeError, match="is offloaded, so that its weights"):
+        with pytest.raises(RuntimeError, match="is offloaded, so its weights"):
             neuroflow.save_state(model, tmp_path / "state")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

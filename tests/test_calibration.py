@@ -159,7 +159,7 @@ def test_a_patched_model_is_refused_and_stays_patched():
         (drift(2), {"skip": 0.5}, NeuroFlowConfig(budget=4), "config has a budget of 4; accepted is None"),
         (drift(2), {"skip": 0.5, "of": "patches"}, None, "of is 'patches'; accepted is 'embedding' or 'tokens'"),
         (drift(2), {"skip": 0.5, "of": "tokens"}, NeuroFlowConfig(arch="B"), "which arch 'active' has of active"),
-        (iter(drift(2)), {"skip": 0.5}, None, "which can be read once; accepted is a tensor"),
+        (iter(drift(2)), {"skip": 0.5}, None, "which can be read only once; accepted is a tensor"),
         (drift(1), {"skip": 0.5}, None, "frames holds 1 frame"),
         ([], {"skip": 0.5}, None, "frames holds 0 frame"),
         (drift(2)[0], {"skip": 0.5}, None, r"frames holds a tensor \[1, 48, 48\]; accepted are \[1, 3, H, W\]"),

@@ -309,9 +309,9 @@ def test_a_model_is_explained():
     for line in (
         "patches: Conv2d patches of 8 x 8",
         "blocks: 4 Block, blocks.0 to blocks.3",
-        "attention: Fused attention, by what stands in for its own",
+        "attention: Fused attention, by a replacement for its own",
         "MLP: mlp",
-        "of each token, in the blocks: turn",
+        "per token, in the blocks: turn",
         "tokens before the patches: 1",
         "architectures: A, C, D, E",
     ):

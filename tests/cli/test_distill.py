@@ -154,7 +154,7 @@ def test_it_ends_when_it_forgets(distil, tmp_path):
         (["--skip", 1], "'1' is no number between 0 and 1"),
         (["--outside", "nowhere"], "--outside nowhere: no such directory"),
         (["--outside", "empty"], "--outside empty: holds no video; accepted are files in .avi"),
-        (["--max-frames", 1], "videos give no frame after their first"),
+        (["--max-frames", 1], "no video has a frame after its first"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(distil, tmp_path, monkeypatch, options, words):

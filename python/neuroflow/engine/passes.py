@@ -27,13 +27,13 @@ class Plan:
     """Where in a tower tokens are packed and restored under one configuration.
 
     Args:
-        anatomy: of the tower.
-        config: what it runs under.
-        first_packed: the number of the first block that runs on the active tokens alone.
-        final: the number of the block whose output is all that the rest of the tower sees; None where a norm follows.
-        watched: the numbers of the blocks whose attention from CLS tells the gate what the pooled output reads.
-        layer_of: the number of each attention's block.
-        configs: of attentions that call transformers' interface, the model's own.
+        anatomy: the tower's.
+        config: the configuration it runs under.
+        first_packed: index of the first block that runs on active tokens only.
+        final: index of the block whose output is all that the rest of the tower sees; None if a norm follows it.
+        watched: indices of the blocks whose attention from CLS tells the gate what the pooled output reads.
+        layer_of: index of each attention's block.
+        configs: the model's own configurations of the attentions that call transformers' interface.
     """
 
     anatomy: Anatomy
@@ -46,10 +46,10 @@ class Plan:
 
     @classmethod
     def of(cls, anatomy: Anatomy, config: NeuroFlowConfig) -> Self:
-        """The plan of a tower that is not patched.
+        """The plan for an unpatched tower.
 
         Raises:
-            ValueError: a configuration that the tower cannot have.
+            ValueError: a configuration that the tower does not support.
         """
         depth, tower = len(anatomy.layers), type(anatomy.tower).__name__
         if config.signal == "pixel" and anatomy.projection is None:
@@ -83,17 +83,17 @@ class Plan:
         )
 
     def kept(self, asked: frozenset[int]) -> frozenset[int]:
-        """Of the blocks whose output is wanted of all patches, those that a cache is kept for beside the output's."""
+        """Of the blocks whose output is wanted for all patches, those that need a cache besides the output's."""
         if self.config.arch == "active":
             return frozenset()
         return frozenset(layer for layer in asked if layer >= self.first_packed and layer != self.final)
 
 
 def blocks_of_hidden_states(asked: bool | int | Iterable[int] | None, depth: int) -> set[int]:
-    """The blocks that give the hidden states which `output_hidden_states` asks for.
+    """The blocks that produce the hidden states asked for by `output_hidden_states`.
 
-    That may be numbers: of hidden states, of which 0 is what the first block takes, also counted from the last; up to
-    transformers 5.20 at least, of blocks.
+    Integers count hidden states, where 0 is the input of the first block, possibly from the end; in transformers up to
+    at least 5.20 they count blocks.
     """
     if not asked or asked is True:
         return set(range(depth)) if asked else set()
@@ -107,16 +107,22 @@ class FrameReport:
     """What a pass did with one frame.
 
     Args:
-        stream: the name of its stream.
-        key_frame: why every patch was encoded, and the caches filled anew; None of a frame that relied on them.
-            "first": its stream's first. "gap": it did not follow the last one. "size": another size, dtype, autocast or
-            device than before. "weights": the model's have changed. "outputs": other hidden states or feature maps were
-            asked for than before. "failed": the one before did not come through the tower. "nonfinite": the one before
-            held NaN or Inf. "age": `max_age` was reached. "cut": it shows another scene, or its own in another light.
-            "dense": so much changed that this was faster.
+        stream: name of the frame's stream.
+        key_frame: why every patch was encoded and the caches were refilled; None for a frame that used them. "first":
+            the first of its stream. "gap": frames before it are missing. "size": another size, dtype, autocast setting
+            or device. "weights": the model's weights changed. "outputs": other hidden states or feature maps were asked
+            for. "failed": the frame before it did not get through the tower. "nonfinite": the frame before it held NaN
+            or Inf. "age": `max_age` was reached. "cut": another scene, or another light. "dense": so much changed that
+            a dense pass was faster.
         active: bool [rows, columns], the patches that were encoded.
-        surprise: float32 [rows, columns], 1 - cosine of each patch to its reference, inf at patches with NaN; NaN
-            throughout in a key frame, which starts with new references.
+        surprise: float32 [rows, columns], 1 - cosine between each patch and its reference, 0 to 2. inf where a patch
+            holds NaN; NaN everywhere in a key frame, which has no reference to compare with.
+
+    Example:
+        >>> model = neuroflow.enable_cache(model)
+        >>> output = model(pixel_values=frames)
+        >>> [report.key_frame for report in neuroflow.last_pass(model)][:2]
+        ['first', None]
     """
 
     stream: Hashable
@@ -126,13 +132,13 @@ class FrameReport:
 
     @classmethod
     def of(cls, state: StreamState, key_frame: KeyFrame | None) -> Self:
-        """The report on the last frame of a stream."""
+        """Report on the last frame of a stream."""
         maps = (values.view(state.grid).clone() for values in (state.active, state.surprise))
         return cls(state.name, key_frame, *maps)
 
     @property
     def skipped(self) -> float:
-        """The share of patches that were not encoded."""
+        """Share of patches that were not encoded, 0 to 1."""
         return 1 - self.active.sum().item() / self.active.numel()
 
 
