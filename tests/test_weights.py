@@ -217,7 +217,9 @@ def test_weights_of_what_has_parts_are_refused():
     model = tiny("siglip")
     model.get_submodule("encoder.layers.1.mlp").scale = nn.Parameter(torch.ones(()))
     weight = {"encoder.layers.1.mlp.scale": nn.Parameter(torch.ones(()))}
-    with pytest.raises(ValueError, match=r"encoder.layers.1.mlp.scale belongs to a SiglipMLP, which has submodules; accepted"):
+    with pytest.raises(
+        ValueError, match=r"encoder.layers.1.mlp.scale belongs to a SiglipMLP, which has submodules; accepted"
+    ):
         distilled_modules(model, describe(model), weight)
 
 

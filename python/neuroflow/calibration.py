@@ -140,7 +140,9 @@ def calibrate(
     if of == "tokens" and config.arch == "active":
         raise ValueError("of is 'tokens', which arch 'active' has for active patches only; accepted is 'embedding'")
     if config.budget is not None:
-        raise ValueError(f"config has a budget of {config.budget!r}; accepted is None, as calibrate looks for a threshold")
+        raise ValueError(
+            f"config has a budget of {config.budget!r}; accepted is None, as calibrate looks for a threshold"
+        )
     if isinstance(frames, Iterator):
         raise ValueError(
             f"frames is a {type(frames).__name__}, which can be read only once; accepted is a tensor [T, 3, H, W], or "

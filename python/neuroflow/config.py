@@ -101,8 +101,8 @@ class NeuroFlowConfig:
             "dense": run unpatched.
         reuse: which cached version serves a patch that is not encoded. "last": the previous one. "nearest": the
             previous or the next one, whichever is closer in content, inside a clip without a name
-            (bench/results/reuse.md). Named streams do not know the next version, and references other than "refreshed"
-            do not use it; both fall back to "last".
+            (bench/results/studies/reuse.md). Named streams do not know the next version, and references other than
+            "refreshed" do not use it; both fall back to "last".
         precision: "model": the model's dtype. "bfloat16": in partial passes of a float32 model, linear layers and
             attention multiply in bfloat16, and keys and values are cached in it, while sums, the residual stream and
             dense passes stay float32. Adds half the memory of the weights and saves half that of keys and values. No

@@ -35,7 +35,7 @@ _REPLACED = "_neuroflow_replaced"
 Model = TypeVar("Model", bound=nn.Module)
 Result = TypeVar("Result")
 
-_patching = threading.RLock()  # installing and removing an engine is one thread's work at a time
+_patching = threading.RLock()  # one thread at a time puts an engine in, or takes it out
 
 
 def _after_fork() -> None:

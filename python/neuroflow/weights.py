@@ -91,7 +91,9 @@ def _config(path: Path, metadata: dict[str, str]) -> NeuroFlowConfig:
     try:
         return NeuroFlowConfig.from_fields(from_json(metadata["config"]))
     except ValueError as error:
-        raise ValueError(f"{path}: invalid settings: {error}; accepted is a file that neuroflow distill wrote") from None
+        raise ValueError(
+            f"{path}: invalid settings: {error}; accepted is a file that neuroflow distill wrote"
+        ) from None
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

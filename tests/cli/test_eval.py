@@ -489,7 +489,7 @@ def test_a_live_source_has_no_laws(neuroflow, folder, model, monkeypatch):
 
     monkeypatch.setattr(eval_laws, "Source", live)
     code, _, message = neuroflow("eval", "laws", folder / CLIPS[0], "--model", model)
-    assert code == 2 and "a live source gives each frame once" in message and message.count("\n") == 1
+    assert code == 2 and "a live source gives each frame only once" in message and message.count("\n") == 1
 
 
 def test_pictures_need_matplotlib(neuroflow, folder, monkeypatch, tmp_path):

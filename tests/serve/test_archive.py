@@ -168,8 +168,8 @@ def test_bad_input_is_one_line(tmp_path, archive, recordings):
         (tmp_path / "absent",): "no such file or directory",
         (tmp_path / "*.mp4",): "a pattern that something matches",
         (tmp_path / "empty",): "holds no video",
-        (recordings, "--workers", 2): "--workers: is for Ray; give --ray local",
-        (recordings, "--by-shot"): "--by-shot: is for Ray",
+        (recordings, "--workers", 2): "--workers: needs Ray; also give --ray local",
+        (recordings, "--by-shot"): "--by-shot: needs Ray",
         (recordings, "--arch", "F"): "arch is 'F'",
         (recordings, "--mid"): "unrecognized arguments",
     }

@@ -1,4 +1,4 @@
-"""`neuroflow eval laws`: what reuse does to a model, measured on one clip."""
+"""`neuroflow eval laws`: measure on one clip what reuse does to a model."""
 
 import argparse
 import contextlib
@@ -33,12 +33,12 @@ from .systems import (
 
 DESCRIPTION = """\
 Measure on one clip what reuse does to a model, by architecture: saturation (fidelity over patches skipped), degradation
-(fidelity as positions are stretched to larger inputs), active shift beside staleness of the cache, the representation
-gap by block, the entropy of the pooling head's attention, and how stable the cached tokens are where the gate calls for
-a patch and where it does not.
+(fidelity as positions are stretched to larger inputs), active shift against cache staleness, the representation gap by
+block, the entropy of the pooling head's attention, and the stability of cached tokens for patches that the gate selects
+and for the others.
 
-SOURCE is a video file or a directory of images, MODEL as for `neuroflow run`. Saturation goes through all thresholds,
-the other laws take the first. The frames are kept in memory.
+SOURCE is a video file or a directory of images, MODEL as for `neuroflow run`. Saturation uses all thresholds, the other
+laws the first. The frames are kept in memory.
 """
 
 EXAMPLES = """\
@@ -58,10 +58,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=size,
         nargs="+",
         metavar="WxH",
-        help="of the degradation law (default: the model's own, and twice that)",
+        help="sizes for the degradation law (default: the model's, and twice that)",
     )
     add_systems(parser)
-    add_frames(parser, 32, "of N frames at most (default: 32)")
+    add_frames(parser, 32, "at most N frames (default: 32)")
     add_findings(parser)
 
 
@@ -85,7 +85,9 @@ def eval_laws(arguments: argparse.Namespace) -> int:
     settings = common_settings(arguments, configs) | {"sizes": arguments.sizes}
     with contextlib.closing(Source(arguments.source, max_pixels=arguments.max_pixels)) as source:
         if source.live:
-            raise CommandError(f"{source.address}: a live source gives each frame once; record some, and give the file")
+            raise CommandError(
+                f"{source.address}: a live source gives each frame only once; record a clip, and give the file"
+            )
         findings = open_findings(arguments, settings, lambda rows: _law_table({"": rows}))
         model, preprocess = load_model(arguments)
         sizes = _sizes(model, preprocess, arguments.sizes)
@@ -126,7 +128,7 @@ def eval_laws(arguments: argparse.Namespace) -> int:
         findings.close()
     findings.finish(machine=machine(model.device))
     found = {law: {LETTERS[arch]: findings.done[f"{law} {LETTERS[arch]}"] for arch in firsts} for law in measures}
-    print(f"frames     {len(frames)}, of which the first is dense and is not counted")
+    print(f"frames     {len(frames)}, the first of which is dense and not counted")
     print(f"model      {type(model).__name__}, {preprocess.width}x{preprocess.height}")
     print(f"NeuroFlow  {format_common(configs)}")
     print(f"machine    {machine(model.device)}")
@@ -138,7 +140,7 @@ def eval_laws(arguments: argparse.Namespace) -> int:
 
 
 def _sizes(model: nn.Module, preprocess: Preprocessor, asked: list[tuple[int, int]] | None) -> list[Preprocessor]:
-    """The sizes of the degradation law: those asked for, or the model's own and twice that; none if it has but one."""
+    """The sizes for the degradation law: those given, or the model's and twice that; none if it takes only one."""
     own = (preprocess.width, preprocess.height)
     if TOWERS[model.config.model_type].fixed(model.config):
         return []
@@ -148,7 +150,7 @@ def _sizes(model: nn.Module, preprocess: Preprocessor, asked: list[tuple[int, in
 
 
 def _law_table(by_arch: dict[str, list[dict]]) -> str:
-    """The rows of a law; of those of frames, their means."""
+    """The rows of a law; for rows by frame, their means."""
     rows = []
     for arch, found in by_arch.items():
         if found and "frame" in found[0]:
@@ -157,7 +159,7 @@ def _law_table(by_arch: dict[str, list[dict]]) -> str:
             found = [{"frames": len(found)} | {name: means[name] for name in means if name != "frame"}]
         rows += [{"arch": arch} | {name: value for name, value in row.items() if name != "arch"} for row in found]
     if not rows:
-        return "no frame but key frames: nothing to count"
+        return "all frames are key frames: nothing to count"
     shown = [
         ["-" if value is None else f"{value:.4f}" if type(value) is float else str(value) for value in row.values()]
         for row in rows
@@ -166,7 +168,7 @@ def _law_table(by_arch: dict[str, list[dict]]) -> str:
 
 
 def _plot_laws(directory: Path, found: dict[str, dict[str, list[dict]]]) -> None:
-    """A picture of each law: what its rows hold over the skip rate, the patches, the blocks or the frames."""
+    """A plot of each law, over skip rate, patches, blocks or frames."""
     axes = {
         "saturation": ("skipped", "share of patches skipped", {"gap": ""}, "distance to dense"),
         "degradation": ("patches", "patches", {"fidelity": ""}, "cosine to dense"),

@@ -13,16 +13,16 @@ from ..video.results import Record
 
 @dataclass(frozen=True)
 class Stages:
-    """Where a frame's time went, in milliseconds; frames that go through the model together share theirs equally.
+    """Where a frame's time went, in milliseconds; frames encoded in one call share its time equally.
 
     Attributes:
-        decode: until the source gave the frame; a live one is waited for.
+        decode: time until the source gave the frame, including the wait for a live one.
         preprocess: from the frame to the model's input.
-        wait: of the loop, for that input: both of the former where they were not done ahead.
+        wait: time the loop waited for that input; equals the two above if they were not done ahead.
         encode: in the patched model.
-        dense: in the unpatched model, None without a comparison.
+        dense: in the unpatched model; None without a comparison.
         write: results and overlay.
-        total: of the loop, from the last frame's end to this one's.
+        total: of the loop, from the end of the last frame to the end of this one.
     """
 
     decode: float
@@ -40,16 +40,16 @@ def format_report(
     """The table of a run: times, skipped patches, fidelity, state and machine.
 
     Args:
-        records: of every frame, at least one.
-        stages: of the frames that this run encoded.
-        state_bytes: what the stream holds.
-        model: the model and its input, one line.
-        gate: NeuroFlow's settings, one line.
-        device: what the model ran on.
+        records: one for each frame, at least one.
+        stages: one for each frame that this run encoded.
+        state_bytes: memory that the stream holds.
+        model: the model and its input, in one line.
+        gate: NeuroFlow's settings, in one line.
+        device: the model's.
     """
     scored = [record for record in records if not record.first]
     lines = [
-        f"frames            {len(records)}, {len(scored)} of them scored (a run's first is dense, and is not)",
+        f"frames            {len(records)}, {len(scored)} of them scored (not a run's first, which is dense)",
         f"model             {model}",
         f"NeuroFlow         {gate}",
     ]
@@ -66,7 +66,7 @@ def format_report(
 
 
 def machine(device: torch.device) -> str:
-    """The processor, the device, its threads and the versions that a time depends on, one line."""
+    """Processor, device, threads and versions, in one line: what timings depend on."""
     facts = describe()
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return (
@@ -80,7 +80,7 @@ def _statistics(scored: list[Record]) -> list[str]:
     skipped = f"patches skipped   {np.mean([record.skipped for record in scored]):.1%}"
     heading = f"ms/frame          {'median':>10}{'p20':>10}{'p80':>10}"
     if scored[0].dense_ms is None:
-        return [heading, _times("NeuroFlow", sparse), skipped, "fidelity          not measured; --compare does"]
+        return [heading, _times("NeuroFlow", sparse), skipped, "fidelity          not measured; use --compare"]
     dense = np.array([record.dense_ms for record in scored])
     cosine = np.array([record.cosine for record in scored])
     fidelity = f"mean {cosine.mean():.4f}   p5 {np.quantile(cosine, 0.05):.4f}   min {cosine.min():.4f}"
@@ -94,12 +94,12 @@ def _statistics(scored: list[Record]) -> list[str]:
     ]
     if scored[0].dense_predicted is not None:
         agreement = np.mean([record.predicted == record.dense_predicted for record in scored])
-        lines.append(f"top-1 agreement   {agreement:.1%} of the frames get the class that dense gives them")
+        lines.append(f"top-1 agreement   {agreement:.1%} of the frames get the same class as dense")
     return lines
 
 
 def _pipeline(stages: list[Stages]) -> str:
-    """Means, as they add up; medians do not."""
+    """Mean times, which add up, unlike medians."""
     mean = {name: fmean(values) for name in vars(stages[0]) if None not in (values := [vars(s)[name] for s in stages])}
     shown = {"encode": "encode", "dense": "dense", "wait": "wait for input", "write": "write"}
     parts = [f"{label} {mean[name]:.1f}" for name, label in shown.items() if name in mean]

@@ -185,14 +185,16 @@ class StreamCache:
 
     def _check_count(self, count: int) -> None:
         if self.max_streams is not None and count > self.max_streams:
-            raise ValueError(f"max_streams is {self.max_streams}; accepted is at least {count}, the streams of one call")
+            raise ValueError(
+                f"max_streams is {self.max_streams}; accepted is at least {count}, the streams of one call"
+            )
 
     def _check_bytes(self, states: Iterable[StreamState]) -> None:
         own = [_bytes_of(state) for state in states]
         if self.max_bytes is not None and sum(own) > self.max_bytes:
             raise ValueError(
-                f"max_bytes is {self.max_bytes}; accepted is at least {sum(own)}, the size of the {len(own)} stream(s) of "
-                "one call"
+                f"max_bytes is {self.max_bytes}; accepted is at least {sum(own)}, the size of the {len(own)} "
+                "stream(s) of one call"
             )
 
     def _make_room(self, states: Iterable[StreamState], patches: Mapping[Hashable, int]) -> None:
