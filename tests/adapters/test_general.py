@@ -298,7 +298,7 @@ def test_weights_that_hold_nan_cannot_be_proven():
     model = made()
     with torch.no_grad():
         model.norm.bias[0] = torch.nan
-    with pytest.raises(TypeError, match=r"holds NaN or Inf, so that nothing can be compared.* verify=False skips this"):
+    with pytest.raises(TypeError, match=r"holds NaN or Inf, so nothing can be compared.* verify=False skips this"):
         neuroflow.enable_cache(model)
 
 

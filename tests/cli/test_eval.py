@@ -248,7 +248,11 @@ def test_an_unfinished_run_is_not_continued_unasked(neuroflow, folder, model, cl
     assert neuroflow(*line)[0] == 130
     counted.stop_at, counted.count = None, 0
     code, _, message = neuroflow(*line)
-    assert code == 0 and counted.count == 5 and "result.json.journal is discarded: --resume was not given" in message
+    assert (
+        code == 0
+        and counted.count == 5
+        and "result.json.journal is discarded, because --resume was not given" in message
+    )
     (tmp_path / "result.json").write_text("{")
     code, _, message = neuroflow(*line, "--resume")
     assert code == 2 and "result.json: cannot be continued" in message
@@ -373,7 +377,7 @@ def test_the_packages_own_tower_names_drawn_clips_and_frames(neuroflow, tmp_path
         (["missing"], "missing: no such directory; give one that holds a folder of clips for each class"),
         (["empty"], "empty: holds no class folder"),
         (["no-clips"], "no-clips: no clip in its 1 class folders; accepted are files in .avi"),
-        (["clips", "--testlist", "absent.txt"], "1 of the 2 clips that it names are not in clips, Run/gone.avi first"),
+        (["clips", "--testlist", "absent.txt"], "1 of the 2 clips it lists are not in clips, Run/gone.avi first"),
         (["clips", "--testlist", "unlabelled.txt"], "line 1: 'd.mp4' has no class"),
         (["clips", "--classes", "missing.npz"], "--classes missing.npz: cannot be read"),
         (

@@ -273,7 +273,7 @@ def make_bad(kind, directory):
         ("empty", "cannot be opened"),
         ("cut", "cannot be opened"),
         ("sound", "no video in it"),
-        ("no frames", "no frame of it can be decoded|holds no video frame|ends at frame 0"),
+        ("no frames", "none of its frames can be decoded|holds no video frame|ends at frame 0"),
         ("directory", "no image in this directory"),
         ("webcam", "there is no webcam"),
         ("refused", "cannot be opened"),
@@ -475,7 +475,7 @@ def test_packets_that_cannot_be_decoded_are_stepped_over_and_counted(serve):
         stream.write(content.replace(b"\xff\xc0", b"\xff\xc9") if number in (10, 11, 30) else content)
 
     content = chunked(stream.getvalue())
-    with pytest.warns(UserWarning, match="3 packets could not be decoded and were stepped over"):
+    with pytest.warns(UserWarning, match="3 packets could not be decoded and were skipped"):
         source = Source(serve(lambda write: write(content), Transfer_Encoding="chunked"))
         frames = list(source)
     assert source.live and source.garbled == 3 and source.stopped is None
