@@ -6,15 +6,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, Sigl
 
 
 def docstring_names():
-    """New objects for one example, which may patch them. Examples write files where they run: run each in a folder."""
+    """New objects for one example, which may patch them and write files to the working directory."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     vision = SiglipVisionConfig(**sizes, num_hidden_layers=2, image_size=32, patch_size=8)
     text = LlamaConfig(**sizes, num_hidden_layers=3, vocab_size=64, bos_token_id=None, eos_token_id=None)
-    frames = torch.randn(1, 3, 32, 32).repeat(8, 1, 1, 1)
-    for number, frame in enumerate(frames[1:], 1):  # a patch that moves over a picture that does not
-        column = 8 * (number % 4)
-        frame[:, 8:16, column : column + 8] = torch.randn(3, 8, 8)
+    frames = torch.randn(1, 3, 32, 32).repeat(8, 1, 1, 1)  # one picture, in which one of 16 patches changes
+    frames[1:, :, :8, :8] += 0.5 * torch.randn(7, 3, 8, 8)
     return {
         "neuroflow": neuroflow,
         "torch": torch,

@@ -72,8 +72,8 @@ class DistillationConfig:
 
     Example:
         >>> from neuroflow.distillation import DistillationConfig
-        >>> DistillationConfig(arch="B", train="last-4").gate().budget
-        0.1
+        >>> DistillationConfig(arch="B", train="last-4").arch
+        'active'
 
     Source: Schmitt 2026, sparse distillation. Weights for partial frames only, steps over many videos, the ranges,
     strides, averaged weights and the forgetting rule are ours.
