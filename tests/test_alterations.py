@@ -296,7 +296,7 @@ def test_a_method_that_would_not_be_called_is_refused():
     model = tiny("sam")
     attention = describe(model).attentions[0]
     attention.forward = attention.forward
-    with pytest.raises(TypeError, match=r"layers\.0\.attn has a forward of its own"):
+    with pytest.raises(TypeError, match=r"layers\.0\.attn has its own forward"):
         neuroflow.enable_cache(model)
     assert not neuroflow.is_patched(model)
 

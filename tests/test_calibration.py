@@ -158,7 +158,7 @@ def test_a_patched_model_is_refused_and_stays_patched():
         (drift(2), {"skip": float("nan")}, None, "skip is nan; accepted is a number between 0 and 1"),
         (drift(2), {"skip": 0.5}, NeuroFlowConfig(budget=4), "config has a budget of 4; accepted is None"),
         (drift(2), {"skip": 0.5, "of": "patches"}, None, "of is 'patches'; accepted is 'embedding' or 'tokens'"),
-        (drift(2), {"skip": 0.5, "of": "tokens"}, NeuroFlowConfig(arch="B"), "which arch 'active' has of active"),
+        (drift(2), {"skip": 0.5, "of": "tokens"}, NeuroFlowConfig(arch="B"), "which arch 'active' has for active"),
         (iter(drift(2)), {"skip": 0.5}, None, "which can be read only once; accepted is a tensor"),
         (drift(1), {"skip": 0.5}, None, "frames holds 1 frame"),
         ([], {"skip": 0.5}, None, "frames holds 0 frame"),

@@ -335,7 +335,7 @@ def test_without_an_mlp_that_can_be_told_there_is_no_a():
     with mock.patch(f"{__name__}.Block", Parallel):
         model = made()
     assert "architectures: C, D, E" in neuroflow.explain(model)
-    with pytest.raises(ValueError, match=r"arch is 'mlp'; no MLP could be told from the rest of HandWritten's blocks"):
+    with pytest.raises(ValueError, match=r"arch is 'mlp'; no MLP was found in HandWritten's blocks"):
         neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch="A"))
     neuroflow.enable_cache(model)
 
