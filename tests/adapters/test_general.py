@@ -210,7 +210,7 @@ def seventh(model):
         (seventh, "patch 0 of 36 moves the tokens"),
         (causal, "block 1 attends to earlier tokens only"),
         (pooled, "block 1 gives another shape"),
-        (lambda model: setattr(model, "looks_back", True), "block 3 takes something else than what block 2 gives"),
+        (lambda model: setattr(model, "looks_back", True), "block 3 does not take the output of block 2"),
     ],
 )
 def test_what_is_no_plain_vit_is_refused_and_said_why(change, reason):

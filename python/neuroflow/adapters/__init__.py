@@ -175,8 +175,8 @@ def towers(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
         return found
     names = ", ".join(family.name for family in (*FAMILIES, *_registered.values()))
     raise TypeError(
-        f"{type(model).__name__} has no vision tower that NeuroFlow knows, or can find; supported are {names}, and any "
-        f"plain ViT. neuroflow.register_adapter takes another. {missing_parts(model)}"
+        f"{type(model).__name__} has no vision tower that NeuroFlow knows or can find; supported are {names}, and any "
+        f"plain ViT. neuroflow.register_adapter adds others. {missing_parts(model)}"
     )
 
 
@@ -209,9 +209,7 @@ def describe(model: nn.Module, tower: str | None = None) -> Anatomy:
     if len(named) != 1:
         names = ", ".join(repr(name) for name in found)
         given = f"tower is {tower!r}" if tower is not None else f"{type(model).__name__} has {len(found)} vision towers"
-        raise ValueError(
-            f"{given}; accepted is tower=... with one of {names}, in a call for each that is to be patched"
-        )
+        raise ValueError(f"{given}; accepted is tower=... with one of {names}, in one call for each tower to patch")
     ((module, family),) = named.values()
     engine = vars(module).get(ENGINE)
     if engine is not None:

@@ -15,8 +15,9 @@ PATCHES = ("age", "active", "surprise", "attention")  # attributes of a state, o
 
 
 class LastFrame(NamedTuple):
-    """The last frame as it came in: pixels of its patches [1, N, values], their projection [1, N, D], and what stands
-    for the weights that projected them.
+    """The last frame's input, and a key of the weights that projected it.
+
+    Its patches' pixels are [1, N, values], their projection [1, N, D].
     """
 
     windows: torch.Tensor | None
