@@ -27,7 +27,14 @@ from .weights import copy_sharing_weights
 
 
 class Saturation(NamedTuple):
-    """`gap`: mean distance of the embeddings to dense ones, at a threshold that skips the share `skipped`."""
+    """Fidelity lost at one threshold.
+
+    Args:
+        arch: architecture.
+        threshold: of the gate.
+        skipped: mean share of patches that were not encoded, 0 to 1.
+        gap: mean distance of the embeddings to dense ones.
+    """
 
     arch: str
     threshold: float
@@ -36,7 +43,16 @@ class Saturation(NamedTuple):
 
 
 class Degradation(NamedTuple):
-    """`fidelity`: mean cosine of the embeddings to dense ones, at a given number of patches per frame."""
+    """Fidelity at one frame size.
+
+    Args:
+        arch: architecture.
+        width: of a frame, in pixels.
+        height: of a frame, in pixels.
+        patches: patches in a frame.
+        skipped: mean share of patches that were not encoded, 0 to 1.
+        fidelity: mean cosine of the embeddings to dense ones.
+    """
 
     arch: str
     width: int
@@ -47,10 +63,13 @@ class Degradation(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """Mean distance of a frame's output tokens to dense ones: `active` for those it encoded, `cached` for the others.
+    """Error of one frame's output tokens: encoded ones lack context, cached ones are old.
 
-    Encoded tokens are off because they lack context, cached ones because they are old. `cached` is None if none is
-    cached.
+    Args:
+        frame: its index.
+        skipped: share of patches that were not encoded, 0 to 1.
+        active: mean distance to dense tokens, of the patches that the frame encoded.
+        cached: the same for the other patches; None if there is no cache.
     """
 
     frame: int
@@ -60,14 +79,26 @@ class Shift(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """`distance`: mean distance of active patches' hidden states after a block to those of dense frames."""
+    """Error of active patches after one block.
+
+    Args:
+        block: its index.
+        distance: mean distance of active patches' hidden states to those of dense frames.
+    """
 
     block: int
     distance: float
 
 
 class Entropy(NamedTuple):
-    """Entropy of the pooling head's attention over the tokens it sees, in nats, mean over its heads."""
+    """How widely the pooling head attends in one frame.
+
+    Args:
+        frame: its index.
+        skipped: share of patches that were not encoded, 0 to 1.
+        dense: entropy of its attention over dense tokens, in nats, mean over heads.
+        sparse: the same over the tokens that the patched model gives it.
+    """
 
     frame: int
     skipped: float
@@ -76,10 +107,16 @@ class Entropy(NamedTuple):
 
 
 class Stability(NamedTuple):
-    """How well a perfect cache would have held up.
+    """How well a perfect cache would have held up in one frame.
 
-    The cosine between a frame's dense output tokens and those of the frame in which the gate last selected each patch:
-    mean over the patches it selects now (`active`), and over the others (`inactive`).
+    Both cosines compare the frame's dense output tokens with those of the frame in which the gate last selected each
+    patch.
+
+    Args:
+        frame: its index.
+        skipped: share of patches that were not encoded, 0 to 1.
+        active: mean cosine over the patches that the gate selects now.
+        inactive: mean cosine over the others.
     """
 
     frame: int

@@ -41,7 +41,14 @@ Target = Literal["attention", "mlp"]
 
 
 class DecoderParts(NamedTuple):
-    """What causal models of one family call the decoder, its layers, their attention and its output projection."""
+    """Attribute names in the causal models of one family.
+
+    Args:
+        decoder: the decoder, in the model.
+        layers: the layers, in the decoder.
+        attention: the attention, in a layer.
+        projection: the output projection, in the attention.
+    """
 
     decoder: str = "model"
     layers: str = "layers"

@@ -30,4 +30,4 @@ def missing_parts(model: nn.Module) -> str:
     }
     found = [f"{part} ({names[0] or 'the model itself'})" for part, names in parts.items() if names]
     missing = [part for part, names in parts.items() if not names]
-    return f"Parts of an adapter found: {', '.join(found) or 'none'}; missing: {', '.join(missing) or 'none'}."
+    return f"Parts of an adapter found: {', '.join(found) or 'nothing'}; missing: {', '.join(missing) or 'nothing'}."
