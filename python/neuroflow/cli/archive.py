@@ -23,10 +23,10 @@ that cannot be read, or not to its end, is reported there and on stderr; the oth
 
 The output is bit-for-bit the same in this process and with any number of workers, on processors of one kind. To that
 end each worker computes on one thread, nothing is measured (`measured` kernels become `rows`, and no frame runs dense
-because that is faster), and every shot begins with a key frame and depends on nothing before it. A shot begins where a
-frame has little in common with the previous one and, if refresh is `key`, --max-age frames after the last one began.
-`neuroflow run` may place key frames elsewhere. This lets --by-shot split one long recording between workers; one of
-them looks for the shots first, and each decodes the file from its beginning.
+because that is faster), and every shot begins with a key frame and depends on nothing before it. A new shot begins
+where a frame has little in common with the previous one, and also, if refresh is `key`, --max-age frames after the last
+shot began. `neuroflow run` may place key frames elsewhere. This lets --by-shot split one long recording between
+workers; one of them looks for the shots first, and each decodes the file from its beginning.
 
 The state is in DIR: after a kill, or with more SOURCES, the same command with --resume continues, and retries what
 failed. Another model, size or setting is refused. A worker that dies is replaced, and its recording is encoded again,

@@ -149,7 +149,7 @@ class Gate:
             self.warn(
                 f"{where}: {LONG} frames in a row changed too much to skip patches, as when a camera moves. If several "
                 "cameras take turns, name their streams: with neuroflow.cache_context(model, 'cam-1', 'cam-2'). If "
-                f"not, a {rule}, cut_share and cut_surprise trades fidelity for skipped patches; otherwise the "
+                f"not, a {rule}, with larger cut_share and cut_surprise, trades fidelity for speed; otherwise the "
                 "unpatched model is as fast"
             )
 
