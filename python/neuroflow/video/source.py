@@ -289,7 +289,7 @@ class Source:
                     return
                 delay = DELAYS[tries]
                 tries += 1
-                again = f"reopening in {delay:g} s, attempt {tries} of {len(DELAYS)}"
+                again = f"reopening in {delay:g} s, try {tries} of {len(DELAYS)}"
                 warnings.warn(f"{self.address}: it dropped after frame {frame.index} ({reason}); {again}", stacklevel=2)
                 self._due = time.monotonic() + delay + 2 * self._timeout
                 if self._closing.wait(delay):
