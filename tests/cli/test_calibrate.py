@@ -97,7 +97,7 @@ def test_options_override_the_file(neuroflow, tmp_path, clip, model):
         assert code == 0
         return next(line for line in table.splitlines() if line.startswith("NeuroFlow  "))
 
-    rest = "signal patch, reference refreshed, at most 9 frames old, score surprise, dilation 1"
+    rest = "signal patch, reference refreshed, at most 9 frames old, dilation 1, score surprise"
     assert setting(threshold).endswith(f" dual, threshold 0.3, floor 7, {rest}")
     assert setting(threshold, "--floor", 2, "--budget", 3).endswith(f" dual, budget 3, floor 2, {rest}")
     assert "context, threshold 0.25, floor 4" in setting(budget, "--threshold", 0.25)

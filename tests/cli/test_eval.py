@@ -150,7 +150,7 @@ def test_five_clips_by_hand(neuroflow, folder, model, classes, tmp_path):
     assert sparse["skipped"] == pytest.approx(np.mean(skips)) and sparse["cosine"] == pytest.approx(np.mean(cosines))
     assert "| dense  | 60.00% | 23.1% to 88.2% | 80.00% | 37.6% to 96.4% | -               | -" in table
     assert f"{np.mean(skips):.1%}" in table and f"{np.mean(cosines):.4f}" in table
-    assert "5 of 5, 4 classes" in table and "signal embedding, reference ema, score surprise" in table
+    assert "5 of 5, 4 classes" in table and "score surprise, signal embedding, reference ema" in table
     assert "5/5" in progress and "dense top-1 60.0%" in progress
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
@@ -384,7 +384,7 @@ def test_the_packages_own_tower_names_drawn_clips_and_frames(neuroflow, tmp_path
             ["clips", "--classes", "twice.npz"],
             "--classes twice.npz: holds 1 different names for 2 embeddings",
         ),
-        (["clips", "--classes", "two.npz"], "--classes two.npz: has no class 'Run', which clips in clips are labelled"),
+        (["clips", "--classes", "two.npz"], "--classes two.npz: has no class 'Run', a label of clips in clips"),
         (["clips", "--classes", "narrow.safetensors"], "classes is [1, 3]; accepted is [C, 64]"),
         (["clips"], "its type, siglip_vision_model, has no text tower; give --classes FILE"),
         (["clips", "--model", "no-tokenizer"], "its text tower cannot be loaded"),

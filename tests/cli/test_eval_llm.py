@@ -182,7 +182,7 @@ def test_a_run_that_was_stopped_goes_on(evaluated, monkeypatch):
 def test_windows_lie_evenly_and_do_not_overlap():
     assert llm_evaluation.cut_windows(list(range(10)), 4, 9).tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
     assert llm_evaluation.cut_windows(list(range(10)), 4, 1).tolist() == [[0, 1, 2, 3]]
-    with pytest.raises(ValueError, match="ids are 10 tokens; accepted are 11 or more"):
+    with pytest.raises(ValueError, match="ids has 10 tokens; accepted are 11 or more"):
         llm_evaluation.cut_windows(list(range(10)), 11, 1)
 
 
