@@ -190,6 +190,6 @@ def test_an_interrupted_run_leaves_nothing_and_says_that_it_starts_over(monkeypa
 def test_help_reads_well(neuroflow_track):
     code, text, _ = neuroflow_track("--help")
     assert code == 0
-    for words in ("Follow what moves", "has to start over", "--labels FILE", "--overlay FILE", "default: 1.6", "examples:"):
+    for words in ("Follow what moves", "to start over", "--labels FILE", "--overlay FILE", "default: 1.6", "examples:"):
         assert words in text
     assert max(len(line) for line in text.splitlines()) <= 120

@@ -165,7 +165,8 @@ def _track(arguments: argparse.Namespace, out: Path | None) -> int:
 def background_gate(threshold: float, ema_decay: float) -> neuroflow.NeuroFlowConfig:
     """A gate whose surprise shows what moves: with the dual-rate reference, which no refresh resets.
 
-    The embedding tells it best (bench/results/highway.md): beside a position, the noise of what is flat counts less.
+    The embedding works best (bench/results/studies/highway.md): next to a positional embedding, the noise of flat
+    patches counts less.
     An object that stops stays surprising until the slow average has absorbed it. Every patch whose `motion` lies above
     `threshold` is encoded: one in the 3 x 3 around it has a surprise of that over (1 + AROUND_WEIGHT)^2.
     """

@@ -25,7 +25,7 @@ def staleness(surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor
     frame))^2. This is weighted by the square root of its age in frames, since a patch that keeps changing is stale
     again at once, and by the square root of the attention that the pooled output pays to it, so that tokens go where
     they change the result. In a frame where nothing changed, nothing is stale. Form and weights were found on real
-    footage, at equal tokens (bench/results/scores.md).
+    footage, at equal tokens (bench/results/studies/scores.md).
 
     Args:
         surprise: [S, N] float32, infinite at patches with NaN.
