@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 COMMANDS = {
     "run": ("neuroflow.cli.run", "encode a video with a model"),
     "calibrate": ("neuroflow.cli.calibrate", "find the threshold for a fidelity or a skip rate"),
-    "distill": ("neuroflow.cli.distill", "train a tower to do with the active patches alone"),
+    "distill": ("neuroflow.cli.distill", "train a tower to work from the active patches alone"),
     "eval": (None, "measure what reuse costs: accuracy on labelled clips, the laws of reuse, language models"),
     "archive": ("neuroflow.cli.archive", "encode many recordings, in this process or by Ray"),
     "serve": ("neuroflow.cli.serve", "encode the frames that cameras send over HTTP"),

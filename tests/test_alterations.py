@@ -217,7 +217,7 @@ def test_hooks_of_accelerate_are_called_around_the_engine(family, begin, offload
     assert reasons == ["first", None, None, None]
     assert any(engine_of(model).kernels._layers.values()) != offload  # nothing is kept of what is taken away
     if offload:
-        with pytest.raises(RuntimeError, match="is offloaded, so that its weights"):
+        with pytest.raises(RuntimeError, match="is offloaded, so its weights"):
             neuroflow.save_state(model, tmp_path / "state")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -296,7 +296,7 @@ def test_a_method_that_would_not_be_called_is_refused():
     model = tiny("sam")
     attention = describe(model).attentions[0]
     attention.forward = attention.forward
-    with pytest.raises(TypeError, match=r"layers\.0\.attn has a forward of its own"):
+    with pytest.raises(TypeError, match=r"layers\.0\.attn has its own forward"):
         neuroflow.enable_cache(model)
     assert not neuroflow.is_patched(model)
 

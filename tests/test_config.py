@@ -80,7 +80,7 @@ def test_no_field_takes_another_type(field, tmp_path):
     ("text", "words"),
     [
         ("[" * 100_000, "cannot be read .it is nested too deeply"),
-        ('{"threshold": NaN}', "cannot be read .NaN is no JSON"),
+        ('{"threshold": NaN}', "cannot be read .NaN is not JSON"),
         ('{"threshold": 1e999}', "threshold is inf"),
         ('{"max_age": ' + "9" * 30 + "}", "max_age is 9{30}; accepted"),
         ('{"normalise_motion": "no"}', "normalise_motion is 'no'; accepted is True or False"),

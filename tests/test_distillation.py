@@ -324,14 +324,14 @@ def test_a_step(model, monkeypatch):
 
 def test_videos_that_cannot_be_learned_from(model):
     run = Distillation(model, DistillationConfig(**SETTINGS))
-    with pytest.raises(ValueError, match=r"frames of \[\(32, 32\), \(48, 48\)\]; accepted are those of one size"):
+    with pytest.raises(ValueError, match=r"frames of sizes \[\(32, 32\), \(48, 48\)\]; accepted is one size"):
         run.train([video(0), video(1, side=48)])
-    with pytest.raises(ValueError, match=r"frames of \[\(32, 32\), \(48, 48\)\]; accepted are those of one size"):
+    with pytest.raises(ValueError, match=r"frames of sizes \[\(32, 32\), \(48, 48\)\]; accepted is one size"):
         run.evaluate([video(0), video(1, side=48)], None)
     for frames in ([], video(0)[:1]):
-        with pytest.raises(ValueError, match="videos give no frame after their first"):
+        with pytest.raises(ValueError, match="no video has a frame after its first"):
             run.train([frames, frames])
-        with pytest.raises(ValueError, match="videos give no frame after their first"):
+        with pytest.raises(ValueError, match="no video has a frame after its first"):
             run.evaluate([frames, frames], None)
     assert not neuroflow.is_patched(run.student)
 

@@ -111,9 +111,9 @@ def test_beside_an_empty_journal_a_finished_file_is_added_to(tmp_path):
 
 def test_nan_is_no_finding(tmp_path):
     findings = found(tmp_path / "result.json", "a")
-    with pytest.raises(JournalError, match=r"result.json.journal: NaN or Inf in what is to be written"):
+    with pytest.raises(JournalError, match=r"result.json.journal: the result holds NaN or Inf"):
         findings.append("b", {"of": [float("nan")]})
-    with pytest.raises(JournalError, match=r"result.json: NaN or Inf in what is to be written"):
+    with pytest.raises(JournalError, match=r"result.json: the result holds NaN or Inf"):
         findings.finish(table=float("inf"))
     findings.close()
     continued = Findings(tmp_path / "result.json", SETTINGS, resume=True)
@@ -123,7 +123,9 @@ def test_nan_is_no_finding(tmp_path):
 def test_an_unfinished_run_is_not_continued_unasked(tmp_path):
     path = tmp_path / "result.json"
     found(path, "ab")
-    with pytest.warns(UserWarning, match="the unfinished .*result.json.journal is discarded: --resume was not given"):
+    with pytest.warns(
+        UserWarning, match="the unfinished .*result.json.journal is discarded, because --resume was not given"
+    ):
         findings = found(path, "c")
     findings.finish()
     assert list(json.loads(path.read_text())["found"]) == ["c"]

@@ -203,7 +203,7 @@ def test_weights_that_do_not_fit(tmp_path):
     model = tiny("siglip")
     saved(model, path)
     wide = type(model)(type(model.config)(hidden_size=48)).eval()
-    with pytest.raises(ValueError, match=r"has .* and SiglipVisionModel has none such"):
+    with pytest.raises(ValueError, match=r"has .*, which SiglipVisionModel does not have"):
         neuroflow.enable_cache(wide, weights=path)
     write(path, {"x": torch.zeros(1)}, {})
     with pytest.raises(ValueError, match="holds no distilled weights; accepted is a file that neuroflow distill wrote"):
@@ -217,7 +217,9 @@ def test_weights_of_what_has_parts_are_refused():
     model = tiny("siglip")
     model.get_submodule("encoder.layers.1.mlp").scale = nn.Parameter(torch.ones(()))
     weight = {"encoder.layers.1.mlp.scale": nn.Parameter(torch.ones(()))}
-    with pytest.raises(ValueError, match=r"encoder.layers.1.mlp.scale is of a SiglipMLP, which has parts; accepted"):
+    with pytest.raises(
+        ValueError, match=r"encoder.layers.1.mlp.scale belongs to a SiglipMLP, which has submodules; accepted"
+    ):
         distilled_modules(model, describe(model), weight)
 
 

@@ -1,4 +1,4 @@
-"""Attributes of modules that are replaced in place, and put back."""
+"""Replace attributes of modules in place, and restore them."""
 
 import copy
 import functools
@@ -10,15 +10,15 @@ from torch import nn
 
 
 class _InFront(functools.partial):
-    """A function in front of a method, which is the last argument that it holds."""
+    """A function in front of a method, which is its last bound argument."""
 
     def release(self) -> None:
-        """Be the method alone from now on, for whoever holds on to this."""
+        """Become the plain method, for anyone who still holds this."""
         self.__setstate__((self.args[-1], (), {}, {}))
 
 
 class Replaced:
-    """Attributes that were set on instances, in order, and what they were before."""
+    """Attributes set on instances, in order, and their previous values."""
 
     def __init__(self) -> None:
         self._undo: list[tuple[nn.Module, str, Any, Any]] = []
@@ -28,21 +28,21 @@ class Replaced:
         setattr(module, name, value)
 
     def put_in_front(self, module: nn.Module, method: str, function: Callable) -> None:
-        """Have calls of a method go to `function`, which takes the method as it was in front of their arguments."""
+        """Route calls of a method to `function`, which gets the original method before the arguments."""
         if method == "forward" and "_old_forward" in vars(module):
-            method = "_old_forward"  # a hook of accelerate calls it once weights and arguments are where they belong
+            method = "_old_forward"  # accelerate's hook calls this once weights and arguments are in place
         original = getattr(module, method)
         in_front = _InFront(function, original)
-        in_front.__signature__ = inspect.signature(original)  # by which callers choose what they pass
+        in_front.__signature__ = inspect.signature(original)  # callers inspect it to choose what to pass
         self.set(module, method, in_front)
 
     def undo(self) -> list[tuple[nn.Module, str]]:
-        """Put everything back, the last first; a class's own method comes back by removing the instance's.
+        """Restore everything, in reverse order; a class's own method returns when the instance's is removed.
 
-        What something else has wrapped since stays wrapped, and what was put in front of the method inside is gone.
+        If something else has wrapped an attribute since, that wrapper stays, and the function inside is removed.
 
         Returns:
-            the modules and names of what is no longer as it was set: wrapped, replaced or taken away since.
+            the modules and names that are no longer as they were set: wrapped, replaced or removed since.
         """
         others = []
         for module, name, value, was in reversed(self._undo):
@@ -52,18 +52,18 @@ class Replaced:
                 moved = next((other for other, held in vars(module).items() if held is value), None)
                 if moved is None:
                     others.append((module, name))
-                else:  # as accelerate's hooks do when they come or go
+                else:  # as accelerate's hooks do when added or removed
                     setattr(module, moved, value.func if isinstance(value, _InFront) else was)
                 continue
             if was is None:
                 delattr(module, name)
             else:
-                setattr(module, name, was)  # other threads find one or the other
+                setattr(module, name, was)  # atomic for other threads
         self._undo.clear()
         return list(dict.fromkeys(others))
 
     def undo_in_copies(self, memo: dict[int, Any]) -> None:
-        """As `undo`, in what `copy.deepcopy` made of the modules, which is by their id in `memo`."""
+        """Like `undo`, in the copies that `copy.deepcopy` made of the modules, found by id in `memo`."""
         were: dict[tuple[int, str], Any] = {}
         for module, name, value, was in reversed(self._undo):
             key = id(module), name

@@ -1,4 +1,4 @@
-"""Settings from the user's own footage: the threshold that gives a wanted fidelity or skip rate, and a logit shift."""
+"""Fit settings to the user's own footage: the threshold for a target fidelity or skip rate, and a logit shift."""
 
 import dataclasses
 import math
@@ -17,26 +17,34 @@ from .embedding import frame_embeddings, in_clips, patch_tokens
 from .patch import cache_context, disable_cache, enable_cache, is_patched, summary
 from .weights import write
 
-# By score: from float32's rounding, or a hundredth of what one frame of age adds, to more than any patch reaches.
+# By score, from float32 rounding or a hundredth of what one frame of age adds, up to more than any patch reaches.
 THRESHOLDS = {"surprise": (1e-6, 2.0), "staleness": (1e-5, 1000.0)}
 RESOLUTION = 1.005
 STREAM = "clip"
 SKIP_TOLERANCE = 0.005
-UNCHANGED = 1e-6  # one less the cosine of embeddings that differ by rounding alone
+UNCHANGED = 1e-6  # 1 - cosine of embeddings that differ only by rounding
 Of = Literal["embedding", "tokens"]
 
 
 class CalibrationError(ValueError):
-    """No threshold gives what was asked for on these frames. The message says what was reached."""
+    """No threshold reaches the target on these frames. The message says what came closest.
+
+    Example:
+        >>> try:
+        ...     neuroflow.calibrate(model, frames[:1].repeat(4, 1, 1, 1), skip=0.9)
+        ... except neuroflow.CalibrationError as error:
+        ...     print(error)
+        nothing changes in the frames: every embedding is that of the first
+    """
 
 
 class Trial(NamedTuple):
     """What one threshold gave, over all frames but the first.
 
     Args:
-        threshold: of the trial.
+        threshold: the threshold tried.
         skipped: mean share of patches that were not encoded, 0 to 1.
-        fidelity: mean cosine of the frames to the unpatched model's.
+        fidelity: mean over frames of the cosine to the unpatched model's.
         fidelity_p5: 5th percentile of that cosine.
     """
 
@@ -48,12 +56,20 @@ class Trial(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """The setting that was chosen, and what it gave.
+    """The chosen setting, and what it gave.
 
     Args:
-        config: the configuration asked for, with the threshold that was found.
-        skipped, fidelity, fidelity_p5: of the chosen trial, see `Trial`.
-        trials: every threshold tried, in that order.
+        config: the configuration passed in, with the threshold that was found.
+        skipped: mean share of patches that were not encoded, 0 to 1.
+        fidelity: mean over frames of the cosine to the unpatched model's.
+        fidelity_p5: 5th percentile of that cosine.
+        trials: all `Trial`s, in the order they were made.
+
+    Example:
+        >>> found = neuroflow.calibrate(model, frames, fidelity=0.99)
+        >>> found.fidelity >= 0.99
+        True
+        >>> found.config.save("gate.json")
     """
 
     config: NeuroFlowConfig
@@ -72,37 +88,46 @@ def calibrate(
     skip: float | None = None,
     of: Of = "embedding",
 ) -> Calibration:
-    """Find the threshold that gives a wanted fidelity, or a wanted skip rate, on one clip.
+    """Find the threshold that gives a target fidelity, or a target skip rate, on one clip.
 
     The threshold is bisected on a log scale, in at most 13 passes over the frames. The first frame is a key frame and
-    is not scored. Above some threshold only `floor` patches are active; of thresholds tried that skip as much the
-    lowest is chosen, as it lets more through when the footage to come changes more than this clip.
+    is not scored. Above some threshold only `floor` patches are active; among thresholds that skip equally much, the
+    lowest is chosen, since it lets more through when later footage changes more than this clip.
 
-    What the unpatched model gives is computed once and kept, [T, D] or [T, N, D]; beyond that and one stream's state
-    nothing is held but 16 frames at a time, which go through the model in one call.
+    The unpatched model runs once, and its results [T, D] or [T, N, D] are kept. Beyond these and the state of one
+    stream, 16 frames are held at a time, which go through the model in one call.
 
-    What is found does not depend on the machine's speed: a `dense_above` of None, which the result keeps, is 1 here,
-    and `kernels`, if measured, are those of the rows.
-    Where frames do change so much that dense is faster, less is skipped than was found, and fidelity is higher.
+    The result does not depend on the speed of the machine: while searching, `dense_above` of None counts as 1 and
+    "measured" `kernels` as "rows"; the returned configuration keeps the originals. On footage that changes so much that
+    dense is faster, fewer patches are then skipped than reported, and fidelity is higher.
 
     Args:
-        model: an unpatched model in evaluation mode, of `neuroflow.supported_models`, that takes frames as
-            `pixel_values`, not patches as NaFlex does. It is unpatched when this returns or raises.
-        frames: consecutive frames of one clip as the model takes `pixel_values`: [T, 3, H, W], or an iterable of
-            [1, 3, H, W] that can be gone through more than once. They are brought to the model's device and dtype.
-        config: the settings besides the threshold; `NeuroFlowConfig()` by default.
-        fidelity: the mean cosine to the unpatched model, between 0 and 1, that the chosen threshold, the largest to do
-            so, reaches.
-        skip: instead of fidelity, the mean share of patches to skip, between 0 and 1; met within 0.005.
-        of: what is compared. "embedding", what the model makes of a frame; "tokens", each patch behind the last block
-            and its norm, as language models and dense heads read them: a frame's cosine is the mean of its patches'.
+        model: an unpatched model in evaluation mode, from `neuroflow.supported_models`, that takes frames as
+            `pixel_values` (not patches, as NaFlex does). It is unpatched again when this returns or raises.
+        frames: consecutive frames of one clip, as the model takes `pixel_values`: [T, 3, H, W], T of at least 2, or an
+            iterable of [1, 3, H, W] that can be read more than once. Moved to the model's device and dtype.
+        config: all settings but the threshold; `NeuroFlowConfig()` by default.
+        fidelity: target for the mean cosine to the unpatched model, between 0 and 1. The largest threshold that reaches
+            it is chosen.
+        skip: target for the mean share of skipped patches, between 0 and 1, met within 0.005. Give this or `fidelity`.
+        of: what is compared. "embedding": the model's embedding of the frame. "tokens": each patch after the last block
+            and its norm, as language models and dense heads read it; a frame's cosine is the mean over its patches.
+
+    Returns:
+        the setting and its figures.
 
     Raises:
         CalibrationError: no threshold reaches the target, or the frames do not tell thresholds apart.
-        ValueError: not exactly one target, or one out of range; a budget in config; tokens of architecture B; fewer
-            than two frames, frames of another shape, with NaN or Inf, or that can be read only once.
+        ValueError: not exactly one target, or one out of range; a budget in `config`; tokens of architecture B; fewer
+            than two frames; frames of another shape, with NaN or Inf, or that can be read only once.
         RuntimeError: the model is patched.
-        TypeError: a model that no adapter knows.
+        TypeError: no adapter knows the model.
+
+    Example:
+        >>> found = neuroflow.calibrate(model, frames, fidelity=0.99)
+        >>> print(f"threshold {found.config.threshold:g}: {found.skipped:.0%} skipped")  # doctest: +ELLIPSIS
+        threshold ...% skipped
+        >>> model = neuroflow.enable_cache(model, found.config)
     """
     config = NeuroFlowConfig() if config is None else config
     if (fidelity is None) == (skip is None):
@@ -113,13 +138,15 @@ def calibrate(
     if of not in get_args(Of):
         raise ValueError(f"of is {of!r}; accepted is 'embedding' or 'tokens'")
     if of == "tokens" and config.arch == "active":
-        raise ValueError("of is 'tokens', which arch 'active' has of active patches alone; accepted is 'embedding'")
+        raise ValueError("of is 'tokens', which arch 'active' has for active patches only; accepted is 'embedding'")
     if config.budget is not None:
-        raise ValueError(f"config has a budget of {config.budget!r}; accepted is None, as a threshold is what is found")
+        raise ValueError(
+            f"config has a budget of {config.budget!r}; accepted is None, as calibrate looks for a threshold"
+        )
     if isinstance(frames, Iterator):
         raise ValueError(
-            f"frames is a {type(frames).__name__}, which can be read once; accepted is a tensor [T, 3, H, W], or an "
-            "iterable that starts over, such as a list"
+            f"frames is a {type(frames).__name__}, which can be read only once; accepted is a tensor [T, 3, H, W], or "
+            "an iterable that starts over, such as a list"
         )
     if is_patched(model):
         raise RuntimeError(f"{type(model).__name__} is patched; call neuroflow.disable_cache first")
@@ -209,27 +236,42 @@ def _checked(pixels: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogitShift:
-    """What reuse takes from a classifier's logits on average, to be added back.
+    """A correction to a classifier's logits: what reuse takes from them on average, to be added back.
+
+    The shift is the same for every frame. Check on clips other than the fitted ones that it helps.
 
     Args:
         shift: [classes] float32.
 
-    Source: Schmitt 2026 proposes it for pooled embeddings that lose norm under reuse, without figures. It moves every
-    frame alike: measure on other clips than the fitted ones whether it helps.
+    Example:
+        >>> shift = neuroflow.LogitShift.fit(torch.tensor([[2.0, 0.5]]), torch.tensor([[1.5, 0.5]]))
+        >>> shift.shift
+        tensor([0.5000, 0.0000])
+
+    Source: Schmitt 2026 proposes it, without figures, for pooled embeddings that lose norm under reuse.
     """
 
     shift: torch.Tensor
 
     @classmethod
     def fit(cls, dense_logits: torch.Tensor, sparse_logits: torch.Tensor) -> "LogitShift":
-        """The mean of dense less sparse logits over the same frames.
+        """The mean difference between dense and sparse logits over the same frames.
 
         Args:
-            dense_logits: [T, classes], any float dtype, of the unpatched model.
-            sparse_logits: the same of the patched one.
+            dense_logits: [T, classes], any float dtype, from the unpatched model.
+            sparse_logits: [T, classes], any float dtype, from the patched model.
+
+        Returns:
+            the shift.
 
         Raises:
-            ValueError: other shapes, or NaN or Inf among them.
+            ValueError: shapes that differ or are not [T, classes], or NaN or Inf.
+
+        Example:
+            >>> dense, sparse = torch.zeros(4, 10), torch.ones(4, 10)
+            >>> shift = neuroflow.LogitShift.fit(dense, sparse)
+            >>> torch.equal(shift.apply(sparse), dense)
+            True
         """
         shapes = list(dense_logits.shape), list(sparse_logits.shape)
         if dense_logits.ndim != 2 or shapes[0] != shapes[1] or 0 in shapes[0]:
@@ -240,10 +282,21 @@ class LogitShift:
         return cls(shift)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits [..., classes] of a patched model -> the same, shifted; device and dtype stay.
+        """Add the shift to logits of the patched model.
+
+        Args:
+            logits: [..., classes], any float dtype.
+
+        Returns:
+            the shifted logits, with the same shape, dtype and device.
 
         Raises:
             ValueError: another number of classes.
+
+        Example:
+            >>> shift = neuroflow.LogitShift(torch.tensor([0.5, 0.0]))
+            >>> shift.apply(torch.zeros(1, 2))
+            tensor([[0.5000, 0.0000]])
         """
         classes = len(self.shift)
         if logits.ndim == 0 or logits.shape[-1] != classes:
@@ -251,15 +304,36 @@ class LogitShift:
         return logits + self.shift.to(logits)
 
     def save(self, path: str | Path) -> None:
-        """Write the shift to a safetensors file."""
+        """Write the shift to a safetensors file.
+
+        Args:
+            path: the file; an existing one is replaced.
+
+        Raises:
+            OSError: the file cannot be written.
+
+        Example:
+            >>> neuroflow.LogitShift(torch.zeros(10)).save("shift.safetensors")
+        """
         write(Path(path), {"shift": self.shift}, {})
 
     @classmethod
     def load(cls, path: str | Path) -> "LogitShift":
-        """Read what `save` wrote.
+        """Read a shift that `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            the shift.
 
         Raises:
             ValueError: the file cannot be read, or holds something else.
+
+        Example:
+            >>> neuroflow.LogitShift(torch.zeros(10)).save("shift.safetensors")
+            >>> neuroflow.LogitShift.load("shift.safetensors").shift.shape
+            torch.Size([10])
         """
         try:
             tensors = load_file(path)

@@ -1,4 +1,4 @@
-"""Classes or texts that embeddings are compared with, and the files that hold them."""
+"""Class or text embeddings to compare frames with, and the files that hold them."""
 
 import math
 import zipfile
@@ -18,12 +18,12 @@ MOST_BYTES = 2**31  # that an .npz may unpack to
 
 @dataclass(frozen=True)
 class ClassHead:
-    """Class embeddings that pooled embeddings are compared with, as SigLIP's are with those of texts.
+    """Class embeddings that pooled embeddings are compared with, such as SigLIP's text embeddings.
 
     Attributes:
         names: of the C classes.
         embeddings: [C, D] float32.
-        temperature: factor of the cosines.
+        temperature: factor on the cosines.
     """
 
     names: tuple[str, ...]
@@ -31,15 +31,16 @@ class ClassHead:
     temperature: float = 1.0
 
     def scores(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Pooled embeddings [S, D] of any float dtype -> scores [S, C] float32, temperature times cosine."""
+        """Scores [S, C] float32, temperature times cosine, of pooled embeddings [S, D] of any float dtype."""
         classes = F.normalize(self.embeddings.to(pooled.device), dim=1)
         return self.temperature * F.normalize(pooled.float(), dim=1) @ classes.T
 
 
 def read_classes(path: Path) -> ClassHead:
-    """Class embeddings from a file: `embeddings` [C, D] of any float dtype, C `names`, `temperature` if there is one.
+    """Read class embeddings from a file: `embeddings` [C, D] of any float dtype, C `names`, optionally `temperature`.
 
-    Of an .npz all are arrays; in .safetensors the names are a JSON list in the metadata, as in the package's own.
+    In .npz all are arrays. In .safetensors the names are a JSON list in the metadata, as in the file that comes with
+    the package.
 
     Raises:
         ValueError: the file cannot be read, or holds something else.
@@ -59,12 +60,12 @@ def read_classes(path: Path) -> ClassHead:
                 names = from_json((file.metadata() or {})["names"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError("names is no list of texts")
+                raise ValueError("names is not a list of strings")
         embeddings = tensors["embeddings"].float()
         temperature = tensors["temperature"].float().item() if "temperature" in tensors else 1.0
     except KeyError as error:
         raise ValueError(f"{path}: holds no {error.args[0]}; accepted are {ACCEPTED}") from None
-    # A damaged file, or another kind under such a name: each library has errors of its own for that.
+    # Each library raises its own errors for a damaged file, or for another kind of file under this name.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: cannot be read ({reason}); accepted are {ACCEPTED}") from None

@@ -8,7 +8,7 @@ from .files import from_json, replacing, to_json
 
 ARCHITECTURES = {"A": "mlp", "B": "active", "C": "dual", "D": "midlayer", "E": "context"}
 DEFAULT_THRESHOLD = {"staleness": 0.1, "surprise": 0.02}
-RENAMED = {"engine": "launch"}  # fields of files that were written before
+RENAMED = {"engine": "launch"}  # old names of fields, in files of earlier releases
 LARGEST = (2 - 2**-23) * 2.0**127  # float32
 MOST = 2**31 - 1  # int32
 
@@ -33,86 +33,101 @@ def _require(condition: bool, name: str, value: object, accepted: str) -> None:
 
 
 def is_number(value: object, low: float, high: float = LARGEST) -> TypeGuard[float]:
-    """A real number from `low` to `high`; True and False are none, nor is NaN."""
+    """A real number from `low` to `high`, other than True, False and NaN."""
     return isinstance(value, Real) and not isinstance(value, bool) and value <= high and not value < low
 
 
 def is_integer(value: object, low: int) -> TypeGuard[int]:
-    """An integer from `low` to the largest of int32, as kernels count."""
+    """An integer from `low` to the largest int32, which kernels count in."""
     return isinstance(value, int) and is_number(value, low, MOST)
 
 
 @dataclasses.dataclass(frozen=True)
 class NeuroFlowConfig:
-    """What is measured per patch, which patches are encoded, and what the others contribute.
+    """Settings of a patched model: which patches of a frame are encoded, and what stands in for the others.
 
-    The default is the training-free architecture E on the patch projection, against the content at each patch's last
-    encoding, scored by staleness. `NeuroFlowConfig.published()` is the published system's.
+    The default is architecture E, which needs no training: each patch projection is compared with the one at the
+    patch's last encoding and scored by staleness. `NeuroFlowConfig.published()` gives the published gate.
 
     Args:
-        arch: what inactive patches contribute. "context" (E): their keys and values of every block and their last
-            output. "dual" (C): their last output. "active" (B): nothing. "midlayer" (D): the first blocks run on all
-            patches, then as C. "mlp" (A): attention runs on all patches, inactive ones repeat their last MLP increment.
-        threshold: a patch is active where its score lies above it; 0 makes every patch active. When neither threshold
-            nor budget is given, 0.1 on staleness and 0.02 on surprise; `neuroflow.calibrate` finds it for a clip.
-        budget: instead of a threshold, how many patches are active: a count, or a share of the patches below 1.
-        share_budget: the streams of one pass share the sum of their budgets: the highest scores of all are active.
-        floor: the least number of active patches.
-        signal: "patch", the patch projection before the positional embedding; "embedding", after it; or "pixel".
-        reference: what the signal is compared with. "refreshed", the signal at the patch's last encoding; "previous",
-            at the last frame; "ema", its moving average; "dual", the larger surprise of a fast and a slow average, so
-            that what stops stays covered until the slow one has taken it in.
-        ema_decay: weight of the new frame in the average of "ema" and the slow one of "dual", 0 to 1.
-        fast_decay: the same for the fast average of "dual".
-        score: what the rule reads. "surprise" is 1 - cosine to the reference; "staleness" estimates from it how far
-            the caches have drifted, and weighs that by the attention that the pooled output pays the patch.
-        normalise_motion: subtract the frame's mean surprise first, for cameras that move.
-        dilation: patches up to this many away from an active one are active too.
-        ladder: the active patches of a pass, over all its streams of one size, are one of these numbers, ascending, or
-            all: the most surprising of the others fill up to the next. For what is compiled or captured by shape.
-        max_age: a patch that was not encoded in this many frames is encoded whatever its score; None sets no limit.
-        refresh: how `max_age` is kept. "key", by a key frame that many frames after the last one, which clears every
-            error that the caches hold; "rolling", by the oldest few patches of every frame, which never costs much at
-            once, but encodes them beside what is stale itself, so that errors fade and do not end.
-        cut_share: a frame with more than this share of its patches active becomes a key frame; None: never.
-        cut_surprise: so does one whose mean surprise lies above this; None: never.
-        cut_light: so does one in another light: since they were encoded, the contrast or the saturation of the patches
-            that it would not encode changed by more than this, as the natural logarithm of a ratio, be it at once, as
-            when a camera turns to infrared, or little by little, as when fog lifts. A patch by itself shows too little
-            of that. Of towers that map whole RGB frames to patches by a convolution; None: never.
-        dense_above: a pass with more than this share of the patches of all its streams active runs dense, each stream
-            with a key frame, as partial frames would take longer; 1: none does. None: the share is measured on the
-            machine, in about half the time of a dense pass after the first one of a size and dtype. Hooks on parts of
-            the first block see it run for that.
-        blend: weight of a patch's new output in its cache, above 0 to 1. 1 replaces; less damps flicker.
-        mid_layer: for "midlayer", the number of the last block that runs on all patches; None is half of them.
-        precision: "model", the model's own; or "bfloat16": in a pass that encodes a part of its frames, a float32
-            model's linear layers and attention multiply in bfloat16, and the caches hold keys and values in it. Sums,
-            the residual stream and passes of whole frames stay float32. Takes half the weights' memory more and half
-            the keys' and values' less. Models of other dtypes stay as they are.
-        kernels: what multiplies the rows of partial frames on a CPU. "measured": for each shape, dtype and power of two
-            of rows the fastest of our own kernels, torch's, and oneDNN's with weights that it has packed, which takes
-            their memory again; they take turns in the first frames that have so many, and `summary` says which it is.
-            "rows": our own alone, where a row's last bits depend neither on the rows that come with it nor on what was
-            faster. "torch": torch's own functions.
-        batch: what several frames in one call are, where no context names their streams. "clip": one clip, in order of
-            time, which begins with a key frame and leaves nothing behind, so that the same call gives the same twice;
-            frames that have nothing in common are key frames, and cost what they cost dense. "streams": a frame of each
-            of as many streams, 0 to S - 1. "dense": they run unpatched.
-        reuse: what serves a patch that is not encoded. "last", its last version; "nearest", in a clip without a name,
-            its last or its next, whichever is nearer in content (bench/results/studies/reuse.md). A stream that goes
-            on knows no next version, and is served by the last; so is any reference but "refreshed".
-        pass_patches: how many patches a pass holds at most; a call of more frames than that is encoded in several, one
-            after the other, which bounds the memory that it takes beside its output.
-        launch: "graph": on a GPU, sparse frames of streams that keep coming together are recorded as CUDA graphs, whose
-            numbers of patches are those of the ladder (64, 96, 128, 192, ... where none is given). Hooks on the tower's
-            modules run when a graph is recorded, and not with every frame. "eager": every frame is launched op by op,
-            as everything is on a CPU.
+        arch: what a patch contributes when it is not encoded. "context" (E): its keys and values in every block, and
+            its last output. "dual" (C): its last output only. "active" (B): nothing. "midlayer" (D): the first blocks
+            run on all patches, the others as in C. "mlp" (A): attention runs on all patches, and an inactive patch adds
+            the MLP increment of its last active frame.
+        threshold: score above which a patch is active, 0 or more; 0 makes every patch active. The default is 0.1 for
+            staleness and 0.02 for surprise, or None if a budget is set. `neuroflow.calibrate` fits it to a clip.
+        budget: active patches a frame, in place of a threshold: a count, or a share of all patches between 0 and 1.
+        share_budget: pool the budgets of all streams in a pass; the highest scores across the streams are active.
+        floor: minimum number of active patches a frame, 0 or more. 4 as published.
+        dilation: also encode patches within this distance of an active one, in patches, diagonals included. 0 turns it
+            off.
+        ladder: allowed counts of active patches, ascending, for code that is compiled or captured by shape. A pass
+            fills up to the next rung with the next highest scores, or runs on all patches above the last rung.
+            Counted over all streams of a pass with the same grid. None allows any count.
+        score: what the threshold or budget is applied to. "surprise": 1 - cosine between a patch and its reference, 0
+            to 2. "staleness": an estimate of how far the patch's caches have drifted, from the surprise in and around
+            it and from its age, weighted by the attention that the pooled output pays to the patch.
+        signal: what is compared. "patch": the patch projection before the positional embedding, which would hide
+            change. "embedding": the token after it. "pixel": the pixels.
+        reference: what the signal is compared with. "refreshed": the signal at the patch's last encoding. "previous":
+            the last frame. "ema": a moving average. "dual": a fast and a slow average, whichever gives more surprise,
+            so that an object that stops stays active until the slow average has absorbed it.
+        ema_decay: weight of the new frame in the "ema" average, and in the slow one of "dual", 0 to 1. 0.01 as
+            published.
+        fast_decay: weight of the new frame in the fast average of "dual", 0 to 1.
+        normalise_motion: subtract the frame's mean surprise from each patch's before scoring, for moving cameras.
+        max_age: frames within which every patch is encoded again, whatever its score, 1 or more. None sets no limit.
+        refresh: how `max_age` is enforced. "key": a key frame, `max_age` frames after the last one, which removes all
+            accumulated error. "rolling": a few of the oldest patches in every frame, which avoids the latency peak; but
+            they are encoded against caches that are stale themselves, so errors fade without ever reaching zero.
+        cut_share: share of active patches above which a frame becomes a key frame, above 0 to 1. None turns it off.
+        cut_surprise: mean surprise above which a frame becomes a key frame, above 0 to 2, which also works under a
+            budget. None turns it off.
+        cut_light: change of light above which a frame becomes a key frame, as |ln(ratio)| of contrast or saturation,
+            above 0 to 10. Measured on the patches that would not be encoded, since each was last encoded, so that it
+            catches both a switch to infrared and slowly lifting fog, which a single patch hardly shows. Only for towers
+            that project RGB frames by a convolution. None turns it off.
+        dense_above: share of active patches, over all streams of a pass, above which the pass runs dense and each of
+            its frames becomes a key frame, 0 to 1; 1 never does. None measures the break-even point on this machine,
+            once for each size and dtype, in about half the time of a dense pass. Hooks inside the first block also fire
+            during this measurement.
+        blend: weight of a patch's new output when its cached one is updated, above 0 to 1. 1 replaces it; less damps
+            flicker.
+        mid_layer: index of the last block that "midlayer" runs on all patches, counted from 0. None: half of the
+            blocks.
+        batch: how a call with several frames and no named streams is read. "clip": consecutive frames of one clip,
+            which starts with a key frame and leaves no state behind, so that the same call gives the same result twice;
+            unrelated frames all become key frames, at dense cost. "streams": one frame each of streams 0 to S - 1.
+            "dense": run unpatched.
+        reuse: which cached version serves a patch that is not encoded. "last": the previous one. "nearest": the
+            previous or the next one, whichever is closer in content, inside a clip without a name
+            (bench/results/studies/reuse.md). Named streams do not know the next version, and references other than
+            "refreshed" do not use it; both fall back to "last".
+        precision: "model": the model's dtype. "bfloat16": in partial passes of a float32 model, linear layers and
+            attention multiply in bfloat16, and keys and values are cached in it, while sums, the residual stream and
+            dense passes stay float32. Adds half the memory of the weights and saves half that of keys and values. No
+            effect on models of other dtypes.
+        kernels: what multiplies the rows of partial frames on a CPU. "measured": the fastest, for each shape, dtype and
+            power of two of rows, of our kernels, torch's, and oneDNN's with packed weights (a second copy of them).
+            They take turns during the first frames; `summary` shows the result. "rows": our kernels only, whose
+            rounding does not depend on timing or on the other rows in the batch. "torch": torch's only.
+        launch: "graph": on a GPU, partial frames of streams that keep arriving together replay a recorded CUDA graph,
+            with counts of active patches from the ladder (64, 96, 128, 192, ... if None is given). Hooks on the tower's
+            modules then fire during recording only. "eager": launch every op of every frame, as is always done on a
+            CPU.
+        pass_patches: maximum number of patches in a pass, 1 or more, which bounds the memory a call needs beside its
+            output. Calls with more frames are split.
 
     Raises:
-        ValueError: a value outside of what is said above.
+        ValueError: a field has another type, or is out of its range.
 
-    Source: Schmitt 2026, architectures A-D, the gate, and as proposals "dual", `normalise_motion` and `blend`; E,
+    Example:
+        >>> config = neuroflow.NeuroFlowConfig(threshold=0.2, max_age=64)
+        >>> config.arch
+        'context'
+        >>> model = neuroflow.enable_cache(model, config)
+
+    Source: Schmitt 2026 for A to D and the gate, and as proposals for "dual", `normalise_motion` and `blend`. E,
     "refreshed", "staleness", ages and cuts are ours.
     """
 
@@ -121,14 +136,14 @@ class NeuroFlowConfig:
     budget: float | None = None
     share_budget: bool = False
     floor: int = 4
+    dilation: int = 0
+    ladder: tuple[int, ...] | None = None
+    score: Score = "staleness"
     signal: Signal = "patch"
     reference: Reference = "refreshed"
     ema_decay: float = 0.01
     fast_decay: float = 0.2
-    score: Score = "staleness"
     normalise_motion: bool = False
-    dilation: int = 0
-    ladder: tuple[int, ...] | None = None
     max_age: int | None = 128
     refresh: Refresh = "key"
     cut_share: float | None = 0.5
@@ -137,12 +152,12 @@ class NeuroFlowConfig:
     dense_above: float | None = None
     blend: float = 1.0
     mid_layer: int | None = None
-    precision: Precision = "model"
-    kernels: Kernels = "measured"
     batch: Batch = "clip"
     reuse: Reuse = "nearest"
-    pass_patches: int = 2**16
+    precision: Precision = "model"
+    kernels: Kernels = "measured"
     launch: Launch = "graph"
+    pass_patches: int = 2**16
 
     def __post_init__(self) -> None:
         names = [*ARCHITECTURES, *ARCHITECTURES.values()]
@@ -203,17 +218,23 @@ class NeuroFlowConfig:
 
     @classmethod
     def published(cls, arch: str = "dual", **settings: Any) -> "NeuroFlowConfig":
-        """The gate of the published system: the tokens in front of the first block, against a moving average of them.
+        """The published gate: tokens in front of the first block, compared with their moving average.
 
         Args:
-            arch: "mlp", "active", "dual" or "midlayer" (A to D) as published; "context" (E) under the same gate.
-            settings: fields that are to differ, such as `threshold`.
+            arch: "mlp", "active", "dual" or "midlayer" (A to D) as published, or "context" (E) under the same gate.
+            settings: fields to override, such as `threshold`.
+
+        Returns:
+            the configuration, without ages, cuts or a dense fallback, which were not published.
 
         Raises:
-            ValueError: as of `NeuroFlowConfig`.
+            ValueError: a field that is out of range; see `NeuroFlowConfig`.
+            TypeError: a name that is not a field.
 
         Example:
-            neuroflow.enable_cache(model, NeuroFlowConfig.published(threshold=0.05))
+            >>> config = neuroflow.NeuroFlowConfig.published(threshold=0.05)
+            >>> config.arch, config.reference, config.max_age
+            ('dual', 'ema', None)
 
         Source: Schmitt 2026.
         """
@@ -231,10 +252,20 @@ class NeuroFlowConfig:
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> "NeuroFlowConfig":
-        """A configuration from its fields by name, as files hold them; those left out have their defaults.
+        """Build a configuration from a dict of fields, as read from a file; missing fields take their defaults.
+
+        Args:
+            fields: field name -> value.
+
+        Returns:
+            the configuration.
 
         Raises:
-            ValueError: no dict, an unknown field, or a value out of range.
+            ValueError: not a dict, an unknown field, or a value out of range.
+
+        Example:
+            >>> neuroflow.NeuroFlowConfig.from_fields({"arch": "dual"}).arch
+            'dual'
         """
         if not isinstance(fields, dict):
             raise ValueError(f"holds a {type(fields).__name__}; accepted is a JSON object")
@@ -245,32 +276,72 @@ class NeuroFlowConfig:
         return cls(**fields)
 
     def reproducible(self) -> "NeuroFlowConfig":
-        """The same, but that what is encoded, and every bit of it, does not depend on how fast the machine is."""
+        """A copy whose results do not depend on how fast the machine is.
+
+        Returns:
+            the same settings, with nothing measured: `dense_above` is 1 if it was None, `kernels` is "rows" if it was
+            "measured".
+
+        Example:
+            >>> neuroflow.NeuroFlowConfig().reproducible().kernels
+            'rows'
+        """
         dense_above = 1.0 if self.dense_above is None else self.dense_above
         kernels = "rows" if self.kernels == "measured" else self.kernels
         return dataclasses.replace(self, dense_above=dense_above, kernels=kernels)
 
     def tokens_per_frame(self, patches: int) -> int | None:
-        """The budget as a count for a frame of `patches` patches, or None under a threshold."""
+        """The budget as a count of patches.
+
+        Args:
+            patches: patches in a frame.
+
+        Returns:
+            active patches a frame, at least 1 and at most `patches`; None if the configuration has a threshold.
+
+        Example:
+            >>> neuroflow.NeuroFlowConfig(budget=0.25).tokens_per_frame(196)
+            49
+        """
         if self.budget is None or self.budget >= 1:
             return None if self.budget is None else min(int(self.budget), patches)
         return max(int(patches * self.budget), 1)
 
     def save(self, path: str | Path) -> None:
-        """Write the configuration as JSON, for `load`, `enable_cache` and `neuroflow run --config`.
+        """Write the configuration as JSON, to be read by `load`, `enable_cache` and `neuroflow run --config`.
+
+        Args:
+            path: the file; an existing one is replaced.
 
         Raises:
             OSError: the file cannot be written.
+
+        Example:
+            >>> neuroflow.NeuroFlowConfig(threshold=0.2).save("gate.json")
+            >>> neuroflow.NeuroFlowConfig.load("gate.json").threshold
+            0.2
         """
         with replacing(Path(path)) as partial:
             partial.write_text(to_json(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "NeuroFlowConfig":
-        """Read what `save` wrote; fields that the file leaves out have their defaults.
+        """Read a configuration that `save` wrote; missing fields take their defaults.
+
+        Args:
+            path: a JSON file.
+
+        Returns:
+            the configuration.
 
         Raises:
-            ValueError: the file cannot be read, is no JSON object, or holds an unknown field or a value out of range.
+            ValueError: the file cannot be read, is not a JSON object, or holds an unknown field or a value out of
+                range.
+
+        Example:
+            >>> neuroflow.NeuroFlowConfig(budget=64).save("gate.json")
+            >>> neuroflow.NeuroFlowConfig.load("gate.json").budget
+            64
         """
         try:
             fields = from_json(Path(path).read_bytes())

@@ -1,12 +1,12 @@
-"""Sparse distillation: a tower taught to give, from the active patches of a frame, what it gives for the whole one.
+"""Sparse distillation: train a tower to give, from the active patches of a frame, what it gives for the whole frame.
 
-What is trained are weights for partial frames alone; whole frames are encoded with the model's own, which are the
-teacher's too. So key frames stay exact, and of whole pictures nothing can be forgotten. What stands in front of the
-first block is never trained: the gate reads the patch projection, and would choose other patches if it changed.
+Only weights for partial frames are trained. Whole frames keep the model's own weights, which are also the teacher's, so
+key frames stay exact and nothing about whole images can be forgotten. What comes before the first block is never
+trained: the gate reads the patch projection, and would select other patches if it changed.
 
-Many videos are gone through at once, and a step takes the next few frames of each. They lie side by side as streams
-would, the engine's own gate goes through each video's in order, and the student encodes what is active, with gradients;
-what a frame finds in a cache comes with those of the step's earlier frames.
+Many videos are read at once; a step takes the next few frames of each. They lie side by side like streams. The engine's
+own gate runs over each video's frames in order, and the student encodes the active patches with gradients, including
+those that flow through caches from earlier frames of the same step.
 """
 
 import dataclasses
@@ -39,37 +39,44 @@ from .weights import copy_sharing_weights, distilled_modules, read, write
 
 STREAM = "clip"
 PARTS = ("weights", "average", "best")  # of a checkpoint
-TOGETHER = 16  # videos that an evaluation goes through at once
+TOGETHER = 16  # videos that an evaluation reads at once
 WARM_UP = 30  # steps until the learning rate is reached
-AVERAGED = 0.99  # of the weights' moving average stays at a step, less at the first ones
+AVERAGED = 0.99  # decay of the weights' moving average; lower in the first steps
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig:
-    """What is trained, on what, and when it ends.
+    """What is trained, on what, and when training ends.
 
     Args:
         arch: the student's architecture, as in `NeuroFlowConfig`.
-        train: "head", the final norm and the pooling head; "last-K", the last K blocks too; "all", all blocks.
-        epochs: times that every video is gone through.
-        rate: learning rate of AdamW, which falls to nothing over the epochs as a cosine does.
-        batch: frames of a step.
-        clips: videos that a step's frames are from, or all videos where there are fewer.
-        strides: a video is gone through by every frame, or up to every so-manieth one; which is drawn for each.
-        thresholds: between these every fourth video's threshold is drawn, evenly on a log scale; the others' budget is
-            that of `skip` instead. Under B the default skips about 50 to 98 % of the patches of footage that stands
-            still; the published 1e-4 to 0.35 is for surprise with the positional embedding in it.
-        decays: between these every video's weight of a new frame is drawn, in the moving average that B's gate reads.
-        skip: share of the patches that the evaluation skips, and the distilled model from then on.
-        forgetting: an epoch that knows less outside the domain than the untrained model, by more, is not chosen.
-        patience: so many such epochs in a row end the training.
-        seed: of every draw.
+        train: "head": the final norm and the pooling head. "last-K": also the last K blocks. "all": all blocks.
+        epochs: number of passes over all videos, 1 or more.
+        rate: peak learning rate of AdamW, above 0; it decays to zero over the epochs as a cosine.
+        batch: frames in a step, 2 or more.
+        clips: videos that a step's frames come from, 1 to `batch`; all videos if there are fewer.
+        strides: maximum stride, 1 or more. Each video is read at a stride drawn from 1 to this.
+        thresholds: range from which every fourth video's threshold is drawn, uniformly on a log scale; the others have
+            the budget that `skip` gives. Under B the default skips about 50 to 98 % of the patches of static footage.
+            The published range, 1e-4 to 0.35, is for surprise that includes the positional embedding.
+        decays: range from which each video's `ema_decay` is drawn, uniformly on a log scale, above 0 to 1; only the
+            gate of B reads it.
+        skip: share of patches skipped in evaluation, and by the distilled model later, between 0 and 1.
+        forgetting: an epoch whose accuracy outside the domain falls below the untrained model's by more than this is
+            not chosen, 0 to 1.
+        patience: number of such epochs in a row that end the training, 1 or more.
+        seed: seed of all random draws.
 
     Raises:
-        ValueError: a value that makes no sense; the message says which does.
+        ValueError: a field that is out of range; the message names what is accepted.
 
-    Source: Schmitt 2026, sparse distillation; weights for partial frames alone, steps over many videos, the ranges of
-    the draws, strides, averaged weights and the end by forgetting are ours.
+    Example:
+        >>> from neuroflow.distillation import DistillationConfig
+        >>> DistillationConfig(arch="B", train="last-4").arch
+        'active'
+
+    Source: Schmitt 2026, sparse distillation. Weights for partial frames only, steps over many videos, the ranges,
+    strides, averaged weights and the forgetting rule are ours.
     """
 
     arch: str = "active"
@@ -108,8 +115,24 @@ class DistillationConfig:
         object.__setattr__(self, "arch", ARCHITECTURES.get(self.arch, self.arch))
 
     def gate(self, **rule: Any) -> NeuroFlowConfig:
-        """The student's gate, by `skip` or another rule: the default one, and of B, which caches nothing that could be
-        stale, the published one on the patch projection.
+        """The student's gate, by `skip` or by another rule.
+
+        It is the default gate, except under B, which caches nothing that could go stale: there it is the published gate
+        on the patch projection.
+
+        Args:
+            rule: `threshold` or `budget`, in place of the budget that `skip` gives.
+
+        Returns:
+            the configuration, with nothing that depends on the speed of the machine.
+
+        Raises:
+            ValueError: a value out of range.
+
+        Example:
+            >>> from neuroflow.distillation import DistillationConfig
+            >>> DistillationConfig(arch="E").gate(threshold=0.2).threshold
+            0.2
         """
         rule = rule or {"budget": 1 - self.skip}
         if self.arch != "active":
@@ -118,13 +141,13 @@ class DistillationConfig:
 
 
 class Outside(NamedTuple):
-    """Videos outside the training domain, of which the last frame is to be known.
+    """Videos outside the training domain, whose last frame is to be classified.
 
     Args:
-        videos: each gives consecutive frames [1, 3, H, W].
-        labels: of each, an index into the classes.
-        classes: what embeddings are named by. Without both, a frame counts as known where its embedding is nearest to
-            the teacher's of the same one.
+        videos: each yields consecutive frames [1, 3, H, W].
+        labels: index of the class of each video.
+        classes: the class embeddings. Without labels and classes, a frame counts as right if its embedding is nearest
+            to the teacher's of the same frame.
     """
 
     videos: Sequence[Iterable[torch.Tensor]]
@@ -132,7 +155,7 @@ class Outside(NamedTuple):
     classes: ClassHead | None = None
 
     def known(self, embeddings: torch.Tensor, teacher: torch.Tensor) -> float:
-        """Share of the videos that embeddings [V, D] name rightly; teacher [V, D]."""
+        """Share of videos that embeddings [V, D] classify correctly; teacher [V, D]."""
         if self.classes is not None and self.labels is not None:
             scores, truth = self.classes.scores(embeddings), torch.tensor(self.labels)
         else:
@@ -141,14 +164,15 @@ class Outside(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """What stands after one epoch; number 0 is the model before training.
+    """The figures after one epoch; number 0 is the model before training.
 
     Args:
-        loss: mean over the epoch's steps, None of number 0.
-        fidelity, fidelity_p5: cosine of the student to the teacher on the held-out videos' frames but the first of
-            each, mean and 5th percentile.
-        skipped: mean share of the patches of these frames that were not encoded.
-        outside: share of the videos outside that the student knows; None without any.
+        number: counted from 0.
+        loss: mean over the epoch's steps; None for number 0.
+        fidelity: mean cosine between student and teacher on the held-out videos, without the first frame of each.
+        fidelity_p5: 5th percentile of that cosine.
+        skipped: mean share of patches in these frames that were not encoded, 0 to 1.
+        outside: share of the outside videos that the student classifies correctly; None without any.
     """
 
     number: int
@@ -161,15 +185,15 @@ class Epoch(NamedTuple):
 
 @dataclasses.dataclass
 class OpenVideo:
-    """A video that is being gone through.
+    """A video that is being read.
 
     Args:
         number: of the video.
-        frames: what is left of it, with the frames' own numbers.
-        gate: what chooses its patches.
-        state: of the gate.
-        count: of its frames in the next pass.
-        caches: by name, those that the next frame finds.
+        frames: the remaining frames, with their indices.
+        gate: selects its patches.
+        state: the gate's state.
+        count: number of its frames in the next pass.
+        caches: by name, the caches that the next frame reads.
     """
 
     number: int
@@ -181,18 +205,19 @@ class OpenVideo:
 
 
 class Steps(Pass):
-    """A pass of frames of several videos. What a frame finds in a cache its video's frames before it have left there,
-    in this pass with gradients.
+    """A pass over frames of several videos.
+
+    What a frame reads from a cache was left there by earlier frames of its video; within this pass, with gradients.
 
     Attributes:
-        videos: whose frames these are, one video's after another's.
+        videos: the videos, whose frames follow one video after another.
     """
 
     videos: Sequence[OpenVideo] = ()
 
     @property
     def owners(self) -> list[OpenVideo]:
-        """Of each frame, the video that it is of."""
+        """The video that each frame belongs to."""
         return [video for video in self.videos for _ in range(video.count)]
 
     def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
@@ -209,7 +234,7 @@ class Steps(Pass):
             state.tensors[name, layer] = self._put((name, layer), self.owners[entry], fresh, active)
 
     def _put(self, name: Hashable, video: OpenVideo, fresh: torch.Tensor, active: torch.Tensor | None) -> torch.Tensor:
-        """Bring one video's cache up to date with a frame's tokens; what it was before stays for the gradients."""
+        """Update one video's cache with a frame's tokens, out of place, since gradients need the old version."""
         if active is not None:
             fresh = video.caches[name].index_copy(1, active.long(), fresh)
         video.caches[name] = fresh
@@ -217,13 +242,13 @@ class Steps(Pass):
 
 
 class Student(Engine):
-    """The engine with gradients: frames of several videos in one pass, each video's gated in order by its own gate.
+    """The engine with gradients: frames of several videos in one pass, each video gated in order by its own gate.
 
-    What the pooled output pays the patches is known to a gate from the pass before.
+    A gate knows the attention that the pooled output pays to patches from the previous pass.
 
     Attributes:
-        videos: those of the next pass, whose frames come one video's after another's.
-        whole: of each frame of the last pass, whether it was encoded whole.
+        videos: the videos of the next pass, whose frames follow one video after another.
+        whole: for each frame of the last pass, whether it was encoded whole.
     """
 
     videos: Sequence[OpenVideo] = ()
@@ -272,26 +297,38 @@ class Student(Engine):
 
 
 class Distillation:
-    """Weights for partial frames of one model, on their way.
+    """The training of one model's weights for partial frames.
 
     Args:
-        model: an unpatched model in evaluation mode that takes frames as `pixel_values`, with a pooled output: by a
-            pooling head or a CLS token. It is the teacher, and stays as it is.
-        config: see `DistillationConfig`.
-        dtype: of the products in training: torch.bfloat16 where the device is fast at that, or torch.float32. Weights
-            and optimizer are of the model's own dtype.
+        model: an unpatched model in evaluation mode that takes frames as `pixel_values` and has a pooled output, from a
+            pooling head or a CLS token. It is the teacher and does not change.
+        config: what is trained, and how.
+        dtype: dtype of matrix products in training: torch.bfloat16 where the device is fast at it, or torch.float32.
+            Weights and optimizer state have the model's dtype.
 
     Attributes:
-        weights: that are trained, by their names in the model.
-        average: the moving average of them, which is evaluated.
-        best: those of the `chosen` epoch.
-        history: an `Epoch` for every evaluation so far.
+        weights: the trained weights, by their names in the model.
+        average: their moving average, which is evaluated.
+        best: the average at the `chosen` epoch.
+        history: an `Epoch` for each evaluation so far.
 
     Raises:
-        TypeError: a model that no adapter knows.
-        ValueError: one without a pooled output or that B cannot serve, with fewer blocks than "last-K" asks for, or
-            whose weights are of modules that have parts.
+        TypeError: no adapter knows the model.
+        ValueError: the model has no pooled output, does not support B, has fewer blocks than "last-K" asks for, or has
+            weights in modules with submodules.
         RuntimeError: the model is patched.
+
+    Example:
+        >>> from neuroflow.distillation import Distillation, DistillationConfig
+        >>> distillation = Distillation(model, DistillationConfig(epochs=1, batch=8, clips=1, strides=1))
+        >>> video = list(frames.split(1))
+        >>> before = distillation.evaluate([video], outside=None)
+        >>> loss = distillation.train([video])
+        >>> after = distillation.evaluate([video], outside=None, loss=loss)
+        >>> distillation.finished
+        True
+
+    Source: Schmitt 2026, sparse distillation.
     """
 
     def __init__(self, model: nn.Module, config: DistillationConfig, dtype: torch.dtype = torch.float32) -> None:
@@ -304,7 +341,7 @@ class Distillation:
             )
         if anatomy.reads({}):
             raise ValueError(
-                f"{type(model).__name__} makes features between its blocks, which distillation does not serve"
+                f"{type(model).__name__} makes features between its blocks, which distillation does not support"
             )
         self.model, self.config, self.dtype = model, config, dtype
         frozen = {own: nn.Parameter(own.detach(), requires_grad=False) for own in model.parameters()}
@@ -317,7 +354,7 @@ class Distillation:
         self.engine = Student(
             anatomy, config.gate(), StreamCache(), distilled_modules(self.student, anatomy, self.weights)
         )
-        # A run has hundreds of steps, not thousands, and the average of squares is to follow them.
+        # A run has hundreds of steps, not thousands; the average of squares has to keep up.
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.rate, betas=(0.9, 0.98))
         self.steps = 0
         self.history: list[Epoch] = []
@@ -325,19 +362,22 @@ class Distillation:
 
     @property
     def finished(self) -> bool:
-        """All epochs are done, or the last few forgot too much."""
+        """Whether all epochs are done, or the last `patience` epochs forgot too much."""
         last = self.history[-self.config.patience :]
         forgot = len(last) == self.config.patience and all(self._forgot(epoch) for epoch in last)
         return forgot or len(self.history) > self.config.epochs
 
     def train(self, videos: Sequence[Iterable[torch.Tensor]]) -> float:
-        """One epoch; the mean loss.
+        """Train one epoch.
 
         Args:
-            videos: each gives consecutive frames [1, 3, H, W], of one size in all, whenever it is gone through.
+            videos: each yields consecutive frames [1, 3, H, W], every time it is read; all of one size.
+
+        Returns:
+            the mean loss.
 
         Raises:
-            ValueError: no frame after the first in any of them, or frames of several sizes.
+            ValueError: no video has a frame after its first, or frames differ in size.
         """
         epoch, config = len(self.history), self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
@@ -364,19 +404,27 @@ class Distillation:
         finally:
             disable_cache(self.student)
         if not losses:
-            raise ValueError("videos give no frame after their first; accepted are longer ones")
+            raise ValueError("no video has a frame after its first; accepted are longer ones")
         return sum(losses) / len(losses)
 
     @torch.no_grad()
     def evaluate(
         self, videos: Sequence[Iterable[torch.Tensor]], outside: Outside | None, loss: float | None = None
     ) -> Epoch:
-        """Fidelity on held-out videos and what is known outside; adds to `history`, and keeps the best weights.
+        """Measure fidelity on held-out videos and accuracy outside the domain.
 
-        Videos are as for `train`.
+        Appends to `history` and keeps the best weights.
+
+        Args:
+            videos: held-out videos, as for `train`.
+            outside: videos outside the domain; None for none.
+            loss: the loss of the epoch, for `history`.
+
+        Returns:
+            the figures.
 
         Raises:
-            ValueError: the videos have no frame after their first, or frames of several sizes.
+            ValueError: no video has a frame after its first, or frames differ in size.
         """
         anatomy, known = self.engine.anatomy, None
         distilled = distilled_modules(self.student, anatomy, self.average)
@@ -388,7 +436,7 @@ class Distillation:
                     cosines.append(F.cosine_similarity(found, expected))
                     skipped += [report.skipped for report in last_pass(self.student)]
             if not cosines:
-                raise ValueError("videos give no frame after their first; accepted are longer ones")
+                raise ValueError("no video has a frame after its first; accepted are longer ones")
             if outside is not None:
                 last: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
                 for names, _, *both in self._rounds("outside", outside.videos):
@@ -407,8 +455,11 @@ class Distillation:
     def _rounds(
         self, domain: str, videos: Sequence[Iterable[torch.Tensor]]
     ) -> Iterator[tuple[list[int], int, torch.Tensor, torch.Tensor]]:
-        """Numbers of some videos, an index, and of each one's frame of that index the student's and the teacher's
-        outputs [V, D].
+        """Read several videos in step.
+
+        Yields:
+            the videos' numbers, a frame index, and the student's and the teacher's outputs [V, D] for that frame of
+            each.
         """
         for number in range(0, len(videos), TOGETHER):
             waiting = dict(enumerate(map(iter, videos[number : number + TOGETHER]), number))
@@ -424,16 +475,16 @@ class Distillation:
 
     @property
     def chosen(self) -> Epoch:
-        """The best fidelity of `history` among what did not forget, whose weights are `best`."""
+        """The epoch of `history` with the best fidelity among those that did not forget; `best` has its weights."""
         return max((epoch for epoch in self.history if not self._forgot(epoch)), key=lambda epoch: epoch.fidelity)
 
     def save(self, path: Path) -> None:
-        """Write the best weights, of what was trained, with the configuration to run them under and `history`."""
+        """Write the best weights, with the configuration to run them under and `history`."""
         config = json.dumps(dataclasses.asdict(self.config.gate()))
         write(path, self.best, {"config": config, "history": self._history()})
 
     def checkpoint(self, path: Path) -> None:
-        """Write what `resume` needs to go on after the last evaluation as if nothing had happened."""
+        """Write everything `resume` needs to continue after the last evaluation as if never interrupted."""
         tensors = {f"weights.{name}": tensor.detach() for name, tensor in self.weights.items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
@@ -444,14 +495,14 @@ class Distillation:
 
     @torch.no_grad()
     def resume(self, path: Path) -> None:
-        """Take up what `checkpoint` wrote.
+        """Continue from what `checkpoint` wrote.
 
         Raises:
             ValueError: the file cannot be read, or was written under other settings or for another model.
         """
         tensors, metadata = read(path)
         if metadata.get("settings") != self._settings():
-            raise ValueError(f"{path}: is of a distillation with other settings; accepted are the same")
+            raise ValueError(f"{path}: was written by a distillation with other settings; accepted are the same")
         own = list(self.weights.values())
         try:
             parts = {part: {name: tensors[f"{part}.{name}"] for name in self.weights} for part in PARTS}
@@ -468,8 +519,8 @@ class Distillation:
                 _require_like([moments["exp_avg"], moments["exp_avg_sq"]], [own[number]] * 2)
                 _require_like([moments["step"]], [torch.zeros(())])
             if any(type(value) not in (int, float, type(None)) for epoch in history for value in epoch) or not history:
-                raise ValueError("its history is none")
-        # What is damaged fails where it is read, in as many ways as it is.
+                raise ValueError("its history is invalid")
+        # A damaged file can fail anywhere it is read, in any way.
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{path}: is damaged ({reason}); accepted is what checkpoint wrote") from None
@@ -491,7 +542,7 @@ class Distillation:
         return epoch.outside is not None and epoch.outside < self.history[0].outside - self.config.forgetting
 
     def _open(self, number: int, video: Iterable[torch.Tensor], turn: int, generator: torch.Generator) -> OpenVideo:
-        """The video of that number, which is the `turn`-th of its epoch."""
+        """Open the video of that number, as the `turn`-th of its epoch."""
         config = self.config
         stride = int(torch.randint(1, config.strides + 1, (), generator=generator))
         start = int(torch.randint(stride, (), generator=generator))
@@ -502,7 +553,7 @@ class Distillation:
         return OpenVideo(number, frames, gate, StreamState(STREAM))
 
     def _start(self, videos: list[OpenVideo]) -> list[OpenVideo]:
-        """Give those that have a frame their first one, which is whole, and return them."""
+        """Encode the first frame, which is whole, of each video that has one; return those videos."""
         first = [(video, pixels) for video in videos for _, pixels in itertools.islice(video.frames, 1)]
         started = [video for video, _ in first]
         if started:
@@ -520,7 +571,7 @@ class Distillation:
             return frame_embeddings(self.student, pixels)
 
     def _step(self, videos: list[OpenVideo], taken: list[list[tuple[int, torch.Tensor]]], rate: float) -> list[float]:
-        """One step on frames taken from videos, numbers and pixels of each; the loss, or none if all are whole."""
+        """One step on (index, pixels) of frames from each video; the loss, or nothing if all frames are whole."""
         frames = [pixels for of_video in taken for _, pixels in of_video]
         keys = [
             ("train", video.number, index)
@@ -548,7 +599,7 @@ class Distillation:
 
     @torch.no_grad()
     def _expected(self, keys: Sequence[tuple[str, int, int]], frames: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The teacher's outputs [T, D] for frames [1, 3, H, W], which it sees once each, and alone."""
+        """The teacher's outputs [T, D] for frames [1, 3, H, W]; it sees each frame once, and alone."""
         for key, pixels in zip(keys, frames, strict=True):
             if key not in self._dense:
                 self._dense[key] = frame_embeddings(self.model, pixels)
@@ -556,12 +607,27 @@ class Distillation:
 
 
 def distillation_loss(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of raw pooled outputs [T, D], and half of one less their cosine."""
+    """The published loss: MSE + 0.5 (1 - cosine), on raw pooled outputs.
+
+    Args:
+        found: [T, D], the student's.
+        expected: [T, D], the teacher's.
+
+    Returns:
+        the mean loss, a scalar.
+
+    Example:
+        >>> from neuroflow.distillation import distillation_loss
+        >>> distillation_loss(torch.eye(2), torch.eye(2)).item()
+        0.0
+
+    Source: Schmitt 2026.
+    """
     return F.mse_loss(found, expected) + 0.5 * (1 - F.cosine_similarity(found, expected)).mean()
 
 
 def _trained(model: nn.Module, anatomy: Anatomy, train: str) -> dict[str, nn.Parameter]:
-    """The parameters that `train` asks for, by their names in the model."""
+    """The parameters that `train` selects, by their names in the model."""
     depth = len(anatomy.layers)
     blocks = {"head": 0, "all": depth}.get(train)
     if blocks is None:
@@ -576,18 +642,18 @@ def _trained(model: nn.Module, anatomy: Anatomy, train: str) -> dict[str, nn.Par
 
 def _together(frames: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(sizes := {tuple(pixels.shape[2:]) for pixels in frames}) > 1:
-        raise ValueError(f"videos give frames of {sorted(sizes)}; accepted are those of one size")
+        raise ValueError(f"videos have frames of sizes {sorted(sizes)}; accepted is one size")
     return torch.cat(frames)
 
 
 def _require_like(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:
     for tensor, other in zip(found, expected, strict=True):
         if tensor.shape != other.shape or not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"a tensor {list(tensor.shape)} where finite numbers {list(other.shape)} are due")
+            raise ValueError(f"a tensor {list(tensor.shape)} in place of finite numbers {list(other.shape)}")
 
 
 def _ascend(pair: object, most: float) -> bool:
-    """Two numbers above 0 and up to `most`, the second no less than the first."""
+    """Whether `pair` is two numbers above 0 and up to `most`, the second no less than the first."""
     listed = isinstance(pair, list | tuple) and len(pair) == 2 and all(is_number(one, 0, most) for one in pair)
     return listed and 0 < pair[0] <= pair[1]
 

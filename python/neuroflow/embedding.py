@@ -1,4 +1,4 @@
-"""Embeddings of frames, by any model with a vision tower that NeuroFlow knows, patched or not."""
+"""Embeddings of frames from any model with a vision tower that NeuroFlow knows, patched or not."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,28 +9,26 @@ from torch import nn
 from .adapters import describe
 from .adapters.anatomy import interpolation
 
-CLIP = 16  # frames of a recording that go through a model in one call
+CLIP = 16  # frames of a recording in one call of a model
 
 
 def encode_frames(tower: nn.Module, pixels: torch.Tensor) -> Any:
-    """The output of a vision tower for frames [S, 3, H, W], of another size than its own too where it can take them.
+    """Run a vision tower on frames [S, 3, H, W], of a size other than its own too if it can interpolate positions.
 
-    The frames are brought to the tower's device and dtype.
+    The frames are moved to the tower's device and dtype.
     """
     weight = next(tower.parameters())
     return tower(pixels.to(weight.device, weight.dtype), **interpolation(tower, pixels))
 
 
 def frame_embeddings(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Frames [S, 3, H, W] -> the model's embeddings of them [S, D] float32."""
+    """The model's embeddings [S, D] float32 of frames [S, 3, H, W]."""
     anatomy = describe(model)
     return anatomy.embedding(encode_frames(anatomy.tower, pixels)).float()
 
 
 def patch_tokens(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Frames [S, 3, H, W] of one size -> the tokens of their patches behind the last block and its norm, [S, N, D]
-    float32.
-    """
+    """Patch tokens [S, N, D] float32 after the last block and its norm, for frames [S, 3, H, W] of one size."""
     anatomy, found = describe(model), []
     hook = anatomy.last.register_forward_hook(lambda module, args, output: found.append(output))
     try:
@@ -43,9 +41,9 @@ def patch_tokens(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def in_clips(frames: Iterable[torch.Tensor], length: int = CLIP) -> Iterator[torch.Tensor]:
-    """Frames [1, 3, H, W] in order -> the first, then clips [T, 3, H, W] of so many at most, each of one size.
+    """Group frames [1, 3, H, W], in order: the first alone, then clips [T, 3, H, W] of one size, up to `length` frames.
 
-    The first is dense in any case, and tells the gate of the others what the pooled output reads.
+    The first is dense in any case, and tells the gate what the pooled output reads in the others.
     """
     clip: list[torch.Tensor] = []
     wanted = 1

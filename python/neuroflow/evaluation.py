@@ -1,4 +1,4 @@
-"""Zero-shot classification of short clips by a model and patched copies of it, and how often each is right."""
+"""Zero-shot classification of short clips by a model and patched copies of it, and the accuracy of each."""
 
 import contextlib
 import math
@@ -25,11 +25,11 @@ Z = 1.959963984540054  # of a normal distribution's central 95 %
 class Answer:
     """What one system made of one clip.
 
-    Attributes:
-        top: the three best classes, or all of fewer, the best first.
-        skipped: share of the patches that each frame did not encode; None of the unpatched model.
-        cosine: to the unpatched model's embeddings, the mean of all frames but the first, which is dense; None of the
-            unpatched model, and of a clip of one frame.
+    Args:
+        top: the three best classes, or all if there are fewer, best first.
+        skipped: for each frame, the share of patches that were not encoded; None for the unpatched model.
+        cosine: mean cosine to the unpatched model's embeddings over all frames but the first, which is dense; None for
+            the unpatched model and for a clip of one frame.
     """
 
     top: list[str]
@@ -40,15 +40,16 @@ class Answer:
 class Row(NamedTuple):
     """The figures of one system over all clips.
 
-    Attributes:
+    Args:
         system: its name.
-        clips: how many there are.
-        top1: share of the clips whose class is its best answer.
+        clips: number of clips.
+        top1: share of clips whose best answer is right.
         top1_interval: its Wilson 95 % interval.
-        top3: share of the clips whose class is among its three best.
+        top3: share of clips whose class is among the three best answers.
         top3_interval: its Wilson 95 % interval.
-        skipped: mean share of patches skipped, of all frames but the first of each clip; None of the unpatched model.
-        cosine: mean of the clips' cosines to the unpatched model's embeddings.
+        skipped: mean share of patches skipped, over all frames but the first of each clip; None for the unpatched
+            model.
+        cosine: mean over clips of the cosine to the unpatched model's embeddings; None for the unpatched model.
     """
 
     system: str
@@ -62,21 +63,42 @@ class Row(NamedTuple):
 
 
 def spoken(label: str) -> str:
-    """A class folder's name as a prompt has it: ApplyEyeMakeup and apply_eye_makeup are "apply eye makeup"."""
+    """A class folder's name as it reads in a prompt.
+
+    Args:
+        label: the name, in camel case or with underscores.
+
+    Returns:
+        lower-case words.
+
+    Example:
+        >>> from neuroflow.evaluation import spoken
+        >>> spoken("ApplyEyeMakeup"), spoken("apply_eye_makeup")
+        ('apply eye makeup', 'apply eye makeup')
+    """
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", label)
     return " ".join(words.replace("_", " ").lower().split())
 
 
 @torch.inference_mode()
 def clip_embeddings(model: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """A clip through a patched model from nothing, 16 frames in one call behind the first.
+    """Run a clip through a patched model from a clean start: the first frame, then 16 frames in each call.
 
     Args:
-        model: patched.
+        model: a patched model.
         pixels: [T, 3, H, W].
 
     Returns:
-        the frames' embeddings [T, D] float32, and the share of the patches that each skipped.
+        the frames' embeddings [T, D] float32, and for each frame the share of patches that were skipped.
+
+    Raises:
+        RuntimeError: the model is not patched.
+
+    Example:
+        >>> from neuroflow.evaluation import clip_embeddings
+        >>> embeddings, skipped = clip_embeddings(neuroflow.enable_cache(model), frames)
+        >>> embeddings.shape, skipped[0]
+        (torch.Size([8, 32]), 0.0)
     """
     embeddings, skipped = [], []
     try:
@@ -85,7 +107,7 @@ def clip_embeddings(model: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tenso
                 embeddings.append(frame_embeddings(model, clip))
                 skipped += [report.skipped for report in last_pass(model)]
     finally:
-        # A first frame that failed has left no stream.
+        # If the first frame failed, there is no stream.
         with contextlib.suppress(KeyError):
             reset_cache(model, STREAM)
     return torch.cat(embeddings), skipped
@@ -99,22 +121,29 @@ def classify(
     classes: ClassHead,
     project: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, Answer]:
-    """What the unpatched model and patched ones name a clip, all from the same decoded frames.
+    """Classify one clip with the unpatched model and with patched ones, from the same decoded frames.
 
-    A clip's scores are those of the mean of its frames' embeddings.
+    The scores of a clip are those of the mean of its frames' embeddings.
 
     Args:
         pixels: [T, 3, H, W].
-        dense: unpatched.
-        patched: by the name of their system; each may share its weights with the others.
-        classes: what the embeddings are compared with.
-        project: embeddings [1, D] -> into the space of `classes`; None where they are in it.
+        dense: the unpatched model.
+        patched: patched models by system name; they may share weights.
+        classes: the class embeddings to compare with.
+        project: function that maps embeddings [1, D] into the space of `classes`; None if they are in it already.
 
     Returns:
         the answers by system, "dense" first.
 
     Raises:
-        ValueError: the classes are of another size than the embeddings.
+        ValueError: the class embeddings have another size than the model's.
+
+    Example:
+        >>> from neuroflow.classes import ClassHead
+        >>> from neuroflow.evaluation import classify
+        >>> classes = ClassHead(("car", "dog"), torch.eye(2, 32))
+        >>> list(classify(frames, model, {}, classes))
+        ['dense']
     """
 
     def top(embeddings: torch.Tensor) -> list[str]:
@@ -137,7 +166,19 @@ def classify(
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:
-    """The 95 % score interval of a share of `correct` of `count`, at least 1.
+    """The Wilson 95 % interval of a share.
+
+    Args:
+        correct: number of successes.
+        count: number of trials, at least 1.
+
+    Returns:
+        lower and upper bound, 0 to 1.
+
+    Example:
+        >>> from neuroflow.evaluation import wilson
+        >>> [round(bound, 3) for bound in wilson(8, 10)]
+        [0.49, 0.943]
 
     Source: E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
     """
@@ -148,7 +189,20 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
 
 
 def tabulate(answers: Iterable[tuple[str, Mapping[str, Answer]]]) -> list[Row]:
-    """(label, answers by system) of each clip, at least one -> a row for every system."""
+    """Aggregate the answers on all clips.
+
+    Args:
+        answers: (label, answers by system) of each clip, at least one.
+
+    Returns:
+        a row for each system.
+
+    Example:
+        >>> from neuroflow.evaluation import Answer, tabulate
+        >>> (row,) = tabulate([("car", {"dense": Answer(["car", "dog"])}), ("dog", {"dense": Answer(["car", "dog"])})])
+        >>> row.top1, row.top3
+        (0.5, 1.0)
+    """
     clips = list(answers)
     rows = []
     for system in clips[0][1]:

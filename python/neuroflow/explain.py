@@ -1,4 +1,4 @@
-"""What NeuroFlow finds in a model, in words."""
+"""What NeuroFlow finds in a model, as text."""
 
 from torch import nn
 
@@ -6,19 +6,23 @@ from .adapters import Anatomy, Family, describe, towers
 
 
 def explain(model: nn.Module) -> str:
-    """Where the vision towers of a model are, what they are made of as NeuroFlow sees it, and what they can run.
+    """Describe the vision towers that NeuroFlow finds in a model, their parts, and the architectures they can run.
 
-    For a tower that cannot be patched it says why. One that was not understood rightly can be corrected:
-    `register_adapter` takes a function that gives `dataclasses.replace(neuroflow.adapters.general(tower), ...)`.
+    If a tower cannot be patched, the text says why. If its parts were identified wrongly, correct them with
+    `register_adapter` and a function that returns `dataclasses.replace(neuroflow.adapters.general(tower), ...)`.
+
+    Args:
+        model: a model, patched or not.
 
     Returns:
-        some lines of text.
+        a few lines of text for each tower.
 
     Raises:
-        TypeError: `model` is no module, or nothing in it looks like a vision tower.
+        TypeError: `model` is not a module, or nothing in it looks like a vision tower.
 
     Example:
-        print(neuroflow.explain(model))
+        >>> print(neuroflow.explain(model).splitlines()[0])
+        the model itself: SiglipVisionModel, known as SigLIP
     """
     lines = []
     for name, (tower, family) in towers(model).items():
@@ -39,20 +43,20 @@ def _parts(anatomy: Anatomy, family: Family) -> dict[str, str]:
     inside = {module: name for name, module in block.named_modules()}
     projection = anatomy.projection
     parts = {
-        "patches": "of the tokens in front of the first block"
+        "patches": "the tokens in front of the first block"
         if projection is None
         else f"{type(projection).__name__} {names[projection]}"
         + (f" of {' x '.join(map(str, projection.kernel_size))}" if hasattr(projection, "kernel_size") else ""),
         "blocks": f"{len(anatomy.layers)} {type(block).__name__}, {names[block]} to {names[anatomy.layers[-1]]}",
         "attention": f"{type(attention).__name__} {inside.get(attention, names[attention])}, "
-        + ("by transformers' interface" if anatomy.attention is None else "by what stands in for its own"),
+        + ("by transformers' interface" if anatomy.attention is None else "by a replacement for its own"),
         "MLP": " to ".join(dict.fromkeys(inside.get(part, names[part]) for part in anatomy.mlps[0]))
         if anatomy.mlps
-        else "none that could be told from the rest",
-        "of each token, in the blocks": ", ".join(name for name, _ in anatomy.positions) or "nothing",
+        else "none that could be identified",
+        "per token, in the blocks": ", ".join(name for name, _ in anatomy.positions) or "nothing",
         "tokens before the patches": str(anatomy.prefix),
         "all tokens are back after": names[anatomy.last],
-        "pooled output": "of the model's own, of all tokens" if anatomy.pool is None else names[anatomy.pool[0]],
+        "pooled output": "the model's own, from all tokens" if anatomy.pool is None else names[anatomy.pool[0]],
     }
     letters = [letter for letter in family.architectures if letter != "A" or anatomy.mlps]
     return parts | {"architectures": ", ".join(letters)}

@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all, by one process at a time, and JSON as its standard has it."""
+"""Files written completely or not at all, by one process at a time, and strict JSON."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NoReturn
 
 try:
     import fcntl
-except ImportError:  # on Windows, where nobody is kept out
+except ImportError:  # on Windows, where other processes are not kept out
     fcntl = None
 
 
@@ -21,10 +21,10 @@ class OutputError(OSError):
 
 @contextlib.contextmanager
 def writing(path: Path, *others: type[Exception]) -> Iterator[None]:
-    """Makes one line of an OSError in writing `path`, or of `others`, which libraries raise in its place.
+    """Turn an OSError while writing `path`, or a library's `others`, into a one-line error.
 
     Raises:
-        OutputError: instead of these.
+        OutputError: in place of these.
     """
     try:
         yield
@@ -32,14 +32,14 @@ def writing(path: Path, *others: type[Exception]) -> Iterator[None]:
         raise
     except (OSError, *others) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{path}: cannot be written ({reason}); give another, or mend that") from None
+        raise OutputError(f"{path}: cannot be written ({reason}); give another, or fix that") from None
 
 
 def lock(path: Path) -> BinaryIO:
-    """Open a file for one process alone, until it is closed or the process dies; an empty one where there is none.
+    """Open a file exclusively, until it is closed or the process dies; creates an empty one if it is missing.
 
     Raises:
-        OSError: it cannot be opened, another process has it, or it is a link or no file.
+        OSError: it cannot be opened, another process holds it, or it is a link or not a regular file.
     """
 
     def opened(name: str, flags: int) -> int:
@@ -58,20 +58,20 @@ def lock(path: Path) -> BinaryIO:
                 except BlockingIOError:
                     raise OSError(errno.EBUSY, "another run is writing it") from None
             own = os.fstat(file.fileno())
-            # Whoever had it a moment ago may have renamed or removed it.
+            # Its last holder may have renamed or removed it just now.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(own, os.lstat(path)):
                     if not stat.S_ISREG(own.st_mode) or own.st_nlink > 1:
-                        raise OSError(errno.EMLINK, f"{path.name} is a link, or no file")
+                        raise OSError(errno.EMLINK, f"{path.name} is a link, or not a file")
                     stack.pop_all()
                     return file
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` to write to; it takes the place of `path` when the block ends.
+    """An empty file to write to, which replaces `path` when the block ends.
 
-    Where the block raises, or leaves it empty or removes it, `path` stays as it was, and nothing is left beside it.
+    If the block raises, or leaves the file empty or removes it, `path` stays as it was and nothing else is left.
 
     Raises:
         OutputError: it cannot be written, or another process is writing it.
@@ -79,7 +79,7 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     with writing(path), lock(partial) as file:
         try:
-            file.truncate()  # what a killed run has left
+            file.truncate()  # leftovers of a killed run
             yield partial
             if partial.exists() and partial.stat().st_size:
                 partial.replace(path)
@@ -88,22 +88,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def to_json(value: Any, **layout: Any) -> str:
-    """JSON of a value of its types; `layout` is that of `json.dumps`.
+    """Serialise a value to JSON; `layout` goes to `json.dumps`.
 
     Raises:
-        ValueError: NaN or Inf in it, which JSON does not have.
+        ValueError: it holds NaN or Inf, which JSON does not have.
     """
     try:
         return json.dumps(value, allow_nan=False, **layout)
     except ValueError:
-        raise ValueError("NaN or Inf in what is to be written, which JSON does not have") from None
+        raise ValueError("the result holds NaN or Inf, which JSON does not have") from None
 
 
 def from_json(text: str | bytes) -> Any:
-    """What a JSON text says.
+    """Parse JSON.
 
     Raises:
-        ValueError: it is none, holds NaN or Inf, or is nested deeper than Python goes.
+        ValueError: invalid JSON, NaN or Inf, or nesting deeper than Python supports.
     """
     try:
         return json.loads(text, parse_constant=_refuse)
@@ -112,4 +112,4 @@ def from_json(text: str | bytes) -> Any:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")

@@ -1,7 +1,7 @@
-"""The attention implementation "neuroflow" of transformers.
+"""The attention implementation "neuroflow" for transformers.
 
-Patched towers call it. A model that is loaded with it, as by a framework that offers a choice of attention and no more,
-is patched by itself when its tower first calls it.
+Patched towers call it. A model loaded with it, for example by a framework that lets users choose only the attention, is
+patched automatically when its tower first calls it.
 """
 
 import functools
@@ -23,8 +23,10 @@ from .engine.attention import ATTENTION, attend
 from .engine.passes import current_pass, within
 from .patch import enable_cache, is_patched
 
-_asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # each once, so that `disable_cache` is for good
-_adopting: ContextVar[bool] = ContextVar("neuroflow_adopting", default=False)  # a made frame may be on its way
+_asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # once each, so that `disable_cache` is final
+_adopting: ContextVar[bool] = ContextVar(
+    "neuroflow_adopting", default=False
+)  # guards against the synthetic frame of `verify`
 
 
 def _attention(
@@ -49,8 +51,8 @@ def _attention(
 
 @torch.compiler.disable
 def _adopt(module: nn.Module) -> None:
-    """Patch the tower that is calling its attention `module`, if it is one that NeuroFlow knows, from now on."""
-    caller = sys._getframe(1)  # a frame that holds itself would not go away
+    """Patch the tower that called its attention `module`, from its next frame on, if NeuroFlow knows the tower."""
+    caller = sys._getframe(1)  # not kept, since a frame that refers to itself is never freed
     while caller is not None:
         owner, caller = caller.f_locals.get("self"), caller.f_back
         if not isinstance(owner, nn.Module):
@@ -73,7 +75,7 @@ def _adopt(module: nn.Module) -> None:
                 )
                 warnings.warn(f"neuroflow: {said}", RuntimeWarning, stacklevel=2)
         except TypeError as refusal:
-            warnings.warn(f"neuroflow: it runs unpatched: {refusal}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"neuroflow: {type(owner).__name__} runs unpatched: {refusal}", RuntimeWarning, stacklevel=2)
         return
 
 

@@ -1,4 +1,4 @@
-"""What a run has found so far, kept beside the file that is written in the end, so that a run that stops can go on."""
+"""The findings of a run, kept next to its output file so that an interrupted run can continue."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from typing import Any
 from .config import RENAMED
 from .files import from_json, lock, replacing, to_json, writing
 
-# Where the package's own tower lay when journals were written before, and where it lies.
+# Where the package's tower was in earlier releases, as older journals record it, and where it is now.
 OLD_STREET, STREET = "neuroflow/models/street", "neuroflow/street/weights"
 
 
@@ -19,21 +19,21 @@ class JournalError(ValueError):
 
 
 class Journal:
-    """Lines of JSON in a file of their own, `.journal` added to the name of the one that is written in the end.
+    """Lines of JSON in their own file, named after the output file with `.journal` appended.
 
-    The first line pins what the run is made with. The others survive a kill, each once `append` has returned. From the
-    start to `close` or `remove` no other process can have it, nor after a kill what that left of a line.
+    The first line pins the run's settings. The others survive a kill once `append` has returned. Until `close` or
+    `remove` no other process can open it. A line that a kill left half-written is dropped.
 
     Args:
-        path: the file that is written in the end.
-        settings: what the run is made with, of JSON's types.
-        read: is called with every line but the first that an unfinished run has left, where it is continued.
+        path: the output file.
+        settings: the run's settings, as JSON types.
+        read: called with every line but the first of the unfinished run that is continued.
         resume: continue the unfinished run, if there is one.
 
     Attributes:
         path: the journal.
-        settings: as JSON gives them back.
-        begun: it has its first line, of this run or of the one that is continued.
+        settings: as read back from JSON.
+        begun: it has its first line, from this run or from the one that is continued.
 
     Raises:
         JournalError: a journal that was made with other settings, or that cannot be read.
@@ -52,16 +52,16 @@ class Journal:
             if resume:
                 self._resume(read)
             elif self.path.stat().st_size:
-                warnings.warn(f"the unfinished {self.path} is discarded: --resume was not given", stacklevel=3)
+                warnings.warn(f"the unfinished {self.path} is discarded, because --resume was not given", stacklevel=3)
         except BaseException:
             self.close()
             raise
 
     def append(self, line: Any) -> None:
-        """Add a line, of JSON's types.
+        """Append a line of JSON types.
 
         Raises:
-            JournalError: NaN or Inf in it.
+            JournalError: it holds NaN or Inf.
             OutputError: it cannot be written.
         """
         if not self.begun:
@@ -72,22 +72,22 @@ class Journal:
         self._write(line)
 
     def lines(self) -> Iterator[bytes]:
-        """All lines but the first, as they are in the file."""
+        """All lines but the first, as bytes."""
         with self.path.open("rb") as file:
             file.readline()
             yield from file
 
     def close(self) -> None:
-        """Leave the journal, if there is anything in it, to be continued by a later run."""
+        """Leave the journal, unless it is empty, for a later run to continue."""
         if not self._file.closed:
             if not os.fstat(self._file.fileno()).st_size:
                 self.path.unlink(missing_ok=True)
-            # A line that there was no room for is tried once more; `append` has said so.
+            # Closing retries a line that did not fit on the disk; `append` has reported it.
             with contextlib.suppress(OSError):
                 self._file.close()
 
     def remove(self) -> None:
-        """Delete and close the journal: the file that it stood in for is written."""
+        """Delete and close the journal, once the output file is written."""
         self.path.unlink(missing_ok=True)
         self._file.close()
 
@@ -95,7 +95,7 @@ class Journal:
         try:
             text = to_json(line, separators=(",", ":"))
         except ValueError as error:
-            raise JournalError(f"{self.path}: {error}; what came before is kept") from None
+            raise JournalError(f"{self.path}: {error}; earlier results are kept") from None
         with writing(self.path):
             self._file.write(text.encode() + b"\n")
             self._file.flush()
@@ -103,7 +103,7 @@ class Journal:
     def _resume(self, read: Callable[[Any], object]) -> None:
         with continuing(self.path):
             first = self._file.readline()
-            # A kill can leave half a line behind; where it is the first, nothing is there to be continued.
+            # A kill can leave half a line. If it is the first, there is nothing to continue.
             if not first.endswith(b"\n"):
                 self._file.seek(0)
                 return
@@ -120,16 +120,16 @@ class Journal:
 
 
 class Findings:
-    """What a run has found so far, by name: in a journal, and in the file once `finish` has written that.
+    """The findings of a run, by name: in a journal, and in the output file once `finish` has written it.
 
     Args:
         path: the JSON file to write; None writes nothing.
-        settings: what the run is made with, of JSON's types.
+        settings: the run's settings, as JSON types.
         resume: continue an unfinished run, or add to the file of a finished one.
-        read: is called with what either has found of each name; where it raises, nothing is continued.
+        read: called with each finding of the earlier run; if it raises, nothing is continued.
 
     Attributes:
-        done: what has been found, by name.
+        done: findings so far, by name.
 
     Raises:
         JournalError: a run that was made with other settings, or a file that cannot be read.
@@ -148,7 +148,7 @@ class Findings:
         self._path = path
         self._read = read
         self._journal: Journal | None = None
-        self._finished: list[tuple[str, Any]] = []  # what is in the file, until it is in the journal as well
+        self._finished: list[tuple[str, Any]] = []  # findings in the file that are not yet in the journal
         if path is None:
             return
         self._journal = Journal(path, settings, lambda line: self._take(*line), resume=resume)
@@ -166,12 +166,12 @@ class Findings:
 
     def _take(self, name: str, found: Any) -> None:
         if not isinstance(name, str):
-            raise TypeError("a name in it is no text")
+            raise TypeError("a name in it is not a string")
         self._read(found)
         self.done[name] = found
 
     def append(self, name: str, found: Any) -> None:
-        """Note what came of `name`, of JSON's types. It survives a kill once this has returned."""
+        """Record a finding of JSON types. It survives a kill once this has returned."""
         self.done[name] = found
         if self._journal is not None:
             for line in (*self._finished, (name, found)):
@@ -179,7 +179,7 @@ class Findings:
             self._finished.clear()
 
     def finish(self, **content: Any) -> None:
-        """Write the file, `content` after the settings and before what was found, and remove the journal."""
+        """Write the file, with `content` between the settings and the findings, and remove the journal."""
         if self._journal is None:
             return
         whole = {"settings": self._journal.settings, **content, "found": self.done}
@@ -192,14 +192,14 @@ class Findings:
         self._journal.remove()
 
     def close(self) -> None:
-        """Leave the journal to be continued by a later run."""
+        """Leave the journal for a later run to continue."""
         if self._journal is not None:
             self._journal.close()
 
 
 @contextlib.contextmanager
 def continuing(path: Path) -> Iterator[None]:
-    """What is wrong with a file that is continued, as one line.
+    """Report errors in a file that is continued in one line.
 
     Raises:
         JournalError: in place of what the block raises.
@@ -208,20 +208,20 @@ def continuing(path: Path) -> Iterator[None]:
         yield
     except JournalError:
         raise
-    # What is damaged fails where it is read, in as many ways as it is.
+    # A damaged file can raise anything, anywhere it is read.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise JournalError(f"{path}: cannot be continued ({reason}); remove it, or run without --resume") from None
 
 
 def require_same(path: Path, was: dict[str, Any], now: dict[str, Any], otherwise: str = "run without --resume") -> None:
-    """Refuse to continue a file whose settings differ, other than by what has been renamed since.
+    """Refuse to continue a file whose settings differ, other than by renaming.
 
     Args:
         path: the file.
         was: its settings.
-        now: those of this run.
-        otherwise: what else one can do.
+        now: the settings of this run.
+        otherwise: what the user can do instead.
 
     Raises:
         JournalError: they differ.

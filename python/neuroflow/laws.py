@@ -1,9 +1,9 @@
-"""What reuse does to a model, in rows: a function for each law that the published system is described by.
+"""What reuse does to a model, as rows of figures: one function for each law that describes the published system.
 
-Every function takes an unpatched model and leaves it so; its copies share its weights. Frames are as the model takes
-them, [T, 3, H, W], of one clip, in order; fewer than two are a ValueError. The first is dense whatever the settings,
-and no row counts it; nor do the laws of tokens count the key frames after it, in which nothing is cached. Distances are
-1 - cosine.
+Every function takes an unpatched model and leaves it unpatched; its copies share the weights. Frames are those of one
+clip, in order, as the model takes them, [T, 3, H, W]; fewer than two raise ValueError. The first frame is dense under
+any settings and no row includes it. The laws of tokens also leave out later key frames, in which nothing is cached.
+Distances are 1 - cosine.
 
 Source: Schmitt 2026 reports each of them for C.
 """
@@ -27,7 +27,14 @@ from .weights import copy_sharing_weights
 
 
 class Saturation(NamedTuple):
-    """`gap`: mean distance of the embeddings to dense ones, at a threshold that skips the share `skipped`."""
+    """Fidelity lost at one threshold.
+
+    Args:
+        arch: architecture.
+        threshold: of the gate.
+        skipped: mean share of patches that were not encoded, 0 to 1.
+        gap: mean distance of the embeddings to dense ones.
+    """
 
     arch: str
     threshold: float
@@ -36,7 +43,16 @@ class Saturation(NamedTuple):
 
 
 class Degradation(NamedTuple):
-    """`fidelity`: mean cosine of the embeddings to dense ones, with so many patches a frame."""
+    """Fidelity at one frame size.
+
+    Args:
+        arch: architecture.
+        width: of a frame, in pixels.
+        height: of a frame, in pixels.
+        patches: patches in a frame.
+        skipped: mean share of patches that were not encoded, 0 to 1.
+        fidelity: mean cosine of the embeddings to dense ones.
+    """
 
     arch: str
     width: int
@@ -47,9 +63,13 @@ class Degradation(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """Mean distance of a frame's output tokens to dense ones: `active`, of those it encoded; `cached`, of the others.
+    """Error of one frame's output tokens: encoded ones lack context, cached ones are old.
 
-    What is encoded is off for lack of context, what is cached for age. `cached` is None where no token is.
+    Args:
+        frame: its index.
+        skipped: share of patches that were not encoded, 0 to 1.
+        active: mean distance to dense tokens, of the patches that the frame encoded.
+        cached: the same for the other patches; None if there is no cache.
     """
 
     frame: int
@@ -59,14 +79,26 @@ class Shift(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """`distance`: of the active patches' hidden states after a block to the same of dense frames, the mean of all."""
+    """Error of active patches after one block.
+
+    Args:
+        block: its index.
+        distance: mean distance of active patches' hidden states to those of dense frames.
+    """
 
     block: int
     distance: float
 
 
 class Entropy(NamedTuple):
-    """Of the pooling head's attention over the tokens that it sees, in nats, the mean of its heads."""
+    """How widely the pooling head attends in one frame.
+
+    Args:
+        frame: its index.
+        skipped: share of patches that were not encoded, 0 to 1.
+        dense: entropy of its attention over dense tokens, in nats, mean over heads.
+        sparse: the same over the tokens that the patched model gives it.
+    """
 
     frame: int
     skipped: float
@@ -75,8 +107,16 @@ class Entropy(NamedTuple):
 
 
 class Stability(NamedTuple):
-    """How well a perfect cache would have lasted: mean cosine of a frame's dense output tokens to the dense ones of the
-    frame in which the gate last called for each patch; of the patches that it calls for now, and of the others.
+    """How well a perfect cache would have held up in one frame.
+
+    Both cosines compare the frame's dense output tokens with those of the frame in which the gate last selected each
+    patch.
+
+    Args:
+        frame: its index.
+        skipped: share of patches that were not encoded, 0 to 1.
+        active: mean cosine over the patches that the gate selects now.
+        inactive: mean cosine over the others.
     """
 
     frame: int
@@ -86,8 +126,9 @@ class Stability(NamedTuple):
 
 
 class _Moment(NamedTuple):
-    """One frame in both models: which patches are active [N] bool, and the tokens [T, D] that each watched module of
-    the two gave; in the patched model those of the active tokens alone, in order, where it had packed them.
+    """One frame in both models: the active patches, bool [N], and the tokens [T, D] that each watched module gave.
+
+    In the patched model these are the active tokens only, in order, where it packs them.
     """
 
     frame: int
@@ -103,7 +144,30 @@ class _Moment(NamedTuple):
 def saturation(
     model: nn.Module, frames: torch.Tensor, config: NeuroFlowConfig, thresholds: Sequence[float]
 ) -> list[Saturation]:
-    """How far fidelity is off over how much is skipped. The published gap hardly depends on the threshold."""
+    """Measure how fidelity depends on the skip rate, by threshold.
+
+    The published gap hardly depends on the threshold.
+
+    Args:
+        model: an unpatched model; it stays unpatched.
+        frames: [T, 3, H, W], T of at least 2: consecutive frames of one clip, as the model takes them.
+        config: the gate under test.
+        thresholds: the thresholds to try, in place of the one in `config`.
+
+    Returns:
+        a row for each threshold.
+
+    Raises:
+        ValueError: fewer than two frames.
+
+    Example:
+        >>> from neuroflow.laws import saturation
+        >>> rows = saturation(model, frames, neuroflow.NeuroFlowConfig(arch="dual"), [0.05, 0.2])
+        >>> [row.threshold for row in rows]
+        [0.05, 0.2]
+
+    Source: Schmitt 2026.
+    """
     expected = _embeddings(model, frames)
     rows = []
     for threshold in thresholds:
@@ -114,7 +178,27 @@ def saturation(
 
 
 def degradation(model: nn.Module, sizes: Iterable[torch.Tensor], config: NeuroFlowConfig) -> list[Degradation]:
-    """What becomes of fidelity as positions are stretched: the same clip in each of `sizes`, [T, 3, H, W] each."""
+    """Measure how fidelity falls as positions are stretched to larger frames.
+
+    Args:
+        model: an unpatched model; it stays unpatched.
+        sizes: the same clip in several sizes, [T, 3, H, W] each, T of at least 2.
+        config: the gate under test.
+
+    Returns:
+        a row for each size.
+
+    Raises:
+        ValueError: fewer than two frames.
+
+    Example:
+        >>> from neuroflow.laws import degradation
+        >>> rows = degradation(model, [frames], neuroflow.NeuroFlowConfig(arch="dual"))
+        >>> [(row.width, row.height, row.patches) for row in rows]
+        [(32, 32, 16)]
+
+    Source: Schmitt 2026.
+    """
     rows = []
     for frames in sizes:
         fidelity, skipped = _fidelity(model, frames, config, _embeddings(model, frames))
@@ -125,7 +209,27 @@ def degradation(model: nn.Module, sizes: Iterable[torch.Tensor], config: NeuroFl
 
 
 def active_shift(model: nn.Module, frames: torch.Tensor, config: NeuroFlowConfig) -> list[Shift]:
-    """What the error of a frame's output tokens comes from: encoding without context, or the age of the cache."""
+    """Separate the error of a frame's output tokens into missing context and cache age.
+
+    Args:
+        model: an unpatched model; it stays unpatched.
+        frames: [T, 3, H, W], T of at least 2: consecutive frames of one clip, as the model takes them.
+        config: the gate under test.
+
+    Returns:
+        a row for each frame that is not a key frame.
+
+    Raises:
+        ValueError: fewer than two frames, or a tower whose tokens are not in row-major order.
+
+    Example:
+        >>> from neuroflow.laws import active_shift
+        >>> rows = active_shift(model, frames, neuroflow.NeuroFlowConfig(arch="dual"))
+        >>> rows[0].frame
+        1
+
+    Source: Schmitt 2026.
+    """
     prefix = describe(model).prefix
     rows = []
     for moment in _sparse_moments(model, frames, config, lambda anatomy: [anatomy.last]):
@@ -139,7 +243,27 @@ def active_shift(model: nn.Module, frames: torch.Tensor, config: NeuroFlowConfig
 
 
 def representation_gap(model: nn.Module, frames: torch.Tensor, config: NeuroFlowConfig) -> list[Gap]:
-    """Where in the model the active patches part from the dense ones: a row for each block."""
+    """Measure block by block how far the active patches drift from dense ones.
+
+    Args:
+        model: an unpatched model; it stays unpatched.
+        frames: [T, 3, H, W], T of at least 2: consecutive frames of one clip, as the model takes them.
+        config: the gate under test.
+
+    Returns:
+        a row for each block.
+
+    Raises:
+        ValueError: fewer than two frames, or a tower whose tokens are not in row-major order.
+
+    Example:
+        >>> from neuroflow.laws import representation_gap
+        >>> rows = representation_gap(model, frames, neuroflow.NeuroFlowConfig(arch="dual"))
+        >>> [row.block for row in rows]
+        [0, 1]
+
+    Source: Schmitt 2026.
+    """
     prefix = describe(model).prefix
     distances: list[list[float]] = [[] for _ in describe(model).layers]
     for moment in _sparse_moments(model, frames, config, lambda anatomy: list(anatomy.layers)):
@@ -149,16 +273,48 @@ def representation_gap(model: nn.Module, frames: torch.Tensor, config: NeuroFlow
 
 
 def has_attention_head(model: nn.Module) -> bool:
-    """Whether the model has a pooling head as SigLIP's, of one probe that attends to all tokens."""
+    """Whether the model has a pooling head like SigLIP's: one probe that attends to all tokens.
+
+    Args:
+        model: a model with a vision tower that NeuroFlow knows.
+
+    Returns:
+        True if `head_entropy` applies to it.
+
+    Raises:
+        TypeError: no adapter knows the model.
+
+    Example:
+        >>> from neuroflow.laws import has_attention_head
+        >>> has_attention_head(model)
+        True
+    """
     pool = describe(model).pool
     return pool is not None and is_foldable(pool[0])
 
 
 def head_entropy(model: nn.Module, frames: torch.Tensor, config: NeuroFlowConfig) -> list[Entropy]:
-    """How widely the pooling head looks, over dense tokens and over those that reuse gives it.
+    """Measure how widely the pooling head attends, over dense tokens and over reused ones.
+
+    Args:
+        model: an unpatched model; it stays unpatched.
+        frames: [T, 3, H, W], T of at least 2: consecutive frames of one clip, as the model takes them.
+        config: the gate under test.
+
+    Returns:
+        a row for each frame that is not a key frame.
 
     Raises:
-        ValueError: the model has no head that pools by attention, as SigLIP's does.
+        ValueError: fewer than two frames, a tower whose tokens are not in row-major order, or a model without such a
+            head.
+
+    Example:
+        >>> from neuroflow.laws import head_entropy
+        >>> rows = head_entropy(model, frames, neuroflow.NeuroFlowConfig(arch="dual"))
+        >>> rows[0].frame
+        1
+
+    Source: Schmitt 2026.
     """
     if not has_attention_head(model):
         tower = type(describe(model).tower).__name__
@@ -179,7 +335,27 @@ def head_entropy(model: nn.Module, frames: torch.Tensor, config: NeuroFlowConfig
 
 
 def token_stability(model: nn.Module, frames: torch.Tensor, config: NeuroFlowConfig) -> list[Stability]:
-    """Whether the gate calls for the right patches: the cached tokens of those that it leaves should still hold."""
+    """Check that the gate selects the right patches: cached tokens of the others should still hold.
+
+    Args:
+        model: an unpatched model; it stays unpatched.
+        frames: [T, 3, H, W], T of at least 2: consecutive frames of one clip, as the model takes them.
+        config: the gate under test.
+
+    Returns:
+        a row for each frame that is not a key frame.
+
+    Raises:
+        ValueError: fewer than two frames, or a tower whose tokens are not in row-major order.
+
+    Example:
+        >>> from neuroflow.laws import token_stability
+        >>> rows = token_stability(model, frames, neuroflow.NeuroFlowConfig(arch="dual"))
+        >>> rows[0].inactive > 0.9
+        True
+
+    Source: Schmitt 2026.
+    """
     prefix = describe(model).prefix
     rows = []
     for moment in _moments(model, frames, config, lambda anatomy: [anatomy.last]):
@@ -200,7 +376,7 @@ def token_stability(model: nn.Module, frames: torch.Tensor, config: NeuroFlowCon
 
 
 def _embeddings(model: nn.Module, frames: torch.Tensor) -> torch.Tensor:
-    """The model's embeddings [T, D] float32 of the frames, which go through it one by one."""
+    """Embeddings [T, D] float32 of the frames, which go through the model one by one."""
     _require_frames(frames)
     with torch.inference_mode():
         return torch.cat([frame_embeddings(model, frame) for frame in frames.split(1)])
@@ -224,14 +400,14 @@ def _fidelity(
 def _sparse_moments(
     model: nn.Module, frames: torch.Tensor, config: NeuroFlowConfig, watched: Callable[[Anatomy], list[nn.Module]]
 ) -> Iterator[_Moment]:
-    """Those of frames that are no key frames."""
+    """Moments of the frames that are not key frames."""
     return (moment for moment in _moments(model, frames, config, watched) if not moment.active.all())
 
 
 def _moments(
     model: nn.Module, frames: torch.Tensor, config: NeuroFlowConfig, watched: Callable[[Anatomy], list[nn.Module]]
 ) -> Iterator[_Moment]:
-    """Every frame in the unpatched model and in a patched one, and what their watched modules gave."""
+    """Run every frame through the unpatched model and a patched copy, and yield what their watched modules gave."""
     _require_frames(frames)
     anatomy, sparse = describe(model), copy_sharing_weights(model)
     enable_cache(sparse, config)
@@ -250,7 +426,7 @@ def _moments(
 
 @contextlib.contextmanager
 def _outputs(modules: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """The tokens [T, D] that each module gives of one frame, in the order of the modules' calls."""
+    """The tokens [T, D] that each module gives for one frame, in the order in which the modules are called."""
     outputs: list[torch.Tensor] = []
 
     def keep(module: nn.Module, arguments: tuple, output: torch.Tensor | tuple) -> None:
@@ -266,11 +442,11 @@ def _outputs(modules: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
 
 
 def _active(tokens: torch.Tensor, moment: _Moment, prefix: int) -> torch.Tensor:
-    """The active patches among a sparse frame's tokens [T, D], or packed ones."""
+    """The active patches among a sparse frame's tokens [T, D], packed or not."""
     patches = tokens[prefix:]
     return patches if len(patches) < len(moment.active) else patches[moment.active]
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean distance of rows [M, D]."""
+    """Mean distance between corresponding rows [M, D]."""
     return (1 - F.cosine_similarity(one, other, 1)).mean().item()

@@ -1,8 +1,8 @@
-"""Language models that repeat a layer's last output in decode steps that resemble the one before.
+"""Repeat a language model's layer outputs in decode steps that resemble the step before.
 
-The similarity-gated attention bypass of the published ablation, and the same for MLPs. In every decode step the cosine
-between a gate layer's attention output and that of the step before decides, for each row of the batch, whether other
-layers repeat theirs. Models are patched in place, on the instance, and called as before:
+This is the similarity-gated attention bypass of the published ablation, extended to MLPs. In every decode step the
+cosine between a gate layer's attention output and that of the step before decides, for each row of the batch, whether
+other layers repeat their last output. Models are patched in place, on the instance, and called as before:
 
     enable_bypass(model, BypassConfig(gate_layer=1, cache_layers=(24,), threshold=0.7))
     model.generate(**inputs)
@@ -41,7 +41,14 @@ Target = Literal["attention", "mlp"]
 
 
 class DecoderParts(NamedTuple):
-    """What causal models of one family call the decoder, its layers, their attention and its last projection."""
+    """Attribute names in the causal models of one family.
+
+    Args:
+        decoder: the decoder, in the model.
+        layers: the layers, in the decoder.
+        attention: the attention, in a layer.
+        projection: the output projection, in the attention.
+    """
 
     decoder: str = "model"
     layers: str = "layers"
@@ -60,19 +67,26 @@ DECODERS = {
 
 @dataclasses.dataclass(frozen=True)
 class BypassConfig:
-    """Which layer decides, which layers repeat themselves, and when.
+    """Which layer decides, which layers repeat their output, and when.
 
     Args:
-        gate_layer: the number of the layer whose attention output is compared from step to step, counted from 0.
-        cache_layers: the numbers of those that repeat theirs. One that comes before the gate layer goes by the decision
+        gate_layer: index of the layer whose attention output is compared from step to step, counted from 0.
+        cache_layers: indices of the layers that repeat their output. One in front of the gate layer uses the decision
             of the step before.
-        threshold: they do where the cosine is at least this; above 1 they never do.
-        target: what is repeated. "attention": the attention's output. Keys and values are projected, rotated and
-            appended in every step, so that no position is missing from the cache, and MLPs always run. "mlp": what the
-            MLP adds to the residual stream, while attention always runs.
+        threshold: cosine from which they repeat, -1 to 1; above 1 they never do.
+        target: what is repeated. "attention": the attention's output; keys and values are still projected, rotated and
+            appended in every step, so the cache has no gaps, and MLPs always run. "mlp": what the MLP adds to the
+            residual stream, while attention always runs.
 
     Raises:
-        ValueError: a value outside of what is said above.
+        ValueError: a field has another type, or is out of its range.
+
+    Example:
+        >>> from neuroflow.llm import BypassConfig
+        >>> BypassConfig(gate_layer=0, cache_layers=(1, 2), threshold=0.7).target
+        'attention'
+
+    Source: Schmitt 2026 for "attention"; "mlp" is the extension it proposes.
     """
 
     gate_layer: int
@@ -99,10 +113,16 @@ class BypassSummary:
     """What was repeated since `enable_bypass`.
 
     Args:
-        steps: decode steps, those of each row of a batch counted on their own. The passes over prompts are not among
-            them.
-        rate: share of what the cache layers had to give in these steps that they repeated, 0 to 1.
-        p10, p50, p90: percentiles of the gate's cosines; NaN before the first step.
+        steps: decode steps, counted for each row of a batch. Passes over prompts do not count.
+        rate: share of the cache layers' outputs in these steps that were repeated, 0 to 1.
+        p10: 10th percentile of the gate's cosines; NaN before the first step.
+        p50: their median.
+        p90: their 90th percentile.
+
+    Example:
+        >>> from neuroflow.llm import BypassSummary
+        >>> print(BypassSummary(steps=100, rate=0.25, p10=0.5, p50=0.7, p90=0.9))
+        NeuroFlow bypass: 100 decode steps, 25.0% repeated, similarity P10 0.500, P50 0.700, P90 0.900
     """
 
     steps: int
@@ -117,24 +137,34 @@ class BypassSummary:
 
 
 def enable_bypass(model: PreTrainedModel, config: BypassConfig) -> None:
-    """Patch `model` in place, so that layers repeat themselves as `config` says.
+    """Patch a causal model in place, so that layers repeat their output as `config` says.
 
-    A pass over more than one token, or with an empty cache, is dense and starts over; so is a step with another cache,
-    another number of rows, or a cache that was cropped, as by assisted decoding. Each row of a batch has its own
-    decision. Where all rows repeat, the layer's attention (after keys and values, with which the queries are projected)
-    or MLP does not run; where some do, it runs for all and the others' output is taken. Batches are padded on the left,
-    as the last position of a prompt is what the first step is compared with. Beam search is refused in its second step.
+    A pass over more than one token, or with an empty cache, is dense and starts over. So is a step with another cache,
+    another number of rows, or a cropped cache, as in assisted decoding. Each row of a batch has its own decision. If
+    all rows repeat, the layer's MLP, or its attention once keys and values are projected (and queries with them), does
+    not run. If some do, it runs for all rows, and the repeated rows are overwritten.
 
-    The state is that of one generation at a time: not for several threads. A pass that has no cache (`use_cache=False`)
-    repeats nothing, and the first one says so.
+    Batches must be padded on the left, because the first step is compared with the last position of the prompt. Beam
+    search is refused in its second step. The state belongs to one generation at a time, so do not share the model
+    between threads. A pass without a cache (`use_cache=False`) repeats nothing and warns once.
 
     Args:
-        model: a causal model of one of `DECODERS`. Calling again with an equal configuration does nothing.
+        model: a causal model of one of `DECODERS`.
+        config: the layers and the threshold. A second call with an equal configuration does nothing.
 
     Raises:
-        TypeError: a model of another family, or no configuration.
+        TypeError: a model of another family, or `config` is not a `BypassConfig`.
         ValueError: a layer that the model does not have.
-        RuntimeError: the model is patched with another configuration.
+        RuntimeError: the model is already patched with another configuration.
+
+    Example:
+        >>> from neuroflow.llm import BypassConfig, bypass_summary, enable_bypass
+        >>> enable_bypass(decoder, BypassConfig(gate_layer=0, cache_layers=(1,), threshold=0.7))
+        >>> tokens = decoder.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        >>> bypass_summary(decoder).steps
+        3
+
+    Source: Schmitt 2026.
     """
     if not isinstance(config, BypassConfig):
         raise TypeError(f"config is {config!r} ({type(config).__name__}); accepted is a neuroflow.llm.BypassConfig")
@@ -153,12 +183,21 @@ def enable_bypass(model: PreTrainedModel, config: BypassConfig) -> None:
 
 
 def disable_bypass(model: PreTrainedModel) -> None:
-    """Undo `enable_bypass`: the model has the identical objects back. Does nothing to a model that is not patched.
+    """Undo `enable_bypass`. Does nothing to a model that is not patched.
 
-    A method that something else has wrapped since stays wrapped, and the bypass inside is gone.
+    The model gets back the identical objects. If something else has wrapped a method since, that wrapper stays, and the
+    bypass inside is removed.
+
+    Args:
+        model: a causal model of one of `DECODERS`.
 
     Raises:
         TypeError: a model of another family.
+
+    Example:
+        >>> from neuroflow.llm import BypassConfig, disable_bypass, enable_bypass
+        >>> enable_bypass(decoder, BypassConfig(gate_layer=0, cache_layers=(1,), threshold=0.7))
+        >>> disable_bypass(decoder)
     """
     _parts(model)
     bypass = vars(model).get(_BYPASS)
@@ -169,16 +208,40 @@ def disable_bypass(model: PreTrainedModel) -> None:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the forward of `model`, a decoder or a causal model, calls its cache: "cache" from transformers 5.24 on."""
+    """The name of the cache argument in `model`'s forward: "cache" from transformers 5.24 on, else "past_key_values".
+
+    Args:
+        model: a decoder or a causal model.
+
+    Returns:
+        the name.
+
+    Example:
+        >>> from neuroflow.llm import cache_argument
+        >>> cache_argument(decoder) in ("cache", "past_key_values")
+        True
+    """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def bypass_summary(model: PreTrainedModel) -> BypassSummary:
-    """What a patched model has repeated so far.
+    """Summarise what a patched model has repeated so far.
+
+    Args:
+        model: a causal model that `enable_bypass` has patched.
+
+    Returns:
+        a `BypassSummary`; print it for one line.
 
     Raises:
         RuntimeError: the model is not patched.
         TypeError: a model of another family.
+
+    Example:
+        >>> from neuroflow.llm import BypassConfig, bypass_summary, enable_bypass
+        >>> enable_bypass(decoder, BypassConfig(gate_layer=0, cache_layers=(1,), threshold=0.7))
+        >>> bypass_summary(decoder).steps
+        0
     """
     _parts(model)
     bypass = vars(model).get(_BYPASS)
@@ -190,7 +253,7 @@ def bypass_summary(model: PreTrainedModel) -> BypassSummary:
 
 
 class _Bypass:
-    """What a patched model carries from step to step."""
+    """The state of a patched model from step to step."""
 
     def __init__(self, model: PreTrainedModel, config: BypassConfig) -> None:
         parts = _parts(model)
@@ -212,7 +275,7 @@ class _Bypass:
 
         self.similarities = array.array("d")
         self.asked = self.repeated = 0
-        self.stepping = False  # the pass under way is a decode step that follows the last pass
+        self.stepping = False  # the current pass is a decode step that follows the last one
         self.rows = 0
         self.length = 0  # of the cache, after the last pass
         self.cache: Callable[[], Cache | None] = lambda: None
@@ -231,7 +294,7 @@ class _Bypass:
         for number, module in enumerate(repeating):
             replaced.put_in_front(module, "forward", functools.partial(self.repeat, number))
         if attend:
-            # A configuration of their own leaves the other layers, and the masks, to the model's attention.
+            # With a configuration of their own, the other layers and the masks keep the model's attention.
             config = copy.copy(self.model_config)
             config._attn_implementation = ATTENTION
             for attention in self.attentions:
@@ -243,9 +306,9 @@ class _Bypass:
         arguments = self.signature.bind(*args, **kwargs).arguments
         given = arguments.get("input_ids")
         rows, tokens = (arguments["inputs_embeds"] if given is None else given).shape[:2]
-        # A caller may still use the old name, which then lies among the rest.
+        # A caller may still use the old name, which then ends up in kwargs.
         cache = arguments.get(self.cache_argument, kwargs.get("past_key_values"))
-        cache = cache if isinstance(cache, Cache) else None  # that of continuous batching has no keys of one sequence
+        cache = cache if isinstance(cache, Cache) else None  # continuous batching has no keys of a single sequence
         self.stepping = tokens == 1 and rows == self.rows and self.follows(cache)
         if not self.stepping:
             self.decided = []
@@ -284,11 +347,11 @@ class _Bypass:
         return True
 
     def keys_of(self, cache: Cache) -> torch.Tensor | None:
-        """None where the layers were not handed the cache, as under gradient checkpointing."""
+        """The gate layer's keys; None if the layers were not handed the cache, as under gradient checkpointing."""
         return cache.layers[self.config.gate_layer].keys
 
     def decide(self, forward: Callable, heads: torch.Tensor) -> torch.Tensor:
-        """The gate layer's projection of heads [B, N, H * head width]."""
+        """The gate layer's projection of heads [B, N, H * head_dim]."""
         output = forward(heads)
         wide = torch.promote_types(output.dtype, torch.float32)
         current = output[:, -1].detach().to(wide, copy=True)
@@ -315,7 +378,7 @@ class _Bypass:
 
     @property
     def bypassing(self) -> bool:
-        """Every row repeats what it gave last."""
+        """Whether every row repeats its last output."""
         return self.stepping and bool(self.decided) and all(self.decided)
 
     def attend(
@@ -327,7 +390,7 @@ class _Bypass:
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A cached layer's attention, query [B, H, N, head width]; keys and values are in the cache by now."""
+        """A cached layer's attention, query [B, H, N, head_dim]; keys and values are already in the cache."""
         if self.bypassing:
             return query.transpose(1, 2), None  # of the right shape; the projection does not read it
         name = self.model_config._attn_implementation
@@ -349,7 +412,7 @@ def _parts(model: PreTrainedModel) -> DecoderParts:
     for kind in type(model).__mro__:
         if kind.__name__ in DECODERS:
             return DECODERS[kind.__name__]
-    raise TypeError(f"{type(model).__name__} is no model of a known family; accepted are {', '.join(DECODERS)}")
+    raise TypeError(f"{type(model).__name__} is not of a known family; accepted are {', '.join(DECODERS)}")
 
 
 def _is_layer(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""What a language model loses and saves where layers repeat what they gave the step before."""
+"""The cost and benefit of repeating layer outputs between decode steps of a language model."""
 
 import dataclasses
 import functools
@@ -16,15 +16,15 @@ from .llm import BypassConfig, bypass_summary, cache_argument, disable_bypass, e
 from .timing import timed
 from .weights import copy_sharing_weights
 
-TIMED = 128  # tokens of the first text, at most
+TIMED = 128  # maximum number of timed tokens, from the first text
 
 
 class Followed(NamedTuple):
     """What a model made of given tokens [W, T], one at a time.
 
     Attributes:
-        loss: mean over all but the first, in nats.
-        states: by step, what each layer gave the residual stream, [layers, W, D].
+        loss: mean over all tokens but the first, in nats.
+        states: for each step, each layer's output in the residual stream, [layers, W, D].
     """
 
     loss: float
@@ -32,13 +32,13 @@ class Followed(NamedTuple):
 
 
 def cut_windows(ids: list[int], tokens: int, count: int) -> torch.Tensor:
-    """Windows [W, tokens] of a text's ids, evenly over it: `count` of them, or as many as do not overlap.
+    """Windows [W, tokens] of a text's ids, evenly spaced: `count` of them, or as many as fit without overlap.
 
     Raises:
-        ValueError: the text is shorter than one.
+        ValueError: the text is shorter than one window.
     """
     if len(ids) < tokens:
-        raise ValueError(f"ids are {len(ids)} tokens; accepted are {tokens} or more, those of a window")
+        raise ValueError(f"ids has {len(ids)} tokens; accepted are {tokens} or more, the size of a window")
     starts = torch.linspace(0, len(ids) - tokens, min(count, len(ids) // tokens)).long()
     return torch.stack([torch.tensor(ids[start : start + tokens]) for start in starts])
 
@@ -50,14 +50,17 @@ def evaluate(
     new_tokens: int,
     findings: Findings,
 ) -> list[dict[str, Any]]:
-    """A row for each of `configs`, with progress on stderr.
+    """Evaluate each of `configs`, with progress on stderr.
 
     Args:
-        model: a causal model that is not patched.
-        windows: by text, ids [W, T].
-        configs: those that fit it.
-        new_tokens: how far prompts, the first half of each window, are continued.
-        findings: holds the rows that are finished, and gets the others.
+        model: an unpatched causal model.
+        windows: ids [W, T] by text name.
+        configs: configurations that fit the model.
+        new_tokens: number of tokens by which prompts, the first half of each window, are continued.
+        findings: holds finished rows, and receives the others.
+
+    Returns:
+        a row for each configuration.
     """
     left = [config for config in configs if _name_of(config) not in findings.done]
     timed_ids = next(iter(windows.values()))[:1, :TIMED]
@@ -109,7 +112,7 @@ def _follow(model: PreTrainedModel, ids: torch.Tensor, bar: tqdm) -> Followed:
 
 @torch.inference_mode()
 def _continue(model: PreTrainedModel, ids: torch.Tensor, count: int, bar: tqdm) -> torch.Tensor:
-    """The `count` tokens [W, count] that follow greedily on the first half of windows [W, T]."""
+    """The `count` tokens [W, count] that greedily continue the first half of windows [W, T]."""
     cache = {cache_argument(model): DynamicCache(config=model.config)}
     given, found = ids[:, : ids.shape[1] // 2], []
     for _ in range(count):
@@ -120,7 +123,7 @@ def _continue(model: PreTrainedModel, ids: torch.Tensor, count: int, bar: tqdm) 
 
 
 def _divergence(expected: list[torch.Tensor], found: list[torch.Tensor]) -> list[float]:
-    """By layer, how far off what it gave is, as a share of its length: the mean over tokens."""
+    """For each layer, the distance of its output to dense relative to its norm, mean over tokens."""
     each = [
         (other.float() - plain.float()).norm(dim=-1) / plain.float().norm(dim=-1)
         for plain, other in zip(expected, found, strict=True)
@@ -130,11 +133,11 @@ def _divergence(expected: list[torch.Tensor], found: list[torch.Tensor]) -> list
 
 @torch.inference_mode()
 def time_steps(dense: PreTrainedModel, patched: PreTrainedModel, ids: torch.Tensor, bar: tqdm) -> tuple[float, float]:
-    """Median milliseconds of a decode step of each, over the given tokens [1, T]."""
+    """Median milliseconds of a decode step of each model, over the given tokens [1, T]."""
     caches = {each: {cache_argument(each): DynamicCache(config=each.config)} for each in (dense, patched)}
     times = {dense: [], patched: []}
     for number, given in enumerate(ids.split(1, 1)):
-        # Taking turns, so that neither always finds the processor's cache as the other left it.
+        # Alternate which comes first, so that neither always runs on a cache left by the other.
         for each in (dense, patched) if number % 2 else (patched, dense):
             times[each].append(timed(functools.partial(each, given, **caches[each]), ids.device)[1])
         bar.update()
@@ -143,7 +146,7 @@ def time_steps(dense: PreTrainedModel, patched: PreTrainedModel, ids: torch.Tens
 
 
 def pair_of(row: dict[str, Any]) -> str:
-    """The gate layer and those that repeat, as `1>4`; with "mlp" where MLPs do."""
+    """The gate layer and the layers that repeat, such as `1>4`; with "mlp" if MLPs do."""
     cached = ",".join(map(str, row["cache_layers"]))
     return f"{row['gate_layer']}>{cached}" + " mlp" * (row["target"] == "mlp")
 

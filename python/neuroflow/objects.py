@@ -1,7 +1,7 @@
-"""Objects from what the gate measures anyway: patches that move, their components, embeddings, names and tracks.
+"""Objects from what the gate measures: moving patches, their components, embeddings, names and tracks.
 
-The report on a patched model's last pass has the surprise of its frames, and the model's output has the tokens. Places
-are in patches: x from the left, y from the top, the middle of the first patch at (0.5, 0.5).
+`FrameReport.surprise` gives the surprise of a frame, and the model's output gives its tokens. Positions are in patches:
+x from the left, y from the top; the centre of the first patch is (0.5, 0.5).
 """
 
 import dataclasses
@@ -20,23 +20,29 @@ from .engine.scores import AROUND_WEIGHT, MOST_SURPRISE
 
 DIAGONALLY_TOO = np.ones((3, 3))
 OUT_OF_REACH = 1e6
-ESTABLISHED = 3  # frames after which a track is no accident
-STEADINESS = 0.5  # weight of the old velocity beside the new one
-GROWTH = 0.25  # of the reach, with the frames since a track was last seen
-MEMORY = 0.9  # weight of the old embedding beside the new one
+ESTABLISHED = 3  # frames after which a track is unlikely to be noise
+STEADINESS = 0.5  # weight of the old velocity against the new one
+GROWTH = 0.25  # exponent by which the reach grows with missed frames
+MEMORY = 0.9  # weight of the old embedding against the new one
 
 
 def motion(surprise: torch.Tensor) -> torch.Tensor:
-    """How much each patch moves, from its surprise and that of the patches around it.
+    """How much each patch moves, from its own surprise and that of the patches around it.
 
-    (sqrt(surprise) + 0.8 sqrt(mean surprise of the 3 x 3 patches around))^2, which is what `score="staleness"` makes of
-    content: noise surprises single patches, objects several.
+    (sqrt(surprise) + 0.8 sqrt(mean surprise of the 3 x 3 patches around))^2, as in `score="staleness"`: noise surprises
+    single patches, objects several.
 
     Args:
-        surprise: [rows, columns], as `FrameReport.surprise` has it.
+        surprise: [rows, columns], any float dtype, as in `FrameReport.surprise`.
 
     Returns:
         [rows, columns] float32; 0 where surprise is NaN, as it is after a key frame.
+
+    Example:
+        >>> from neuroflow.objects import motion
+        >>> model = neuroflow.enable_cache(model)
+        >>> output = model(pixel_values=frames)
+        >>> moving = motion(neuroflow.last_pass(model)[-1].surprise) > 0.05  # bool [rows, columns]
     """
     bounded = surprise.float().nan_to_num(0.0).clamp_max(MOST_SURPRISE)
     around = F.avg_pool2d(bounded[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]
@@ -45,23 +51,31 @@ def motion(surprise: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """Patches that move and touch.
+    """Moving patches that touch each other.
 
     Args:
-        patches: int64 [n, 2], row and column of each, in row-major order.
+        patches: int64 [n, 2], (row, column) of each, in row-major order.
+
+    Example:
+        >>> from neuroflow.objects import components
+        >>> mask = torch.zeros(4, 4, dtype=torch.bool)
+        >>> mask[1:3, 2] = True
+        >>> (component,) = components(mask)
+        >>> component.box, component.centroid
+        ((2, 1, 3, 3), (2.5, 2.0))
     """
 
     patches: np.ndarray
 
     @property
     def centroid(self) -> tuple[float, float]:
-        """x and y in patches."""
+        """(x, y) of the centre, in patches."""
         y, x = self.patches.mean(0) + 0.5
         return float(x), float(y)
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom edge, in patches."""
+        """(left, top, right, bottom) edges, in patches."""
         (top, left), (bottom, right) = self.patches.min(0), self.patches.max(0) + 1
         return int(left), int(top), int(right), int(bottom)
 
@@ -71,10 +85,19 @@ def components(mask: torch.Tensor, least: int = 2) -> list[Component]:
 
     Args:
         mask: bool [rows, columns].
-        least: how many patches an object has at least.
+        least: minimum number of patches in a component.
+
+    Returns:
+        the components, in row-major order of their first patch.
 
     Raises:
-        ValueError: a mask that is not of two dimensions.
+        ValueError: `mask` does not have two dimensions.
+
+    Example:
+        >>> from neuroflow.objects import components
+        >>> mask = torch.eye(4, dtype=torch.bool)  # diagonal neighbours are connected
+        >>> [len(component.patches) for component in components(mask)]
+        [4]
     """
     if mask.ndim != 2:
         raise ValueError(f"mask has shape {list(mask.shape)}; accepted is [rows, columns]")
@@ -87,20 +110,27 @@ def components(mask: torch.Tensor, least: int = 2) -> list[Component]:
 def component_embeddings(
     model: nn.Module, tokens: torch.Tensor, grid: Grid, found: Sequence[Component]
 ) -> torch.Tensor:
-    """An embedding of each component: its tokens through the model's pooling head, their mean where there is none.
+    """Embed each component: its tokens through the model's pooling head, or their mean if there is none.
 
     Args:
         model: a model with a vision tower that NeuroFlow knows, patched or not.
-        tokens: the tower's output tokens of one frame [T, D], any before the patches among them: `last_hidden_state[0]`
-            of transformers' towers. Architecture "active" has none for most patches.
-        grid: rows and columns of patches.
+        tokens: [T, D], the tower's output tokens of one frame, prefix tokens included: `last_hidden_state[0]` of
+            transformers' towers. Architecture "active" has no tokens for most patches.
+        grid: (rows, columns) of patches.
         found: C components.
 
     Returns:
-        [C, D] float32, comparable with the model's pooled output where it has a pooling head.
+        [C, D] float32, comparable with the model's pooled output if it has a pooling head.
 
     Raises:
-        ValueError: tokens that are not one for each patch, and those before them.
+        ValueError: not one token for each patch and prefix token.
+
+    Example:
+        >>> from neuroflow.objects import component_embeddings, components
+        >>> tokens = model(pixel_values=frame).last_hidden_state[0]
+        >>> found = components(torch.eye(4, dtype=torch.bool))
+        >>> component_embeddings(model, tokens, (4, 4), found).shape
+        torch.Size([1, 32])
     """
     anatomy = describe(model)
     rows, columns = grid
@@ -120,15 +150,23 @@ def component_embeddings(
 
 
 def nearest(embeddings: torch.Tensor, classes: torch.Tensor, names: Sequence[str]) -> list[tuple[str, float]]:
-    """The name that each embedding comes nearest to, and the cosine to it.
+    """Name each embedding by the nearest class.
 
     Args:
-        embeddings: [C, D].
+        embeddings: [C, D], any float dtype.
         classes: [K, D], embeddings of classes or texts.
-        names: of the K.
+        names: K names.
+
+    Returns:
+        for each embedding, (name, cosine) of the nearest class.
 
     Raises:
         ValueError: K or D differs.
+
+    Example:
+        >>> from neuroflow.objects import nearest
+        >>> nearest(torch.tensor([[0.0, 3.0]]), torch.eye(2), ["car", "dog"])
+        [('dog', 1.0)]
     """
     if classes.ndim != 2 or classes.shape != (len(names), embeddings.shape[1]):
         accepted = f"[{len(names)}, {embeddings.shape[1]}], one for each name"
@@ -140,16 +178,23 @@ def nearest(embeddings: torch.Tensor, classes: torch.Tensor, names: Sequence[str
 
 @dataclasses.dataclass
 class Track:
-    """One object from frame to frame.
+    """One object, followed from frame to frame.
 
-    Attributes:
+    Args:
         id: counted from 1.
         component: where it was last seen.
-        embedding: [D] of length 1, a moving average.
-        centroid: x and y in patches; where it is expected, while it is not seen.
-        velocity: of the centroid, in patches a frame.
-        seen: in how many frames.
-        missed: frames since it was last seen.
+        embedding: [D] float32 of length 1, a moving average.
+        centroid: [2] float64, x and y in patches: where it is, or is expected while it is not seen.
+        velocity: [2] float64, of the centroid, in patches per frame.
+        seen: number of frames in which it was seen.
+        missed: number of frames since it was last seen.
+
+    Example:
+        >>> from neuroflow.objects import Tracker, components
+        >>> tracker = Tracker((4, 4))
+        >>> (track,) = tracker.update(components(torch.eye(4, dtype=torch.bool)), torch.ones(1, 8))
+        >>> track.id, track.seen, track.missed
+        (1, 1, 0)
     """
 
     id: int
@@ -162,25 +207,36 @@ class Track:
 
 
 class Tracker:
-    """Follows components from frame to frame, by where they are expected at constant velocity and by their embeddings.
+    """Follow components from frame to frame, by their expected position at constant velocity and by their embeddings.
 
-    A component is assigned to at most one track, so that the sum of distance / reach and 1 - cosine, and of missed /
-    patience, is least. One in which several tracks are expected hides them from each other: they go on as they went,
-    and keep their embeddings. A track that is not seen is kept for `patience` frames, and taken up again by place and
-    embedding, unless it is expected outside of the picture by then.
+    Components and tracks are matched one to one, minimising the sum of distance / reach, 1 - cosine and missed /
+    patience. If several tracks are expected in one component, they occlude each other: they keep their velocity and
+    their embedding. A track that is not seen is kept for `patience` frames and picked up again by position and
+    embedding, unless it is expected outside the frame by then.
 
     Args:
-        grid: rows and columns of patches.
-        reach: how far from where it is expected an object may turn up, in patches; after m missed frames (1 + m)^(1/4)
-            times as far.
-        patience: for how many frames a track may be missed; one of fewer than 3 frames may not at all.
-        likeness: the least cosine at which a track that was missed is taken up again.
+        grid: (rows, columns) of patches.
+        reach: maximum distance between an object and its expected position, in patches, above 0. After m missed frames
+            it is (1 + m)^(1/4) times as large.
+        patience: number of frames a track may be missed, 1 or more. A track seen in fewer than 3 frames may not be
+            missed.
+        likeness: minimum cosine at which a missed track is picked up again, -1 to 1.
 
     Attributes:
-        tracks: those that are followed, the missed ones among them.
+        tracks: all tracks being followed, including missed ones.
 
     Raises:
         ValueError: a reach that is not above 0, or a patience below 1.
+
+    Example:
+        >>> from neuroflow.objects import Tracker, components
+        >>> tracker = Tracker((4, 8))
+        >>> for column in range(4):  # an object of 2 x 2 patches that moves right
+        ...     mask = torch.zeros(4, 8, dtype=torch.bool)
+        ...     mask[1:3, column : column + 2] = True
+        ...     tracks = tracker.update(components(mask), torch.ones(1, 16))
+        >>> [(track.id, track.seen) for track in tracks]
+        [(1, 4)]
     """
 
     def __init__(self, grid: Grid, reach: float = 2.5, patience: int = 15, likeness: float = 0.8) -> None:
@@ -199,14 +255,19 @@ class Tracker:
         """Take in the next frame.
 
         Args:
-            found: its C components.
-            embeddings: of each, [C, D].
+            found: C components of the frame.
+            embeddings: [C, D], any float dtype, one for each component.
 
         Returns:
-            the tracks that are seen in it, one for each component. Later frames change them.
+            the tracks seen in this frame, one for each component. Later calls update these objects.
 
         Raises:
             ValueError: not one embedding for each component.
+
+        Example:
+            >>> from neuroflow.objects import Tracker
+            >>> Tracker((4, 4)).update([], torch.empty(0, 8))
+            []
         """
         if embeddings.ndim != 2 or len(embeddings) != len(found):
             accepted = f"[{len(found)}, D], one for each component"
@@ -235,7 +296,7 @@ class Tracker:
         return inside and track.seen >= ESTABLISHED and track.missed <= self.patience
 
     def _within(self, found: Sequence[Component]) -> np.ndarray:
-        """Which established tracks are expected on which components' patches, bool [T, C]."""
+        """Whether each established track is expected inside each component, bool [T, C]."""
         within = np.zeros((len(self.tracks), len(found)), bool)
         for row, track in zip(within, self.tracks, strict=True):
             if track.seen >= ESTABLISHED:
@@ -244,7 +305,7 @@ class Tracker:
         return within
 
     def _assign(self, found: Sequence[Component], embeddings: torch.Tensor, within: np.ndarray) -> dict[int, int]:
-        """Number of a track -> number of its component."""
+        """Index of a track -> index of its component."""
         if not self.tracks or not found:
             return {}
         expected = np.stack([track.centroid for track in self.tracks])
@@ -261,7 +322,7 @@ class Tracker:
     def _see(self, track: Track, component: Component, embedding: torch.Tensor, merged: bool) -> None:
         if not merged:
             place = np.array(component.centroid)
-            # What it went beyond its velocity, in all the frames since it was last seen.
+            # How far it is from where its velocity put it, per frame since it was last seen.
             change = (place - track.centroid) / (track.missed + 1)
             track.velocity = track.velocity + (change if track.seen == 1 else (1 - STEADINESS) * change)
             track.centroid = place
@@ -272,14 +333,21 @@ class Tracker:
 
 
 def to_detections(tracks: Sequence[Track], patch_size: tuple[float, float]) -> Any:
-    """Tracks as `supervision.Detections`: boxes in pixels, and ids.
+    """Convert tracks to `supervision.Detections`, with boxes in pixels and track ids.
 
     Args:
-        tracks: as `Tracker.update` returns them.
-        patch_size: height and width of a patch, in pixels of the frame that the boxes are for.
+        tracks: as returned by `Tracker.update`.
+        patch_size: (height, width) of a patch, in pixels of the frame that the boxes are for.
+
+    Returns:
+        a `supervision.Detections`: xyxy float32 [n, 4], tracker_id int [n].
 
     Raises:
         ImportError: supervision is not installed.
+
+    Example:
+        >>> from neuroflow.objects import to_detections
+        >>> detections = to_detections([], (16, 16))  # doctest: +SKIP
     """
     try:
         import supervision
@@ -292,6 +360,20 @@ def to_detections(tracks: Sequence[Track], patch_size: tuple[float, float]) -> A
 
 
 def box_in_pixels(component: Component, patch_size: tuple[float, float]) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom edge of a component, patch_size: height and width of a patch in pixels."""
+    """The box of a component, in pixels.
+
+    Args:
+        component: the component.
+        patch_size: (height, width) of a patch, in pixels.
+
+    Returns:
+        (left, top, right, bottom) edges, in pixels.
+
+    Example:
+        >>> from neuroflow.objects import box_in_pixels, components
+        >>> (component,) = components(torch.eye(4, dtype=torch.bool))
+        >>> box_in_pixels(component, (16, 16))
+        (0, 0, 64, 64)
+    """
     (height, width), (left, top, right, bottom) = patch_size, component.box
     return left * width, top * height, right * width, bottom * height

@@ -1,4 +1,4 @@
-"""Patching a model in place: on the instance, never on the class, and undone without a trace."""
+"""Patch a model in place: on the instance, never on the class, and undone without a trace."""
 
 import contextlib
 import copy
@@ -51,18 +51,26 @@ if hasattr(os, "register_at_fork"):
 
 @dataclasses.dataclass(frozen=True)
 class StreamSummary:
-    """One stream since it was opened or reset.
+    """Counters of one stream, and its last frame, since it was opened or reset.
 
     Args:
-        frames, key_frames: how many, and how many of them encoded every patch because they had to.
-        skipped: share of patches that were not encoded, over all frames.
+        frames: frames encoded.
+        key_frames: frames in which every patch had to be encoded.
+        skipped: share of patches that were not encoded, over all frames, 0 to 1.
         nonfinite: frames with a NaN or Inf in a patch.
-        grid: rows and columns of patches.
-        active: bool [rows, columns], which patches the last frame encoded.
-        surprise: float32 [rows, columns], 1 - cosine of each patch of the last frame to its reference, inf at patches
-            with NaN; NaN throughout after a key frame, which starts with new references.
-        state_bytes: what the stream holds.
-        frame_id: the number of the last frame, where the caller numbers them.
+        grid: (rows, columns) of patches.
+        active: bool [rows, columns], the patches that the last frame encoded.
+        surprise: float32 [rows, columns], 1 - cosine between each patch of the last frame and its reference, 0 to 2.
+            inf where a patch holds NaN; NaN everywhere after a key frame, which has no reference to compare with.
+        state_bytes: memory that the stream's state takes.
+        frame_id: number of the last frame if the caller numbers frames, else None.
+
+    Example:
+        >>> model = neuroflow.enable_cache(model)
+        >>> output = model(pixel_values=frame)
+        >>> stream = neuroflow.summary(model).streams["default"]
+        >>> stream.frames, stream.key_frames, stream.grid
+        (1, 1, (4, 4))
     """
 
     frames: int
@@ -78,19 +86,28 @@ class StreamSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a patched model holds and has saved; `str()` gives a table.
+    """What a patched model holds in memory and has skipped so far; `str()` gives a table.
 
     Args:
-        streams: by name, the least recently used first.
-        limit_bytes: what all of them together can come to hold, by the limits of the model's `StreamCache`; None where
-            it has none.
-        crossovers: by size of pass, above which share of active patches a frame of it is encoded whole, as far as that
-            was measured; a size is (frames, (rows, columns) of the largest, dtype, device).
-        pass_patches: how many patches a pass holds at most; longer clips are encoded in several.
-        graph_bytes: what recorded CUDA graphs hold beside the streams.
-        kernels: on a CPU, the fastest way through linear layers and attention of partial frames, by case, as far as
-            that is known: "rows" (`linear_rows` and `attend_rows`), "torch", "packed" or "products".
-        packed_bytes: of weights that were packed for them, beside the model's own.
+        arch: architecture in use, such as "context".
+        streams: `StreamSummary` by stream name, least recently used first.
+        limit_bytes: upper bound on the state of all streams, from the limits of the model's `StreamCache`; None if it
+            has no limits.
+        crossovers: measured so far: share of active patches above which a pass runs dense, 0 to 1, by size of pass
+            (frames, (rows, columns) of the largest, dtype, device).
+        pass_patches: maximum number of patches in a pass; longer clips take several.
+        graph_bytes: memory of recorded CUDA graphs, on top of the streams'.
+        kernels: on a CPU, the fastest kernel measured so far for linear layers and attention of partial frames, by
+            case: "rows" (`linear_rows` and `attend_rows`), "torch", "packed" or "products".
+        packed_bytes: memory of the weights packed for these kernels, on top of the model's.
+
+    Example:
+        >>> model = neuroflow.enable_cache(model)
+        >>> output = model(pixel_values=frame)
+        >>> summary = neuroflow.summary(model)
+        >>> summary.arch, list(summary.streams)
+        ('context', ['default'])
+        >>> table = str(summary)
     """
 
     arch: str
@@ -104,6 +121,7 @@ class Summary:
 
     @property
     def state_bytes(self) -> int:
+        """Memory of the state of all streams, in bytes."""
         return sum(stream.state_bytes for stream in self.streams.values())
 
     def __str__(self) -> str:
@@ -130,10 +148,10 @@ class Summary:
 
 
 def _engines(model: nn.Module) -> list[Engine]:
-    """The engines behind the patched towers of a model, if there are any.
+    """The engines of a model's patched towers; empty if none is patched.
 
     Raises:
-        TypeError: a model that no adapter knows.
+        TypeError: no adapter knows the model.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     engines = [engine for module in modules if (engine := vars(module).get(ENGINE)) is not None]
@@ -143,11 +161,11 @@ def _engines(model: nn.Module) -> list[Engine]:
 
 
 def engines_of(model: nn.Module) -> list[Engine]:
-    """The engines behind a patched model, one for each patched tower.
+    """The engines of a patched model, one for each patched tower.
 
     Raises:
         RuntimeError: the model is not patched.
-        TypeError: a model that no adapter knows.
+        TypeError: no adapter knows the model.
     """
     engines = _engines(model)
     if not engines:
@@ -156,41 +174,54 @@ def engines_of(model: nn.Module) -> list[Engine]:
 
 
 def engine_of(model: nn.Module) -> Engine:
-    """The engine behind a model of which one tower is patched.
+    """The engine of a model with one patched tower.
 
     Raises:
         RuntimeError: the model is not patched.
-        TypeError: a model that no adapter knows.
+        TypeError: no adapter knows the model.
         ValueError: several of its towers are patched.
     """
     engines = engines_of(model)
     if len(engines) > 1:
         names = ", ".join(repr(name) for name, (tower, _) in towers(model).items() if ENGINE in vars(tower))
         raise ValueError(
-            f"model is a {type(model).__name__} of which {len(engines)} towers are patched; accepted is one of them: "
+            f"model is a {type(model).__name__} with {len(engines)} patched towers; accepted is one of them: "
             f"model.get_submodule(...) with {names}"
         )
     return engines[0]
 
 
 def refuse_within_pass(engines: list[Engine], call: str) -> None:
-    """Raise where a hook is at work: its own pass would wait for what `call` waits for.
+    """Raise if called from inside a pass, as from a hook, where `call` would wait for that pass forever.
 
     Raises:
-        RuntimeError: this is part of a pass through one of the engines.
+        RuntimeError: a pass through one of the engines is running in this context.
     """
     current = current_pass.get()
     if current is not None and any(current.plan is engine.plan for engine in engines):
         raise RuntimeError(
-            f"{call} was called within a pass through the model, as by a hook; accepted is between passes"
+            f"{call} was called inside a pass through the model, as from a hook; accepted is between passes"
         )
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `enable_cache` is in force, for one of the model's towers at least.
+    """Whether at least one of the model's vision towers is patched.
+
+    Args:
+        model: any model with a vision tower that NeuroFlow knows.
+
+    Returns:
+        True between `enable_cache` and `disable_cache`.
 
     Raises:
-        TypeError: a model that no adapter knows.
+        TypeError: no adapter knows the model.
+
+    Example:
+        >>> neuroflow.is_patched(model)
+        False
+        >>> model = neuroflow.enable_cache(model)
+        >>> neuroflow.is_patched(model)
+        True
     """
     return bool(_engines(model))
 
@@ -213,35 +244,50 @@ def enable_cache(
     tower: str | None = None,
     verify: bool = True,
 ) -> Model:
-    """Patch `model`'s vision tower in place, so that only surprising patches are encoded.
+    """Patch `model`'s vision tower in place, so that it encodes only the patches that changed.
 
-    The model is called as before and returns its own output class. It runs without gradients, and attention weights are
-    not returned for partial frames (an "eager" attention implementation becomes "sdpa"). Hidden states and feature maps
-    are of all patches: those that a frame does not encode keep what their last encoding gave there. Each block that is
-    asked for is a cache more, and a stream that is asked for others than in its last frame begins anew with a key
-    frame. So does every stream when weights change; `reset_cache` says which changes go unnoticed. Under "active" (B)
-    hidden states are of the active tokens alone, as the output is: [S, most active, D], padded with zeros, which what
-    averages them outside of the tower has to leave out.
+    The model is called as before and returns its own output class. It runs without gradients, and partial frames return
+    no attention weights ("eager" attention becomes "sdpa").
+
+    Hidden states and feature maps cover all patches: a patch that was not encoded keeps its last value there. This
+    takes one more cache for each block that is asked for, and a stream starts over with a key frame when the set of
+    blocks changes. It also starts over when weights change; `reset_cache` lists the changes that go unnoticed. Under
+    "active" (B) hidden states, like the output, hold the active tokens only: [S, most active, D], padded with zeros,
+    which must be left out of averages taken outside the tower.
 
     Args:
-        model: a model with a vision tower of one of `supported_models()`, in evaluation mode.
-        config: a configuration or the path of a saved one; by default that of `weights`, or `NeuroFlowConfig()`.
-            Calling again with an equal one does nothing.
-        streams: keeps the streams within its limits; by default there are none.
-        weights: a file that `neuroflow distill` wrote for this model. Partial frames are encoded with these, on the
-            device and of the dtype that the model now has; whole frames with the model's own, which stay as they are.
-        tower: the name of the tower in the model, where it has several; each is patched by a call of its own, and one
-            that is not runs as before. `summary`, `save_state` and `load_state` take one tower then, not the model.
-        verify: compare a tower that was found by its structure with the unpatched one first, on a made frame and one
-            in which some patches differ, by architecture E; it takes some three passes. Families known by name are not.
+        model: a model in evaluation mode, with a vision tower of one of `supported_models()`.
+        config: a configuration, or the path of a saved one. Defaults to the one stored in `weights`, or
+            `NeuroFlowConfig()`. A second call with an equal configuration does nothing.
+        streams: holds the streams, within its limits. The default has no limits.
+        weights: path of a file that `neuroflow distill` wrote for this model. Partial frames are encoded with these
+            weights, on the model's current device and in its dtype; key frames with the model's own, which do not
+            change.
+        tower: name of the tower in the model, required if it has several. Each tower is patched by its own call; the
+            others run unpatched. `summary`, `save_state` and `load_state` then take the tower, not the model.
+        verify: check a tower that was found by its structure against the unpatched one, on a synthetic frame and on one
+            that differs in some patches, under architecture E, in about three passes. Families known by name are not
+            checked.
+
+    Returns:
+        `model` itself, patched.
 
     Raises:
-        TypeError: a model that no adapter knows; a tower found by its structure that does not do what the unpatched one
-            does; or an attention with a `forward` of its own that would not be called.
-        AttributeError: its adapter names a method that is not there.
-        RuntimeError: the model is patched with another configuration, other limits or other weights.
-        ValueError: an architecture or a `mid_layer` that the model cannot have, a file that holds no configuration,
-            weights that are not this model's, several towers and no name, or the name of none.
+        TypeError: no adapter knows the model; a tower found by its structure would not compute the same when patched;
+            or an attention module has its own `forward`, which would not be called.
+        AttributeError: the adapter names a method that does not exist.
+        RuntimeError: the model is already patched with another configuration, other limits or other weights.
+        ValueError: an architecture or `mid_layer` that the model does not support, a file without a valid
+            configuration, weights of another model, several towers and no name, or an unknown name.
+
+    Example:
+        >>> model = neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(threshold=0.1))
+        >>> for frame in frames.split(1):  # [1, 3, H, W] each
+        ...     embedding = model(pixel_values=frame).pooler_output  # [1, D]
+        >>> neuroflow.summary(model).streams["default"].frames
+        8
+
+    Source: Schmitt 2026 for architectures A to D; E is ours.
     """
     weights = None if weights is None else Path(weights)
     if config is None:
@@ -271,7 +317,11 @@ def enable_cache(
 
 
 def _verify(anatomy: Anatomy) -> None:
-    """Refuse a tower that, patched by this anatomy, would not do what it should."""
+    """Refuse a tower that would not compute the same once patched with this anatomy.
+
+    Raises:
+        TypeError: it would not; the message says why.
+    """
     config = NeuroFlowConfig(
         arch="context",
         threshold=1e-4,
@@ -299,26 +349,26 @@ def _verify(anatomy: Anatomy) -> None:
         tower = type(anatomy.tower).__name__
         raise TypeError(
             f"{tower} was found by its structure, and is not patched, as it would not compute the same: {reason}. "
-            "neuroflow.explain(model) tells what was found, neuroflow.register_adapter takes a corrected anatomy, and "
+            "neuroflow.explain(model) shows what was found, neuroflow.register_adapter takes a corrected anatomy, and "
             "verify=False skips this"
         ) from reason
 
 
 def install(engine: Engine) -> None:
-    """Put an engine in front of the methods that it stands at; `disable_cache` takes it out."""
+    """Put an engine in front of the methods it replaces; `disable_cache` takes it out again."""
     anatomy, replaced = engine.anatomy, Replaced()
     points = engine.points()
     for module, method, _ in points:
-        getattr(module, method)  # all are there before any is replaced
+        getattr(module, method)  # all must exist before any is replaced
     setattr(anatomy.tower, _REPLACED, replaced)
     setattr(anatomy.tower, ENGINE, engine)
     try:
-        for module, config in engine.plan.configs.items():  # each its own, as towers may share one
+        for module, config in engine.plan.configs.items():  # one each, since towers may share a configuration
             own = copy.copy(config)
             own._attn_implementation = ATTENTION
             replaced.set(module, "config", own)
         entries = {(anatomy.tower, entry) for entry in anatomy.entries}
-        # The tower's entries come last: until then, frames of other threads run as they did.
+        # The tower's entries come last: until then, frames in other threads run unpatched.
         for module, method, function in sorted(points, key=lambda point: point[:2] in entries):
             replaced.put_in_front(module, method, function)
         replaced.set(anatomy.tower, "__deepcopy__", functools.partial(_copied, anatomy.tower))
@@ -328,7 +378,11 @@ def install(engine: Engine) -> None:
 
 
 def _take_out(engine: Engine) -> list[tuple[nn.Module, str]]:
-    """Undo `install`; the modules and names of what is no longer as that set it."""
+    """Undo `install`.
+
+    Returns:
+        the modules and method names that something else has replaced since.
+    """
     tower = engine.anatomy.tower
     replaced: Replaced = vars(tower)[_REPLACED]
     others = replaced.undo()
@@ -338,7 +392,7 @@ def _take_out(engine: Engine) -> list[tuple[nn.Module, str]]:
 
 
 def _copied(tower: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """What `copy.deepcopy` makes of a patched tower: one that is patched likewise, with streams of its own."""
+    """`copy.deepcopy` of a patched tower: a tower patched the same way, with streams of its own."""
     engine, replaced = vars(tower)[ENGINE], vars(tower)[_REPLACED]
     copied = memo[id(tower)] = type(tower).__new__(type(tower))
     attributes = {name: value for name, value in vars(tower).items() if name not in (ENGINE, _REPLACED)}
@@ -355,20 +409,29 @@ def _copied(tower: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def disable_cache(model: nn.Module) -> None:
-    """Undo `enable_cache`, for every tower of the model, and drop every stream.
+    """Undo `enable_cache` for every tower of the model, and drop all streams.
 
-    Does nothing to a model that is not patched. A method that something else has wrapped since stays wrapped, which a
-    warning names, and the engine inside is gone.
+    Does nothing to a model that is not patched. If something else has wrapped a method since, that wrapper stays and a
+    warning names it; the engine inside is removed. Waits for passes that run in other threads.
+
+    Args:
+        model: a patched or unpatched model.
 
     Raises:
-        TypeError: a model that no adapter knows.
-        RuntimeError: it is called within a pass, as by a hook. Passes of other threads are waited for.
+        TypeError: no adapter knows the model.
+        RuntimeError: called from inside a pass, as from a hook.
+
+    Example:
+        >>> model = neuroflow.enable_cache(model)
+        >>> neuroflow.disable_cache(model)
+        >>> neuroflow.is_patched(model)
+        False
     """
     engines = _engines(model)
     refuse_within_pass(engines, "disable_cache")
     for engine in engines:
         with engine.streams.held(None), _patching:
-            if vars(engine.anatomy.tower).get(ENGINE) is engine:  # no other thread was faster
+            if vars(engine.anatomy.tower).get(ENGINE) is engine:  # unless another thread has removed it
                 engine.removed = True
                 _warn_of_wrapped(model, _take_out(engine))
                 engine.streams.clear()
@@ -390,40 +453,49 @@ def _warn_of_wrapped(model: nn.Module, others: list[tuple[nn.Module, str]]) -> N
 
 
 def _is_other(module: nn.Module, name: str) -> bool:
-    """Whether a module has something else than its class's under a name."""
+    """Whether a module's attribute of that name is something other than its class's method."""
     value = vars(module).get(name)
     return value is not None and getattr(value, "__func__", value) is not getattr(type(module), name, None)
 
 
 def _description(value: Any) -> str:
-    """Where a function was written, or the class of anything else."""
+    """Where a function was defined, or the class of anything that is not a function."""
     function = value.func if isinstance(value, functools.partial) else value
     if not hasattr(function, "__code__"):
         return f"a {type(value).__name__}"
-    return f"{function.__globals__['__name__']}.{function.__code__.co_qualname}"  # its own name may be a copy
+    return f"{function.__globals__['__name__']}.{function.__code__.co_qualname}"  # functools.wraps copies __qualname__
 
 
 @contextlib.contextmanager
 def cache_context(model: nn.Module, *streams: Hashable) -> Iterator[None]:
-    """Name the streams that the frames inside the block belong to.
+    """Name the streams that the frames inside a `with` block belong to.
 
-    The names are dealt to the frames in order, from the first again behind the last, across the calls of a tower: with
-    one name they are frames of one stream, in one call or in many; with three, those of three cameras, in one batch or
-    in three calls. A name that comes again stands for the stream's next frame. Each patched tower of the model has
-    streams of its own, and is dealt the names by itself.
+    Names are dealt to frames in order, across calls, and start again after the last. With one name all frames belong to
+    one stream, in one call or in many. With three names they are the frames of three cameras, in one batch or in three
+    calls. A repeated name stands for that stream's next frame. Every patched tower has its own streams and deals the
+    names by itself.
 
-    Without a context one frame belongs to the stream "default"; `NeuroFlowConfig.batch` says what several are. Contexts
-    are local to a thread or task. A generator is not: while it waits at a `yield` in such a block, the names are in
-    force for whoever called it. `stream` is for use there.
+    Without a context, a single frame belongs to the stream "default"; `NeuroFlowConfig.batch` says how several frames
+    are read. Contexts are local to a thread or an asyncio task, but not to a generator: while a generator is suspended
+    at a `yield` inside the block, the names stay in force for its caller. Use `stream` there.
+
+    Args:
+        model: a patched model.
+        streams: one or more names: strings, integers or other hashable values.
 
     Raises:
-        RuntimeError: the model is not patched; or the block was held over a `yield`, and other frames came in between.
-        TypeError: a name that is a tensor, or that cannot be a key of a dict.
-        ValueError: no name; or the block ends in the middle of its names.
+        RuntimeError: the model is not patched; or the block was held over a `yield` while other frames came in.
+        TypeError: a name is a tensor or not hashable.
+        ValueError: no names were given; or the block ends part-way through its names.
 
     Example:
-        with neuroflow.cache_context(model, "cam-7"):
-            model(pixel_values=clip)  # [T, 3, H, W], the stream's next T frames
+        >>> model = neuroflow.enable_cache(model)
+        >>> with neuroflow.cache_context(model, "cam-7"):
+        ...     output = model(pixel_values=frames)  # [T, 3, H, W], the stream's next T frames
+        >>> with neuroflow.cache_context(model, "left", "right"):
+        ...     output = model(pixel_values=frames[:2])  # one frame of each camera
+        >>> list(neuroflow.summary(model).streams)
+        ['cam-7', 'left', 'right']
     """
     engines = engines_of(model)
     if not streams:
@@ -460,7 +532,7 @@ def _check_name(stream: Hashable) -> None:
 
 
 def _generator(frame: FrameType | None) -> FrameType | None:
-    """The generator that a block stands in which `frame` opens, unless it makes a context manager of its own."""
+    """The generator whose body opens the block, unless it is one that `contextlib` turns into a context manager."""
     while frame is not None and frame.f_globals.get("__name__") == "contextlib":
         frame = frame.f_back
     if frame is None or not frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
@@ -470,18 +542,25 @@ def _generator(frame: FrameType | None) -> FrameType | None:
 
 
 def stream(model: nn.Module, name: Hashable) -> Callable[..., Any]:
-    """The model as one stream calls it: each call is a `cache_context` of its own.
+    """Bind a model to one stream: each call of the result is a `cache_context` of its own.
 
-    It can be handed to what knows nothing of streams, and called anywhere: in generators, and in threads and tasks that
-    do not inherit contexts.
+    The result can be passed to code that knows nothing about streams, and called anywhere, including from generators
+    and from threads and tasks that do not inherit contexts.
+
+    Args:
+        model: a patched model.
+        name: the stream's name: a string, an integer or another hashable value.
+
+    Returns:
+        a function that takes the model's arguments and returns its output.
 
     Raises:
-        RuntimeError: the model is not patched, now or when it is called.
-        TypeError: a name that is a tensor, or that cannot be a key of a dict.
+        RuntimeError: the model is not patched, now or at the time of a call.
+        TypeError: the name is a tensor or not hashable.
 
     Example:
-        camera = neuroflow.stream(model, "cam-7")
-        embeddings = (camera(pixel_values=frame).pooler_output for frame in frames)
+        >>> camera = neuroflow.stream(neuroflow.enable_cache(model), "cam-7")
+        >>> embeddings = [camera(pixel_values=frame).pooler_output for frame in frames.split(1)]
     """
     engines_of(model)
     _check_name(name)
@@ -494,7 +573,14 @@ def stream(model: nn.Module, name: Hashable) -> Callable[..., Any]:
 
 
 def run_unpatched(model: nn.Module, call: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
-    """What `call` returns where the patched towers of `model` run as before they were patched.
+    """Call a function while the patched towers of `model` run unpatched.
+
+    Args:
+        model: a patched model.
+        call: called with the remaining arguments.
+
+    Returns:
+        what `call` returns.
 
     Raises:
         RuntimeError: the model is not patched.
@@ -511,28 +597,35 @@ def encode(
     frame_ids: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Encode frames of one or several streams in one packed pass.
+    """Encode frames of one or more streams in one packed pass.
 
     Args:
-        model: a patched model.
-        pixels: [S, 3, H, W], as the model takes `pixel_values`, or a tower its first argument.
-        stream_ids: S names; one that comes again is that stream's next frame.
-        frame_ids: S numbers, where the frames of each stream are counted. One that does not follow the last is a key
-            frame, as frames were lost, or come out of order.
-        kwargs: handed to the model.
+        model: a patched model, or a patched tower.
+        pixels: [S, 3, H, W], passed as `pixel_values`, or to a tower as its first argument.
+        stream_ids: S names. A repeated name stands for that stream's next frame.
+        frame_ids: S integers, counted within each stream. A number that does not follow the stream's last one makes
+            that frame a key frame, since frames are missing or out of order.
+        kwargs: passed to the model.
 
     Returns:
         the model's own output class, for a batch of S.
 
     Raises:
         RuntimeError: the model is not patched.
-        ValueError: S differs from the number of names or of frame_ids.
+        TypeError: a name is a tensor or not hashable.
+        ValueError: S differs from the number of stream_ids or frame_ids.
+
+    Example:
+        >>> model = neuroflow.enable_cache(model)
+        >>> output = neuroflow.encode(model, frames[:2], ["cam-1", "cam-2"], frame_ids=[0, 0])
+        >>> output.pooler_output.shape
+        torch.Size([2, 32])
     """
     if frame_ids is not None and len(frame_ids) != len(stream_ids):
         raise ValueError(
             f"frame_ids holds {len(frame_ids)} numbers for {len(stream_ids)} streams; accepted is one each"
         )
-    engines, context = engines_of(model), copy_context()  # in which nothing has to be put back, whatever interrupts
+    engines, context = engines_of(model), copy_context()  # an interrupt leaves nothing to restore in it
 
     def run() -> Any:
         for engine in engines:
@@ -549,15 +642,27 @@ def encode(
 
 
 def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
-    """Forget one stream, or all of them, and give back their memory: the next frame is a key frame.
+    """Forget one stream, or all of them, and free their memory; the next frame is a key frame.
 
-    Without `stream`, what was derived from the weights is forgotten too. Both happen by themselves when weights change,
-    but not when they are written through `.data`, nor in place where they were made in inference mode: torch does not
-    count such changes. Nor can a scale be seen that an adapter keeps outside of the model.
+    Without `stream`, everything derived from the weights is dropped too. Both happen on their own when weights change,
+    but torch does not report every change: not writes through `.data`, nor in-place writes to weights created in
+    inference mode. A scale that a weight adapter keeps outside the model cannot be seen either. Call this after such a
+    change.
+
+    Args:
+        model: a patched model.
+        stream: name of the stream; None for all.
 
     Raises:
-        RuntimeError: the model is not patched, or this is called within a pass, as by a hook.
-        KeyError: a stream that was never seen.
+        RuntimeError: the model is not patched, or this is called from inside a pass, as from a hook.
+        KeyError: an unknown stream.
+
+    Example:
+        >>> model = neuroflow.enable_cache(model)
+        >>> output = model(pixel_values=frame)
+        >>> neuroflow.reset_cache(model, "default")
+        >>> neuroflow.summary(model).streams
+        {}
     """
     engines = engines_of(model)
     refuse_within_pass(engines, "reset_cache")
@@ -574,28 +679,46 @@ def reset_cache(model: nn.Module, stream: Hashable | None = None) -> None:
 
 
 def last_pass(model: nn.Module) -> tuple[FrameReport, ...]:
-    """What the last pass through a patched tower, in this thread or task, did with each of its frames, in their order.
+    """Report what the last pass in this thread or task did with each of its frames.
 
-    Empty where there was none, it raised an error, or it ran unpatched.
+    Args:
+        model: a model with one patched tower.
+
+    Returns:
+        a `FrameReport` for each frame, in order. Empty if there was no pass, if it raised, or if it ran unpatched.
 
     Raises:
         RuntimeError: the model is not patched.
-        ValueError: several of its towers are.
+        ValueError: several of its towers are patched.
 
     Example:
-        model(pixel_values=frame)
-        (report,) = neuroflow.last_pass(model)
-        print(report.key_frame, f"{report.skipped:.1%} skipped")
+        >>> model = neuroflow.enable_cache(model)
+        >>> output = model(pixel_values=frame)
+        >>> (report,) = neuroflow.last_pass(model)
+        >>> print(report.key_frame, f"{report.skipped:.0%} skipped")
+        first 0% skipped
     """
     return engine_of(model).reported.get()
 
 
 def summary(model: nn.Module) -> Summary:
-    """What every stream has skipped so far and holds, and from which share on passes run dense.
+    """Summarise every stream's skip rate and memory, and what was measured on this machine.
+
+    Args:
+        model: a model with one patched tower.
+
+    Returns:
+        a `Summary`; print it for a table.
 
     Raises:
         RuntimeError: the model is not patched.
-        ValueError: several of its towers are.
+        ValueError: several of its towers are patched.
+
+    Example:
+        >>> model = neuroflow.enable_cache(model)
+        >>> output = model(pixel_values=frames)  # a clip without a name leaves no stream behind
+        >>> neuroflow.summary(model).streams
+        {}
     """
     engine = engine_of(model)
     return Summary(

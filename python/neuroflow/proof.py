@@ -1,7 +1,7 @@
-"""That a tower found by structure, once patched, does what the definition of architecture E says.
+"""Check that a tower found by structure, once patched, computes what architecture E defines.
 
-Nothing of it is taken on trust: a made frame, and one in which some patches differ, go through the patched tower, and
-through the unpatched one whose blocks are handed, and give, their old tokens where a patch is inactive.
+Nothing is taken on trust. A synthetic frame, and one in which some patches differ, run through the patched tower and
+through the unpatched one, whose blocks read and return their old tokens wherever a patch is inactive.
 """
 
 import functools
@@ -17,25 +17,25 @@ from torch import nn
 from .adapters import Anatomy, in_evaluation
 from .attributes import Replaced
 
-CHANGED = 8  # one patch of so many differs
-# Of the largest value of an output, what rounding may make of it in another order of the same sums. Of a tower in
-# float64 some parts may be in float32, as softmax and rotary positions.
+CHANGED = 8  # one in this many patches differs
+# Relative to the largest value of an output: the rounding error from summing in another order. A float64 tower may
+# have float32 parts, such as softmax and rotary positions.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
 class Disproven(Exception):
-    """What a patched tower does otherwise than the unpatched one."""
+    """How a patched tower differs from the definition."""
 
 
 def prove(anatomy: Anatomy, patched: Callable[[], AbstractContextManager[Callable[[], torch.Tensor]]]) -> None:
-    """Compare a tower patched for architecture E with what defines it.
+    """Compare a tower patched for architecture E with its definition.
 
-    It takes some three passes of a frame of `Anatomy.example`; torch's random numbers are untouched.
+    Takes about three passes of a frame of `Anatomy.example`; torch's random state is untouched.
 
     Args:
         anatomy: of an unpatched tower, with an example.
-        patched: a block in which the tower is patched so that what changed is encoded, and no more; it gives a function
-            that tells which patches the last frame encoded, bool [rows, columns].
+        patched: a context manager that patches the tower so that exactly the changed patches are encoded; it yields a
+            function that returns the patches that the last frame encoded, bool [rows, columns].
 
     Raises:
         Disproven: what differs, and by how much.
@@ -52,15 +52,15 @@ def prove(anatomy: Anatomy, patched: Callable[[], AbstractContextManager[Callabl
             for frame, kind in zip(frames, ("a whole frame", "a partial frame"), strict=True):
                 try:
                     ours.append(anatomy.tower(**frame))
-                except Exception as error:  # whatever the tower's own code raises for fewer tokens
+                except Exception as error:  # the tower's own code may raise anything for fewer tokens
                     raise Disproven(f"{kind} fails: {type(error).__name__}: {error!s:.300}") from error
             active = last_active().flatten()
         if _attributes(anatomy.tower) != before:
-            raise Disproven("disable_cache does not leave the tower as it was")
+            raise Disproven("disable_cache does not restore the tower")
         if active[changed].sum() < max(active.sum() / 2, 1):
             raise Disproven(
                 f"patches {changed[:4]} ... of {patches} changed, and {active.nonzero()[:4, 0].tolist()} ... were "
-                "encoded; its tokens lie in another order"
+                "encoded; its tokens are in another order"
             )
         with _OldTokens(anatomy) as old:
             for kind, frame, output in zip(("a whole frame", "a partial frame"), frames, ours, strict=True):
@@ -76,9 +76,9 @@ def _in_order(anatomy: Anatomy, frame: dict[str, Any], active: torch.Tensor) -> 
 
 
 def _attributes(tower: nn.Module) -> list[Any]:
-    """What a tower's modules hold, by identity, apart from what was learned of their own methods.
+    """What a tower's modules hold, by identity.
 
-    Tensors are left out, as a normed weight is made anew in each pass.
+    Tensors are left out, since a normalised weight is computed anew in each pass.
     """
     return [
         {
@@ -96,7 +96,7 @@ def _compare(kind: str, ours: Any, expected: Any) -> None:
         if value.shape != other.shape:
             raise Disproven(f"{kind} differs: {name} is {list(value.shape)}, unpatched {list(other.shape)}")
         if not other.isfinite().all():
-            raise Disproven(f"{name} of a made frame holds NaN or Inf, so that nothing can be compared")
+            raise Disproven(f"{name} of a synthetic frame holds NaN or Inf, so nothing can be compared")
         largest = other.abs().max().double().item() if other.numel() else 0.0
         off = (value.double() - other.double()).abs().max().item() if other.numel() else 0.0
         if not off <= TOLERANCES.get(other.dtype, 0.0) * largest:
@@ -104,7 +104,7 @@ def _compare(kind: str, ours: Any, expected: Any) -> None:
 
 
 def _tensors(output: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of floats in what a tower returns, and where they are in it."""
+    """The floating-point tensors in what a tower returns, with their paths."""
     if isinstance(output, torch.Tensor):
         if output.is_floating_point():
             yield path, output
@@ -114,12 +114,12 @@ def _tensors(output: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class _OldTokens:
-    """A block in which each block of an unpatched tower is handed, and gives, its old tokens where `active` is False.
+    """Makes each block of an unpatched tower read and return its old tokens where `active` is False.
 
-    Only for passes of whoever opened it.
+    Applies only to passes in the context that opened it.
 
     Attributes:
-        active: bool [T]; None for a frame of which all are.
+        active: bool [T]; None for a frame in which all are active.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:
@@ -130,7 +130,7 @@ class _OldTokens:
         self._here: ContextVar[bool] = ContextVar("neuroflow_proof", default=False)
 
     def __enter__(self) -> "_OldTokens":
-        for layer in self.anatomy.layers:  # inside of whatever captures hidden states
+        for layer in self.anatomy.layers:  # inside whatever captures hidden states
             self._replaced.put_in_front(layer, "forward", functools.partial(self._run, layer))
         self._here.set(True)
         return self

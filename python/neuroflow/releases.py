@@ -1,17 +1,17 @@
-"""The releases that NeuroFlow is tested with, for whoever has newer ones."""
+"""The releases that NeuroFlow is tested with, to warn users of newer ones."""
 
 import functools
 import importlib.metadata
 import re
 import warnings
 
-# The newest of each, as `make lock` wrote them.
+# The newest of each; `make lock` writes them.
 TESTED = {"torch": "2.13.0", "transformers": "5.24.0", "timm": "1.0.31"}
 
 
 @functools.cache
 def warn_of_newer(library: str) -> None:
-    """Say once that `library` is newer than the newest release of it that was tested."""
+    """Warn once if the installed `library` is newer than the newest tested release."""
     if library not in TESTED:
         return
     installed = importlib.metadata.version(library)

@@ -1,4 +1,4 @@
-"""Streams to a file and back, so that a restart costs no key frames."""
+"""Save and load streams, so that a restart costs no key frames."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ from .weights import write
 
 COUNTERS = ("frames", "key_frames", "since_key_frame", "nonfinite")
 DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-# Of what is kept of each patch, and of all frames.
+# dtypes of the values kept for each patch, and of the total over all frames.
 KINDS = dict(
     zip((*PATCHES, "skipped"), (torch.int32, torch.bool, torch.float32, torch.float32, torch.float64), strict=True)
 )
@@ -26,17 +26,26 @@ KINDS = dict(
 
 @torch.no_grad()
 def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] | None = None) -> None:
-    """Write streams of a patched model to a safetensors file; what was at `path` is replaced at once, or not at all.
+    """Write streams of a patched model to a safetensors file, replacing an existing file atomically.
 
     Args:
-        streams: their names, strings or integers; None means all.
+        model: a model with one patched tower.
+        path: the file.
+        streams: names of the streams, strings or integers; None for all.
 
     Raises:
-        RuntimeError: the model is not patched, its weights are offloaded, or this is called within a pass, as by a
-            hook.
+        RuntimeError: the model is not patched, its weights are offloaded, or this is called from inside a pass, as from
+            a hook.
         KeyError: a stream that is not open.
         ValueError: a name that is neither a string nor an integer.
         OSError: the file cannot be written.
+
+    Example:
+        >>> model = neuroflow.enable_cache(model)
+        >>> output = neuroflow.stream(model, "cam-7")(pixel_values=frame)
+        >>> neuroflow.save_state(model, "streams.safetensors")
+        >>> neuroflow.load_state(model, "streams.safetensors")
+        ['cam-7']
     """
     engine = engine_of(model)
     refuse_within_pass([engine], "save_state")
@@ -50,7 +59,7 @@ def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] |
     tensors, described = {}, []
     for name in names:
         with engine.streams.held([name]):
-            if name not in engine.streams:  # it was closed while this waited
+            if name not in engine.streams:  # closed while this waited
                 continue
             state, number = engine.streams[name], len(described)
             valid = state.key_frame_due is None
@@ -69,31 +78,44 @@ def save_state(model: nn.Module, path: str | Path, streams: Sequence[Hashable] |
 
 @torch.no_grad()
 def load_state(model: nn.Module, path: str | Path) -> list[Hashable]:
-    """Open the streams that `save_state` wrote, in place of those of the same names; the others stay as they are.
+    """Open the streams in a file that `save_state` wrote, replacing those of the same name; others stay open.
+
+    Args:
+        model: a model with one patched tower, with the weights and configuration that the file was written with.
+        path: the file.
 
     Returns:
-        their names.
+        names of the streams in the file.
 
     Raises:
-        RuntimeError: the model is not patched, its weights are offloaded, or this is called within a pass, as by a
-            hook.
-        ValueError: the file cannot be read, is damaged, was written for other weights or another configuration or by a
-            release before checksums, or its streams are beyond the limits. No stream is replaced.
+        RuntimeError: the model is not patched, its weights are offloaded, or this is called from inside a pass, as from
+            a hook.
+        ValueError: the file cannot be read, is damaged, was written for other weights, another configuration or by a
+            release before checksums, or its streams exceed the limits. No stream is replaced.
+
+    Example:
+        >>> model = neuroflow.enable_cache(model)
+        >>> output = neuroflow.stream(model, "cam-7")(pixel_values=frame)
+        >>> neuroflow.save_state(model, "streams.safetensors", ["cam-7"])
+        >>> neuroflow.reset_cache(model)
+        >>> names = neuroflow.load_state(model, "streams.safetensors")
+        >>> neuroflow.summary(model).streams["cam-7"].frames
+        1
     """
     engine = engine_of(model)
     refuse_within_pass([engine], "load_state")
     device = next(engine.anatomy.tower.parameters()).device
     accepted = "accepted is a file that save_state wrote"
     try:
-        # Frames in inference mode or not go on to update what is loaded; what happens to the file is none of theirs.
+        # Later frames update these tensors, in inference mode or not, and must not depend on the mapped file.
         with torch.inference_mode(False), safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         checksum = metadata.pop("checksum", None)
         if checksum is None:
-            raise ValueError("it has no checksum, as files of earlier releases")
+            raise ValueError("it has no checksum, like files of earlier releases")
         if checksum != _checksum(tensors, metadata):
-            raise ValueError("it is damaged, as its checksum says")
+            raise ValueError("it is damaged: its checksum does not match")
         described = json.loads(metadata["streams"])
         configuration = _described(NeuroFlowConfig.from_fields(json.loads(metadata["configuration"])))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -113,11 +135,11 @@ def load_state(model: nn.Module, path: str | Path) -> list[Hashable]:
         with torch.inference_mode(False):
             states = [_state(engine, about, parts.pop(str(number)), device) for number, about in enumerate(described)]
         if parts:
-            raise ValueError(f"there are tensors of {len(parts)} more")
+            raise ValueError(f"it has tensors of {len(parts)} streams that it does not list")
         if len({state.name for state in states}) < len(states):
-            raise ValueError("two streams have one name")
+            raise ValueError("two streams have the same name")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"state {path}: its streams are none of this model's ({error!s:.500}); {accepted}") from None
+        raise ValueError(f"state {path}: its streams do not fit this model ({error!s:.500}); {accepted}") from None
     engine.streams.put(states)
     return [state.name for state in states]
 
@@ -131,13 +153,13 @@ def _state(engine: Engine, about: dict, tensors: dict[str, torch.Tensor], device
     name, grid, dim, dtype = about["name"], tuple(about["grid"]), about["dim"], DTYPES[about["dtype"]]
     frames, key_frames, since_key_frame, nonfinite = counts = [about[counter] for counter in COUNTERS]
     if not isinstance(name, str | int) or not isinstance(about["frame_id"], int | None):
-        raise ValueError("its name or number is none")
+        raise ValueError("a name or frame number has the wrong type")
     if not all(type(count) is int for count in (*counts, *grid, dim)) or not isinstance(about["valid"], bool):
-        raise ValueError("what counts is no integer")
+        raise ValueError("a counter is not an integer")
     if len(grid) != 2 or min(*grid, dim) < 1:
-        raise ValueError("its grid is none")
+        raise ValueError("the grid is invalid")
     if not (0 < key_frames <= frames < 2**63 and 0 <= since_key_frame < frames and 0 <= nonfinite <= frames):
-        raise ValueError("its frames do not add up")
+        raise ValueError("the frame counts are inconsistent")
     state = StreamState(name)
     state.signature, state.grid, state.frame_id = (grid, dim, dtype, device), grid, about["frame_id"]
     vars(state).update(zip(COUNTERS, counts, strict=True))
@@ -159,7 +181,7 @@ def _state(engine: Engine, about: dict, tensors: dict[str, torch.Tensor], device
     if about["valid"]:
         _check_caches(engine, state, caches)
     elif caches:
-        raise ValueError("it holds caches that do not count")
+        raise ValueError("it holds caches that are marked invalid")
     finite = all(bool(tensor.isfinite().all()) for tensor in caches.values())
     state.conditions = engine.conditions(device.type)
     state.key_frame_due = None if about["valid"] and finite else "failed"
@@ -178,7 +200,7 @@ def _checked(name: Hashable, tensor: torch.Tensor | None, shape: list[int], dtyp
 
 
 def _check_caches(engine: Engine, state: StreamState, caches: dict[Hashable, torch.Tensor]) -> None:
-    """That these are what the configuration keeps, all of the frame's size, alike where they are of one kind."""
+    """Check that the caches are those the configuration keeps, of the frame's size, and alike within each kind."""
     config, depth = engine.config, len(engine.anatomy.layers)
     _, dim, dtype, _ = state.signature
     expected: set[Hashable] = {"reference"} | ({"fast"} if config.reference == "dual" else set())
@@ -214,7 +236,7 @@ def _check_caches(engine: Engine, state: StreamState, caches: dict[Hashable, tor
 
 
 def _conditions(engine: Engine) -> dict[str, str]:
-    """What must be the same where a state is loaded."""
+    """What must match where a state is loaded."""
     tower = engine.anatomy.tower
     return {
         "weights": engine.derived(tower, "fingerprint", lambda: _fingerprint(tower, *engine.distilled.values())),
@@ -231,8 +253,8 @@ def _fingerprint(*modules: nn.Module) -> str:
     absent = [name for name, weight in weights if weight.is_meta]
     if absent:
         raise RuntimeError(
-            f"{absent[0]} of the model is offloaded, so that its weights cannot be told from others; accepted is a "
-            "model whose weights are all in memory"
+            f"{absent[0]} of the model is offloaded, so its weights cannot be compared; accepted is a model whose "
+            "weights are all in memory"
         )
     return _digest(weights)
 

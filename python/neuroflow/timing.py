@@ -1,4 +1,4 @@
-"""Milliseconds of what a model does."""
+"""Time calls of a model, in milliseconds."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 
 def timed(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """What `call` returns, and the milliseconds that it took, a GPU's work included."""
+    """What `call` returns, and the milliseconds it took, including GPU work."""
     _wait_for(device)
     start = time.perf_counter()
     result = call()

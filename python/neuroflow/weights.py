@@ -1,4 +1,4 @@
-"""Weights for partial frames: in a file, and beside a model's own, which whole frames keep."""
+"""Weights for partial frames: in a file, and next to the model's own weights, which key frames keep using."""
 
 import contextlib
 import copy
@@ -20,10 +20,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def copy_sharing_weights(model: Model, others: Mapping[torch.Tensor, torch.Tensor] | None = None) -> Model:
-    """The same model a second time, at no cost in memory; one can be patched, the other not.
+    """A second copy of a model that shares its weights, so that one can be patched and the other not.
 
     Args:
-        others: some of its parameters -> what the copy has in their place.
+        others: some of the model's parameters -> what the copy has in their place.
     """
     others = others or {}
     tensors = itertools.chain(model.parameters(), model.buffers())
@@ -33,12 +33,12 @@ def copy_sharing_weights(model: Model, others: Mapping[torch.Tensor, torch.Tenso
 def distilled_modules(
     model: nn.Module, anatomy: Anatomy, weights: Mapping[str, nn.Parameter]
 ) -> dict[nn.Module, nn.Module]:
-    """Modules of `model` -> copies of them that have `weights`, named as in the model, in place of their own.
+    """Modules of `model` -> copies that use `weights`, named as in the model, in place of their own.
 
-    They are modules of the blocks that map each token by itself, and the pooling head as a whole.
+    They are modules of the blocks that map each token on its own, and the pooling head as a whole.
 
     Raises:
-        ValueError: a weight is of a module of another kind.
+        ValueError: a weight belongs to another kind of module.
     """
     head = None if anatomy.pool is None else anatomy.pool[0]
     of_head = set() if head is None else set(head.modules())
@@ -50,8 +50,8 @@ def distilled_modules(
             module = head
         elif next(module.children(), None) is not None:
             raise ValueError(
-                f"{name} is of a {type(module).__name__}, which has parts; accepted are weights of modules without "
-                "parts, such as linears and norms, and of the pooling head"
+                f"{name} belongs to a {type(module).__name__}, which has submodules; accepted are weights of modules "
+                "without any, such as linears and norms, and of the pooling head"
             )
         if module not in found:
             found[module] = copy_sharing_weights(module, others)
@@ -59,7 +59,7 @@ def distilled_modules(
 
 
 def load_weights(model: nn.Module, path: Path) -> dict[str, nn.Parameter]:
-    """The weights for partial frames of `model` in a file, on the model's device and of its dtype.
+    """Read the weights for partial frames of `model` from a file, on the model's device and in its dtype.
 
     Raises:
         ValueError: the file cannot be read, or holds something else or weights that the model does not have.
@@ -69,14 +69,14 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, nn.Parameter]:
     own = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:
-            raise ValueError(f"{path}: has {name} {list(tensor.shape)}, and {type(model).__name__} has none such")
+            raise ValueError(f"{path}: has {name} {list(tensor.shape)}, which {type(model).__name__} does not have")
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or Inf, or {tensor.dtype}; accepted are finite floats")
     return {name: nn.Parameter(tensor.to(own[name]), requires_grad=False) for name, tensor in tensors.items()}
 
 
 def distilled_config(path: Path) -> NeuroFlowConfig:
-    """The configuration that the weights in a file are for.
+    """The configuration that the weights in a file were trained for.
 
     Raises:
         ValueError: the file cannot be read, or `neuroflow distill` did not write it.
@@ -91,11 +91,13 @@ def _config(path: Path, metadata: dict[str, str]) -> NeuroFlowConfig:
     try:
         return NeuroFlowConfig.from_fields(from_json(metadata["config"]))
     except ValueError as error:
-        raise ValueError(f"{path}: its settings: {error}; accepted is a file that neuroflow distill wrote") from None
+        raise ValueError(
+            f"{path}: invalid settings: {error}; accepted is a file that neuroflow distill wrote"
+        ) from None
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Replace the file in one step.
+    """Write a safetensors file, replacing an existing one atomically.
 
     Raises:
         OutputError: it cannot be written.

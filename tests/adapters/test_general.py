@@ -210,7 +210,7 @@ def seventh(model):
         (seventh, "patch 0 of 36 moves the tokens"),
         (causal, "block 1 attends to earlier tokens only"),
         (pooled, "block 1 gives another shape"),
-        (lambda model: setattr(model, "looks_back", True), "block 3 takes something else than what block 2 gives"),
+        (lambda model: setattr(model, "looks_back", True), "block 3 does not take the output of block 2"),
     ],
 )
 def test_what_is_no_plain_vit_is_refused_and_said_why(change, reason):
@@ -298,7 +298,7 @@ def test_weights_that_hold_nan_cannot_be_proven():
     model = made()
     with torch.no_grad():
         model.norm.bias[0] = torch.nan
-    with pytest.raises(TypeError, match=r"holds NaN or Inf, so that nothing can be compared.* verify=False skips this"):
+    with pytest.raises(TypeError, match=r"holds NaN or Inf, so nothing can be compared.* verify=False skips this"):
         neuroflow.enable_cache(model)
 
 
@@ -309,9 +309,9 @@ def test_a_model_is_explained():
     for line in (
         "patches: Conv2d patches of 8 x 8",
         "blocks: 4 Block, blocks.0 to blocks.3",
-        "attention: Fused attention, by what stands in for its own",
+        "attention: Fused attention, by a replacement for its own",
         "MLP: mlp",
-        "of each token, in the blocks: turn",
+        "per token, in the blocks: turn",
         "tokens before the patches: 1",
         "architectures: A, C, D, E",
     ):
@@ -335,7 +335,7 @@ def test_without_an_mlp_that_can_be_told_there_is_no_a():
     with mock.patch(f"{__name__}.Block", Parallel):
         model = made()
     assert "architectures: C, D, E" in neuroflow.explain(model)
-    with pytest.raises(ValueError, match=r"arch is 'mlp'; no MLP could be told from the rest of HandWritten's blocks"):
+    with pytest.raises(ValueError, match=r"arch is 'mlp'; no MLP was found in HandWritten's blocks"):
         neuroflow.enable_cache(model, neuroflow.NeuroFlowConfig(arch="A"))
     neuroflow.enable_cache(model)
 

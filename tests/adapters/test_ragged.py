@@ -301,10 +301,10 @@ def test_a_tower_of_sound_is_none():
     ("what", "reason"),
     [
         ("halved", "the number of tokens changes between its blocks"),
-        ("mixed", "its patches do not reach the blocks one by one, in an order that is known"),
+        ("mixed", "its patches do not reach the blocks one by one in a known order"),
         ("positional", "its blocks do not get cu_seqlens by name"),
         ("without", r"blocks \[1\] have no attention that needs cu_seqlens, or several"),
-        ("segments", "the images of a call are not encoded each by itself"),
+        ("segments", "the images of a call are not encoded independently"),
     ],
 )
 def test_towers_that_cannot_be_sparse_say_why(what, reason):

@@ -97,7 +97,7 @@ def test_options_override_the_file(neuroflow, tmp_path, clip, model):
         assert code == 0
         return next(line for line in table.splitlines() if line.startswith("NeuroFlow  "))
 
-    rest = "signal patch, reference refreshed, at most 9 frames old, score surprise, dilation 1"
+    rest = "signal patch, reference refreshed, at most 9 frames old, dilation 1, score surprise"
     assert setting(threshold).endswith(f" dual, threshold 0.3, floor 7, {rest}")
     assert setting(threshold, "--floor", 2, "--budget", 3).endswith(f" dual, budget 3, floor 2, {rest}")
     assert "context, threshold 0.25, floor 4" in setting(budget, "--threshold", 0.25)
@@ -166,8 +166,8 @@ def test_a_changed_file_is_not_continued(neuroflow, tmp_path, clip, model, monke
     [
         ([], "one of the arguments --target-fidelity --target-skip is required"),
         (["--target-fidelity", 0.9, "--target-skip", 0.9], "not allowed with argument"),
-        (["--target-fidelity", 1], "'1' is no number between 0 and 1"),
-        (["--target-skip", "most"], "'most' is no number between 0 and 1"),
+        (["--target-fidelity", 1], "'1' is not a number between 0 and 1"),
+        (["--target-skip", "most"], "'most' is not a number between 0 and 1"),
         (["--target-skip", 0.5, "--budget", 4], "unrecognized arguments: --budget"),
         (["--target-skip", 0.5, "--config", "budget.json"], "config has a budget of 4; accepted is None"),
         (["--target-skip", 0.5, "--config", "missing.json"], "missing.json"),
@@ -177,7 +177,7 @@ def test_a_changed_file_is_not_continued(neuroflow, tmp_path, clip, model, monke
             ["--target-skip", 0.99],
             "of 99.0% is not reached: the nearest is threshold 1000, 97.2% of the patches skipped",
         ),
-        (["--target-skip", 0.99], "; give a --target-skip nearer to that, a smaller --floor, or other footage"),
+        (["--target-skip", 0.99], "; give a --target-skip closer to that, a smaller --floor, or other footage"),
         (["--target-fidelity", 0.9999999, "--dtype", "bfloat16"], "; give a lower --target-fidelity, or other footage"),
     ],
 )
@@ -222,7 +222,7 @@ def test_a_live_source_is_refused(neuroflow, model, clip, tmp_path, monkeypatch)
     code, _, message = neuroflow(
         "calibrate", clip, "--model", model, "--target-skip", 0.5, "--out", tmp_path / "c.json"
     )
-    assert code == 2 and "a live source gives each frame once" in message and message.count("\n") == 1
+    assert code == 2 and "a live source gives each frame only once" in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", json.dumps({"threshold": -1.0}), json.dumps({"treshold": 0.1})])

@@ -87,7 +87,7 @@ def test_the_main_job(neuroflow, distil, footage, model, tmp_path, arch, gate):
     out = tmp_path / "b.safetensors"
     code, table, progress = distil(out, "--arch", arch, "--train", "last-2")
     assert code == 0, progress
-    assert "2 to learn from, 1 held out" in table and f"written           {out}, epoch" in table
+    assert "2 for training, 1 held out" in table and f"written           {out}, epoch" in table
     assert "epoch 3" in progress and "evaluation 3" in progress
     rows = [line.split() for line in table.splitlines() if line.split()[0][0].isdecimal()]
     with safe_open(out, "pt") as file:
@@ -137,7 +137,7 @@ def test_resumed_after_a_kill_is_as_uninterrupted(distil, tmp_path, monkeypatch)
 def test_it_ends_when_it_forgets(distil, tmp_path):
     out = tmp_path / "b.safetensors"
     code, table, _ = distil(out, "--forgetting", 0.1, "--patience", 1, "--rate", 0.5, "--skip", 0.25)
-    assert code == 0 and "ended early       more than 10.0% of the videos outside were forgotten" in table
+    assert code == 0 and "ended early       more than 10.0% of the outside videos were forgotten" in table
     assert distilled_config(out).arch == "active"
 
 
@@ -151,10 +151,10 @@ def test_it_ends_when_it_forgets(distil, tmp_path):
         (["--train", "tail"], "train is 'tail'; accepted is 'head', 'last-K' or 'all'"),
         (["--train", "last-9"], "accepted is last-4 at most"),
         (["--thresholds", 0.2, 0.1], "thresholds is (0.2, 0.1); accepted is"),
-        (["--skip", 1], "'1' is no number between 0 and 1"),
+        (["--skip", 1], "'1' is not a number between 0 and 1"),
         (["--outside", "nowhere"], "--outside nowhere: no such directory"),
         (["--outside", "empty"], "--outside empty: holds no video; accepted are files in .avi"),
-        (["--max-frames", 1], "videos give no frame after their first"),
+        (["--max-frames", 1], "no video has a frame after its first"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(distil, tmp_path, monkeypatch, options, words):

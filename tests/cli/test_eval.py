@@ -150,7 +150,7 @@ def test_five_clips_by_hand(neuroflow, folder, model, classes, tmp_path):
     assert sparse["skipped"] == pytest.approx(np.mean(skips)) and sparse["cosine"] == pytest.approx(np.mean(cosines))
     assert "| dense  | 60.00% | 23.1% to 88.2% | 80.00% | 37.6% to 96.4% | -               | -" in table
     assert f"{np.mean(skips):.1%}" in table and f"{np.mean(cosines):.4f}" in table
-    assert "5 of 5, 4 classes" in table and "signal embedding, reference ema, score surprise" in table
+    assert "5 of 5, 4 classes" in table and "score surprise, signal embedding, reference ema" in table
     assert "5/5" in progress and "dense top-1 60.0%" in progress
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
@@ -248,7 +248,11 @@ def test_an_unfinished_run_is_not_continued_unasked(neuroflow, folder, model, cl
     assert neuroflow(*line)[0] == 130
     counted.stop_at, counted.count = None, 0
     code, _, message = neuroflow(*line)
-    assert code == 0 and counted.count == 5 and "result.json.journal is discarded: --resume was not given" in message
+    assert (
+        code == 0
+        and counted.count == 5
+        and "result.json.journal is discarded, because --resume was not given" in message
+    )
     (tmp_path / "result.json").write_text("{")
     code, _, message = neuroflow(*line, "--resume")
     assert code == 2 and "result.json: cannot be continued" in message
@@ -373,14 +377,14 @@ def test_the_packages_own_tower_names_drawn_clips_and_frames(neuroflow, tmp_path
         (["missing"], "missing: no such directory; give one that holds a folder of clips for each class"),
         (["empty"], "empty: holds no class folder"),
         (["no-clips"], "no-clips: no clip in its 1 class folders; accepted are files in .avi"),
-        (["clips", "--testlist", "absent.txt"], "1 of the 2 clips that it names are not in clips, Run/gone.avi first"),
+        (["clips", "--testlist", "absent.txt"], "1 of the 2 clips it lists are not in clips, Run/gone.avi first"),
         (["clips", "--testlist", "unlabelled.txt"], "line 1: 'd.mp4' has no class"),
         (["clips", "--classes", "missing.npz"], "--classes missing.npz: cannot be read"),
         (
             ["clips", "--classes", "twice.npz"],
             "--classes twice.npz: holds 1 different names for 2 embeddings",
         ),
-        (["clips", "--classes", "two.npz"], "--classes two.npz: has no class 'Run', which clips in clips are labelled"),
+        (["clips", "--classes", "two.npz"], "--classes two.npz: has no class 'Run', a label of clips in clips"),
         (["clips", "--classes", "narrow.safetensors"], "classes is [1, 3]; accepted is [C, 64]"),
         (["clips"], "its type, siglip_vision_model, has no text tower; give --classes FILE"),
         (["clips", "--model", "no-tokenizer"], "its text tower cannot be loaded"),
@@ -489,7 +493,7 @@ def test_a_live_source_has_no_laws(neuroflow, folder, model, monkeypatch):
 
     monkeypatch.setattr(eval_laws, "Source", live)
     code, _, message = neuroflow("eval", "laws", folder / CLIPS[0], "--model", model)
-    assert code == 2 and "a live source gives each frame once" in message and message.count("\n") == 1
+    assert code == 2 and "a live source gives each frame only once" in message and message.count("\n") == 1
 
 
 def test_pictures_need_matplotlib(neuroflow, folder, monkeypatch, tmp_path):

@@ -182,7 +182,7 @@ def test_a_run_that_was_stopped_goes_on(evaluated, monkeypatch):
 def test_windows_lie_evenly_and_do_not_overlap():
     assert llm_evaluation.cut_windows(list(range(10)), 4, 9).tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
     assert llm_evaluation.cut_windows(list(range(10)), 4, 1).tolist() == [[0, 1, 2, 3]]
-    with pytest.raises(ValueError, match="ids are 10 tokens; accepted are 11 or more"):
+    with pytest.raises(ValueError, match="ids has 10 tokens; accepted are 11 or more"):
         llm_evaluation.cut_windows(list(range(10)), 11, 1)
 
 
@@ -234,7 +234,7 @@ def test_bad_models_are_named(call, directory, tmp_path, texts):
     [
         (("--pairs", "1:9"), "--pairs, --thresholds: cache_layers is (9,); accepted is layers of the model, 0 to 3"),
         (("--pairs", "1:1"), "accepted is layers other than the gate's, 1"),
-        (("--pairs", "1-3"), "'1-3' is no pair of layers; give 1:24 or 1:24,31"),
+        (("--pairs", "1-3"), "'1-3' is not a pair of layers; give 1:24 or 1:24,31"),
         (("--thresholds", "nan"), "threshold is nan; accepted is a finite number"),
         (("--tokens", "2"), "2 is not 4 or more"),
         (("--device", "cuda:99"), "--device cuda:99: cannot be used"),

@@ -250,7 +250,7 @@ def test_vit_mae_sees_every_patch_and_says_so(neuroflow, models, clip, tmp_path)
     model.config.mask_ratio = 0.75
     model.save_pretrained(tmp_path)
     model.config.mask_ratio = 0.0
-    with pytest.warns(UserWarning, match="mask_ratio is 0 instead of 0.75, so that it sees all patches"):
+    with pytest.warns(UserWarning, match="mask_ratio is 0 instead of 0.75, so it sees all patches"):
         assert load_tower(str(tmp_path), *CPU).config.mask_ratio == 0
 
 
@@ -259,8 +259,8 @@ def test_vit_mae_sees_every_patch_and_says_so(neuroflow, models, clip, tmp_path)
     [
         (BeitConfig(), "its type is beit; supported"),
         (LlamaConfig(), "its type is llama; supported"),
-        (Siglip2VisionConfig(), "its type, siglip2_vision_model, takes patches that its processor cuts"),
-        (Qwen2VLConfig(), "takes patches that its processor cuts"),
+        (Siglip2VisionConfig(), "its type, siglip2_vision_model, takes patches cut by its processor"),
+        (Qwen2VLConfig(), "takes patches cut by its processor"),
     ],
 )
 def test_a_model_that_takes_no_frames_is_one_line_that_says_what_does(neuroflow, clip, tmp_path, config, words):

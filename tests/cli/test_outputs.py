@@ -114,7 +114,7 @@ def test_no_output_is_an_input(command, kind, refused, tmp_path, monkeypatch):
         name = f"file:{read}"
     before = listing(tmp_path)
     arguments = [part.format(read=name, written=written) for part in template]
-    refused("would be written over", *arguments)
+    refused("would overwrite", *arguments)
     assert listing(tmp_path) == before
 
 
@@ -140,7 +140,7 @@ def test_nor_is_it_in_a_directory_that_is_read(command, option, inside, name, re
     if written != read:
         written.hardlink_to(read)
     before = listing(tmp_path)
-    refused("would be written over", *command.format(tmp_path / "read").split(), option, written)
+    refused("would overwrite", *command.format(tmp_path / "read").split(), option, written)
     assert listing(tmp_path) == before
 
 
@@ -148,7 +148,7 @@ def test_nor_is_it_in_a_directory_that_is_read(command, option, inside, name, re
 def test_nor_is_what_is_written_beside_it(suffix, refused, tmp_path):
     read = tmp_path / f"result.npz{suffix}"
     read.write_bytes(b"saved from a crash")
-    refused("would be written over", "run", read, "--out", tmp_path / "result.npz")
+    refused("would overwrite", "run", read, "--out", tmp_path / "result.npz")
     assert read.read_bytes() == b"saved from a crash"
 
 
@@ -157,7 +157,7 @@ def test_nor_is_another_output_or_a_directory_that_is_read(refused, tmp_path):
     for name in ("b.mp4", "b.html"):
         (tmp_path / name).symlink_to(tmp_path / "a.npz")
     for option, other in (("--overlay", "b.mp4"), ("--report", "b.html")):
-        refused("is what --out writes too", "run", "x", "--out", tmp_path / "a.npz", option, tmp_path / other)
+        refused("is also what --out writes", "run", "x", "--out", tmp_path / "a.npz", option, tmp_path / other)
     refused("which is read", "eval", "laws", tmp_path, "--plots", tmp_path / "plots")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.html", "b.mp4"]
 

@@ -175,7 +175,7 @@ def test_what_there_is_nothing_of_is_left_out(options, neuroflow, clip, model, t
     assert ("Over time" in page.text) == (1 not in options)
     if options:
         assert "None but the first frame" in page.text
-    assert ("not measured; --compare does" in page.text) == (1 not in options)
+    assert ("not measured; use --compare" in page.text) == (1 not in options)
     assert ("Age of patches" in page.text) == ("Where the time went" in page.text) == (1 not in options)
 
 

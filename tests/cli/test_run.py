@@ -254,7 +254,7 @@ def test_bad_source_is_one_line_and_leaves_no_file(tmp_path, neuroflow_run, kind
         (["--threshold", "low"], "invalid float value: 'low'"),
         (["--stride", 0], "0 is not 1 or more"),
         (["--size", 100], "multiples of the patch size, 16x16"),
-        (["--size", "big"], "'big' is no size; give 448 or 640x384"),
+        (["--size", "big"], "'big' is not a size; give 448 or 640x384"),
         (["--device", "cuda:77"], "--device cuda:77: cannot be used"),
         (["--device", "gpu"], "--device gpu: cannot be used"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
@@ -365,7 +365,7 @@ def test_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "FRAMES", 16)
     assert main(["demo", "--out-dir", str(tmp_path / "demo")]) == 0
     table = capsys.readouterr().out
-    for words in (*TRAJECTORIES, *CAMERAS, "top-1", "speed-up", "weights are random, so this is about speed only"):
+    for words in (*TRAJECTORIES, *CAMERAS, "top-1", "speed-up", "weights are random, so only the speed counts"):
         assert words in table
     clips = [f"{scene.subject}-{scene.trajectory}-{scene.camera}.mp4" for scene in scenes(5, held_out=True)]
     written = sorted(file.name for file in (tmp_path / "demo").iterdir())

@@ -140,8 +140,8 @@ def test_what_is_wrong_is_said_in_one_line(neuroflow_track, clip, tmp_path):
     out = "--out tracks.txt: cannot be written; give a .json file in a directory that exists"
     assert out in error_of(neuroflow_track, clip, "--out", "tracks.txt")
     assert "give a .mp4 file" in error_of(neuroflow_track, clip, "--overlay", tmp_path / "none" / "overlay.mp4")
-    assert "'-1' is no number above 0" in error_of(neuroflow_track, clip, "--threshold=-1")
-    assert "'2' is no number between 0 and 1" in error_of(neuroflow_track, clip, "--ema-decay", "2")
+    assert "'-1' is not a number above 0" in error_of(neuroflow_track, clip, "--threshold=-1")
+    assert "'2' is not a number between 0 and 1" in error_of(neuroflow_track, clip, "--ema-decay", "2")
 
 
 def test_a_model_without_a_token_for_each_patch_is_refused(neuroflow_track, clip, tmp_path):
@@ -183,13 +183,13 @@ def test_an_interrupted_run_leaves_nothing_and_says_that_it_starts_over(monkeypa
     out, overlay = tmp_path / "tracks.json", tmp_path / "overlay.mp4"
     code, table, message = neuroflow_track(clip, "--out", out, "--overlay", overlay)
     assert code == 130 and table == ""
-    assert "interrupted after 3 frames: nothing is written, and a run starts over" in message
+    assert "interrupted after 3 frames: nothing is written; run it again from the start" in message
     assert list(tmp_path.iterdir()) == []
 
 
 def test_help_reads_well(neuroflow_track):
     code, text, _ = neuroflow_track("--help")
     assert code == 0
-    for words in ("Follow what moves", "starts over", "--labels FILE", "--overlay FILE", "default: 1.6", "examples:"):
+    for words in ("Follow what moves", "to start over", "--labels FILE", "--overlay FILE", "default: 1.6", "examples:"):
         assert words in text
     assert max(len(line) for line in text.splitlines()) <= 120

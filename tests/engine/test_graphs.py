@@ -461,9 +461,9 @@ def test_a_given_share_decides_instead_of_times(clock, share):
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [
-        ("siglip2", {}, "the tower takes tensors beside the frames"),
-        ("qwen3-vl", {}, "not a batch of frames of one size, with tokens in the order of patches"),
-        ("sam", {}, "its attention is not simply from every query to every key"),
+        ("siglip2", {}, "the tower takes tensors besides the frames"),
+        ("qwen3-vl", {}, "its frames are not a batch of one size with tokens in row-major order"),
+        ("sam", {}, "not every query attends to every key"),
         ("eomt", {}, "aten::is_nonzero waits for the device"),
         ("siglip", {"dilation": 1, "ladder": None}, "dilation adds patches"),
     ],

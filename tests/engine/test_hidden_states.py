@@ -115,7 +115,7 @@ def test_a_model_with_two_towers_is_patched_by_name():
     assert neuroflow.summary(model).streams["cam"].frames == 2
 
     neuroflow.enable_cache(model, exact(threshold=1e-4), tower="model.video_tower")
-    with pytest.raises(ValueError, match=rf"of which 2 towers are patched; .*get_submodule\(\.\.\.\) with ({names}), "):
+    with pytest.raises(ValueError, match=rf"with 2 patched towers; .*get_submodule\(\.\.\.\) with ({names}), "):
         neuroflow.summary(model)
     with neuroflow.cache_context(model, "cam"):
         run(case, model, frames[0])

@@ -53,7 +53,7 @@ def test_the_least_recently_used_stream_is_closed():
     encode(model, frames[1:], ["b", "c"])
     assert open_streams(model) == ["d", "b", "c"]
     assert neuroflow.summary(model).streams["b"].frames == 1
-    with pytest.raises(ValueError, match="max_streams is 3; accepted is at least the 4"):
+    with pytest.raises(ValueError, match="max_streams is 3; accepted is at least 4"):
         encode(model, torch.cat([frames, frames[:1]]), list("wxyz"))
     assert open_streams(model) == ["d", "b", "c"]
 
@@ -82,7 +82,9 @@ def test_streams_never_hold_more_than_max_bytes():
     assert neuroflow.summary(model).limit_bytes == limit
     assert f"of at most {limit / 2**20:.1f} MiB" in str(neuroflow.summary(model))
     encode(model, small, ["c"])
-    with pytest.raises(ValueError, match=f"max_bytes is {limit}; accepted is at least the {2 * sizes['b']} of the 2"):
+    with pytest.raises(
+        ValueError, match=f"max_bytes is {limit}; accepted is at least {2 * sizes['b']}, the size of the 2"
+    ):
         encode(model, torch.cat([large, large]), ["x", "y"])
     encode(model, small, ["c"])
     assert open_streams(model) == ["c"]

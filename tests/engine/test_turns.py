@@ -42,7 +42,7 @@ def test_cameras_that_take_turns_without_names_are_noticed(scenes, together):
     batches = steps if together else steps.flatten(0, 1).split(1)
     (message,), reasons = told(model, batches)
     assert set(reasons) == {"first", "cut"}
-    assert f"frames of {scenes} scenes come in turn, so that each is a key frame" in message
+    assert f"frames of {scenes} scenes alternate, so each is a key frame" in message
     assert ("calls without names:" if together else "stream 'default':") in message
     assert message.count("'cam-") == scenes
     assert told(model, steps, *NAMES[:scenes]) == ([], scenes * ["first"] + 11 * scenes * [None])

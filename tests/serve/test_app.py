@@ -171,7 +171,7 @@ def test_the_state_of_the_process(service):
         paths = client.get("/openapi.json").json()["paths"]
         assert {"/v1/streams/{stream}/frames", "/metrics", "/readyz"} <= paths.keys()
         service._stopping = True
-        refused(client.get("/readyz"), 503, "stops")
+        refused(client.get("/readyz"), 503, "stopping")
         full = client.post(FRAMES, content=packed(next(images())), headers=JPEG)
         assert refused(full, 503, "stopping").headers["retry-after"] == "1"
         service._stopping = False

@@ -106,7 +106,7 @@ def test_going_on(tmp_path, archive, monkeypatch, recordings):
     code, table, message = archive(recordings, "--out", out)
     assert code == 130 and table == "" and "--resume" in message and len(held(out)) == 3
     code, _, message = archive(recordings, "--out", out)
-    assert code == 2 and "there is an archive already; --resume goes on with it" in message
+    assert code == 2 and "there is an archive already; --resume continues it" in message
     code, _, message = archive(recordings, "--out", out, "--resume", "--size", "64")
     assert code == 2 and "archive.json: was made with size None, not [64, 64]; use that, or give another" in message
     monkeypatch.setattr(Encoder, "encode", lambda self, part: calls.append(part) or encode(self, part))
@@ -168,8 +168,8 @@ def test_bad_input_is_one_line(tmp_path, archive, recordings):
         (tmp_path / "absent",): "no such file or directory",
         (tmp_path / "*.mp4",): "a pattern that something matches",
         (tmp_path / "empty",): "holds no video",
-        (recordings, "--workers", 2): "--workers: is for Ray; give --ray local",
-        (recordings, "--by-shot"): "--by-shot: is for Ray",
+        (recordings, "--workers", 2): "--workers: needs Ray; also give --ray local",
+        (recordings, "--by-shot"): "--by-shot: needs Ray",
         (recordings, "--arch", "F"): "arch is 'F'",
         (recordings, "--mid"): "unrecognized arguments",
     }

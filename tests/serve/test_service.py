@@ -205,12 +205,12 @@ def test_a_full_queue_refuses_and_one_stream_has_a_quarter_of_it():
             gate = Gate(service)
             sent = [asyncio.create_task(service.encode("door", decoded(clip[n][None]))) for n in range(2)]
             await asyncio.sleep(0)
-            with pytest.raises(Full, match=r"2 requests wait, 2 of this stream"):
+            with pytest.raises(Full, match=r"2 requests are waiting, 2 of them for this stream"):
                 await service.encode("door", decoded(clip[2][None]))
             others = [f"cam-{number}" for number in range(6)]
             sent += [asyncio.create_task(service.encode(name, decoded(clip[:1]))) for name in others]
             await asyncio.sleep(0)
-            with pytest.raises(Full, match=r"8 requests wait") as full:
+            with pytest.raises(Full, match=r"8 requests are waiting") as full:
                 await service.encode("late", decoded(clip[:1]))
             assert full.value.retry_after >= 0
             gate.open()
@@ -234,7 +234,7 @@ def test_clips_that_wait_are_bounded_by_their_frames():
             return [task.exception() for task in done], answers, service.streams()
 
     [refusal], answers, streams = finished(go())
-    assert isinstance(refusal, Full) and "12 frames wait" in str(refusal)
+    assert isinstance(refusal, Full) and "12 frames are waiting" in str(refusal)
     for each in answers:
         same(each, expected(clip))
     assert len(streams) == 2
@@ -335,5 +335,5 @@ def test_streams_outlive_the_service(tmp_path):
     same(answers, expected(clip))
     assert [answer.frame for answer in answers] == list(range(6))
     (tmp_path / "streams.safetensors").write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match="begin anew"):
+    with pytest.warns(UserWarning, match="all streams start over"):
         assert finished(second())[0].key_frame == "first"

@@ -64,10 +64,10 @@ def test_a_testlist_chooses_clips_and_leaves_the_classes(folder, tmp_path):
     [
         (
             "YoYo/b.mp4\nYoYo/gone.avi\nLost/lost.avi",
-            "2 of the 3 clips that it names are not in .*, YoYo/gone.avi first",
+            "2 of the 3 clips it lists are not in .*, YoYo/gone.avi first",
         ),
         ("YoYo/b.mp4 1\nb.mp4 1", "line 2: 'b.mp4' has no class; give ClassName/clip.avi"),
-        ("\n", "names no clip"),
+        ("\n", "lists no clip"),
         (None, "cannot be read"),
     ],
 )

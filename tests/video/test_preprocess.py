@@ -110,7 +110,7 @@ def test_size_and_crop_are_what_the_settings_say(tmp_path, recwarn, file, settin
 )
 def test_what_the_settings_say_and_is_not_done_is_said(tmp_path, settings, size, name):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    with pytest.warns(UserWarning, match=f"json: {name} is not followed: frames are resized to {size[1]}x{size[0]}"):
+    with pytest.warns(UserWarning, match=f"json: {name} is not supported: frames are resized to {size[1]}x{size[0]}"):
         assert Preprocessor.from_pretrained(str(tmp_path), Preprocessor(16, 32)) == Preprocessor(*size)
 
 

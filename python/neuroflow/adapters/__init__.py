@@ -1,4 +1,4 @@
-"""What the engine needs to know of a model: where its parts are. One file for each kind of tower."""
+"""What the engine needs to know about a model: where its parts are. One file for each kind of tower."""
 
 import dataclasses
 import importlib
@@ -29,15 +29,20 @@ ENGINE = "_neuroflow_engine"  # the attribute of a patched tower that holds its 
 
 
 class Family(NamedTuple):
-    """Models that one adapter describes.
+    """Models that share one adapter.
 
     Args:
-        name: what the family is called.
-        library: the package that its towers come from.
-        found_by: class names there, of a tower or of its `embeddings`. The latter kept theirs where the modules around
-            them moved between releases of transformers. Or a function that finds them by their structure.
-        adapter: tower -> Anatomy.
-        architectures: the letters of those that it can run.
+        name: name of the family.
+        library: package that defines its towers, such as "transformers".
+        found_by: class names in that package, of a tower or of its `embeddings` (whose names stayed the same when
+            transformers renamed the modules around them); or a function that recognises towers by their structure.
+        adapter: function from a tower to its `Anatomy`.
+        architectures: letters of the architectures that the family supports.
+
+    Example:
+        >>> family = neuroflow.supported_models()[0]
+        >>> family.name, family.library, family.architectures
+        ('SigLIP', 'transformers', 'ABCDE')
     """
 
     name: str
@@ -47,7 +52,18 @@ class Family(NamedTuple):
     architectures: str = "ABCDE"
 
     def knows(self, module: nn.Module) -> bool:
-        """Whether `module` is such a tower."""
+        """Whether `module` is a tower of this family.
+
+        Args:
+            module: any module.
+
+        Returns:
+            True if the family's adapter describes it.
+
+        Example:
+            >>> neuroflow.supported_models()[0].knows(model)
+            True
+        """
         if callable(self.found_by):
             return self.found_by(module)
         for kind in (type(module), type(module._modules.get("embeddings"))):  # its own, not that of what it wraps
@@ -90,8 +106,14 @@ _registered: dict[type[nn.Module], Family] = {}
 
 
 def supported_models() -> tuple[Family, ...]:
-    """The families that `enable_cache` takes: those it knows by name, what it finds by structure, and those of
-    `register_adapter` last.
+    """List the model families that `enable_cache` takes.
+
+    Returns:
+        the families known by name, then the one found by structure, then those added by `register_adapter`.
+
+    Example:
+        >>> "DINOv2" in [family.name for family in neuroflow.supported_models()]
+        True
     """
     return (*FAMILIES, BY_STRUCTURE, *_registered.values())
 
@@ -100,11 +122,18 @@ def register_adapter(tower: type[nn.Module], adapter: Adapter) -> None:
     """Teach `enable_cache` a tower of your own.
 
     Args:
-        tower: the class of the module that takes frames; it comes before whatever NeuroFlow knows of that class.
-        adapter: such a module -> `neuroflow.Anatomy`, which says where its parts are.
+        tower: class of the module that takes frames. It takes precedence over what NeuroFlow knows about the class.
+        adapter: function from such a module to the `neuroflow.Anatomy` that says where its parts are.
 
     Raises:
-        TypeError: `tower` is no class of modules.
+        TypeError: `tower` is not a subclass of `torch.nn.Module`.
+
+    Example:
+        >>> class MyTower(type(model)):
+        ...     pass
+        >>> neuroflow.register_adapter(MyTower, neuroflow.adapters.general)
+        >>> neuroflow.supported_models()[-1].name
+        'MyTower'
     """
     if not (isinstance(tower, type) and issubclass(tower, nn.Module)):
         given = tower.__name__ if isinstance(tower, type) else f"a {type(tower).__name__}"
@@ -113,11 +142,23 @@ def register_adapter(tower: type[nn.Module], adapter: Adapter) -> None:
 
 
 def towers(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
-    """The vision towers in `model` that NeuroFlow knows, by their names in it ("" is itself), but none within another;
-    where there is none, those that look like one by their structure.
+    """Find the vision towers in `model` that NeuroFlow knows, leaving out towers inside others.
+
+    If there are none, modules that look like a vision tower by their structure.
+
+    Args:
+        model: any module.
+
+    Returns:
+        name in the model ("" is the model itself) -> (tower, family).
 
     Raises:
-        TypeError: `model` is no module, or has no such tower.
+        TypeError: `model` is not a module, or has no such tower.
+
+    Example:
+        >>> from neuroflow.adapters import towers
+        >>> list(towers(model))
+        ['']
     """
     if not isinstance(model, nn.Module):
         inner = ", as its attribute model is" if isinstance(getattr(model, "model", None), nn.Module) else ""
@@ -134,32 +175,41 @@ def towers(model: nn.Module) -> dict[str, tuple[nn.Module, Family]]:
         return found
     names = ", ".join(family.name for family in (*FAMILIES, *_registered.values()))
     raise TypeError(
-        f"{type(model).__name__} has no vision tower that NeuroFlow knows, or can find; supported are {names}, and any "
-        f"plain ViT. neuroflow.register_adapter takes another. {missing_parts(model)}"
+        f"{type(model).__name__} has no vision tower that NeuroFlow knows or can find; supported are {names}, and any "
+        f"plain ViT. neuroflow.register_adapter adds others. {missing_parts(model)}"
     )
 
 
 def describe(model: nn.Module, tower: str | None = None) -> Anatomy:
-    """The anatomy of `model`'s vision tower, wherever in the model it lies; of one that is patched, as it was then.
+    """Find the parts of `model`'s vision tower, wherever it sits in the model.
 
-    A tower that is found by structure runs a made frame for it.
+    For a patched tower this is the anatomy it was patched with. A tower that is found by its structure runs a synthetic
+    frame.
 
     Args:
-        tower: its name in the model, or that of a module which holds no other; needed where there are several.
+        model: a model with a vision tower.
+        tower: name of the tower in the model, or of a module that contains only this tower. Required if there are
+            several.
+
+    Returns:
+        the tower's `Anatomy`.
 
     Raises:
-        TypeError: `model` is no module, has no vision tower of a supported family, or one that is built otherwise than
+        TypeError: `model` is not a module, has no vision tower that NeuroFlow supports, or has one that is not built as
             its adapter expects.
-        ValueError: a ViTDet that cannot be sparse; several towers and no name, or the name of none.
+        ValueError: a ViTDet that cannot run sparse; several towers and no name, or an unknown name.
+
+    Example:
+        >>> anatomy = neuroflow.describe(model)
+        >>> len(anatomy.layers), anatomy.prefix
+        (2, 0)
     """
     found = towers(model)
     named = {name: of for name, of in found.items() if tower is None or is_in(name, tower)}
     if len(named) != 1:
         names = ", ".join(repr(name) for name in found)
         given = f"tower is {tower!r}" if tower is not None else f"{type(model).__name__} has {len(found)} vision towers"
-        raise ValueError(
-            f"{given}; accepted is tower=... with one of {names}, in a call for each that is to be patched"
-        )
+        raise ValueError(f"{given}; accepted is tower=... with one of {names}, in one call for each tower to patch")
     ((module, family),) = named.values()
     engine = vars(module).get(ENGINE)
     if engine is not None:

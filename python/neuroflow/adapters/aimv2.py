@@ -11,7 +11,7 @@ def _embedding(output: Any) -> torch.Tensor:
 
 
 def aimv2(tower: nn.Module) -> Anatomy:
-    """AIMv2, vision side, with or without its pooling head."""
+    """AIMv2's vision tower, with or without its pooling head."""
     layers = tuple(tower.encoder.layers)
     projection = tower.embeddings.patch_embed
 

@@ -16,51 +16,61 @@ def _none(arguments: dict[str, Any]) -> Iterable[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Anatomy:
-    """The parts of one vision tower, found in a model's structure and never replaced.
+    """The parts of one vision tower. They are found in the model and never replaced.
+
+    Needed only for an adapter of your own; see `register_adapter`. "Arguments" are the tower's, by name, defaults
+    included. S is the number of frames, T of tokens, N of patches.
 
     Args:
-        tower: the module that takes a batch of frames as the first argument of its `entries`.
-        projection: maps pixels to one vector a patch, before the positional embedding: [S, D, rows, columns],
-            [S, D, times, rows, columns], [S, N, D], or [N of all frames, D]. None: the gate sees the tokens in front of
-            the first block instead.
-        layers: the blocks, in order; each maps tokens to tokens as its first argument and result.
-        attentions: of each block, the module that calls transformers' attention interface, or that `attention` stands
-            in for.
-        mlps: of each block, where its MLP begins and ends: the MLP itself twice, or its first and last linear.
-        last: the last module through which every token goes by itself: the final norm, or else the last block.
-        prefix: how many tokens before the patches are no patches (CLS, registers).
-        grids: the tower's arguments by name, defaults too -> (rows, columns) of patches of each frame; raises
-            ValueError for arguments that a sparse frame cannot honour.
-        embedding: the model's output -> the frame's embedding [S, D].
-        pool: module and method that make the pooled output of all tokens [S, T, D]; None where there is no such thing,
-            or the first token is it.
-        needs_every_token: the tower goes on with a map of all patches, so that architecture B has no meaning.
-        entries: methods of the tower that take frames; the outermost one called is the pass.
-        tables: modules and methods whose result depends on nothing but weights and the shapes of the arguments, such
-            as positions interpolated to a size; it is kept.
-        positions: arguments of the blocks that hold something of each token, as rotary positions, and for each a
-            function (its value, take) -> the value for packed tokens, where take(tensor [tokens, *], fill) gives the
-            rows of packed tokens; `fill` is what a tensor without rows for the prefix has there. take(None, fill) gives
-            their numbers instead, int32 [M], for blocks that count where all tokens come.
-        attention: (module, attend, the forward's own arguments) -> what the forward of one of `attentions` returns,
-            for towers that do not call transformers' attention interface. `attend` is `engine.attention.attend` without
-            its first two arguments.
-        order: the tower's arguments by name -> of each frame, the row-major patch at each of its tokens, int64 [N];
-            None where tokens are in row-major order.
-        times: the tower's arguments by name -> of each of its inputs, how many frames that holds, where a video is one
-            input; None: one each.
-        part: names of the tower's arguments that are tensors of all frames, and a function (arguments by name, some
-            of the frames in turn) -> those of these frames; None: tensors with a row for each frame.
-        overrides: (module, method, function that takes the original first), in force while the tower runs.
-        run_block: (a block's forward, its tokens, its other arguments) -> what that returns, for blocks that cannot be
-            called with packed tokens as with all.
-        products: of attentions that call transformers' interface, those in which not simply every query meets every
-            key -> `product` of `engine.attention.attend`, which takes `scaling` and the attention's `mask` too.
-        reads: the tower's arguments by name -> numbers of the blocks whose output the tower needs of all patches, for
-            feature maps and the like; hidden states that are asked for by `output_hidden_states` come by themselves.
-        example: numbers of row-major patches -> the tower's arguments by name for a made frame, in which those patches
-            differ from the frame of no numbers. What has one was found by structure, and is proven when patched.
-        suffix: how many tokens after the patches are no patches.
+        tower: module whose `entries` take a batch of frames as their first argument.
+        projection: module that maps pixels to one vector per patch, before the positional embedding: [S, D, rows,
+            columns], [S, D, times, rows, columns], [S, N, D], or [N of all frames, D]. None: the gate reads the tokens
+            in front of the first block.
+        layers: the blocks, in order. Tokens are the first argument and the (first) result of each.
+        attentions: for each block, the module that calls transformers' attention interface, or that `attention`
+            replaces.
+        mlps: for each block, the first and the last module of its MLP: its first and last linear, or the MLP itself
+            twice.
+        last: last module that maps each token on its own: the final norm, or else the last block.
+        prefix: number of tokens in front of the patches that are not patches (CLS, registers).
+        grids: function (arguments) -> (rows, columns) of patches of each frame. Raises ValueError for arguments that a
+            sparse frame does not support.
+        embedding: function (the model's output) -> the embedding of each frame, [S, D].
+        pool: (module, method) that makes the pooled output from all tokens [S, T, D]. None if there is none, or if it
+            is the first token.
+        needs_every_token: the tower continues with a map of all patches, so architecture B does not apply.
+        entries: methods of the tower that take frames. The outermost one called is the pass.
+        tables: (module, method) pairs whose result depends only on weights and argument shapes, such as positions
+            interpolated to a size; the result is cached.
+        positions: (name, function) for each argument of the blocks with one value per token, such as rotary positions.
+            The function (value, take) returns the value for the packed tokens: take(tensor [tokens, *], fill) gives
+            their rows, with `fill` for the prefix if the tensor has no rows for it; take(None, fill) gives their
+            indices, int32 [M].
+        attention: function (module, attend, *the forward's arguments) -> what the forward of one of `attentions`
+            returns, for towers that do not call transformers' attention interface. `attend` is
+            `engine.attention.attend` with its first two arguments bound.
+        order: function (arguments) -> for each frame, the row-major patch index at each token, int64 [N]. None if
+            tokens are in row-major order.
+        times: function (arguments) -> number of frames in each input, where an input is a video. None: one each.
+        part: (names of arguments that are tensors over all frames, function (arguments, slice of frames) -> their
+            values for these frames). None: tensors have one row per frame.
+        overrides: (module, method, function) in force while the tower runs; the function takes the original first.
+        run_block: function (a block's forward, tokens, other arguments) -> its result, for blocks that cannot be called
+            with packed tokens directly.
+        products: for attentions that call transformers' interface but in which not every query sees every key: module
+            -> `product` of `engine.attention.attend`, which also takes `scaling` and the attention's `mask`.
+        reads: function (arguments) -> indices of the blocks whose output the tower needs for all patches, as for
+            feature maps. Hidden states asked for by `output_hidden_states` need no entry.
+        example: function (row-major patch indices) -> arguments for a synthetic frame that differs in these patches
+            from the one without indices. A tower that has it was found by its structure, and is verified when patched.
+        suffix: number of tokens behind the patches that are not patches.
+
+    Example:
+        >>> import dataclasses
+        >>> anatomy = neuroflow.describe(model)
+        >>> anatomy.pool[1]
+        'forward'
+        >>> without_pool = dataclasses.replace(anatomy, pool=None)
     """
 
     tower: nn.Module
@@ -90,13 +100,13 @@ class Anatomy:
 
 
 def convolution_of(projection: nn.Module) -> nn.Module:
-    """The convolution that maps patches: `projection` itself, or what an adapter of its weights has wrapped."""
+    """The convolution that projects patches: `projection` itself, or the one that a weight adapter wraps."""
     convolutions = (part for part in projection.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
     return next(convolutions, projection)
 
 
 def is_patch_projection(module: nn.Module) -> bool:
-    """Whether `module` is a convolution over windows that tile the image or clip, and so a matrix product of each."""
+    """Whether `module` is a convolution whose windows tile the image or clip: a matrix product per patch."""
     return (
         isinstance(module, nn.Conv2d | nn.Conv3d)
         and module.stride == module.kernel_size
@@ -107,9 +117,9 @@ def is_patch_projection(module: nn.Module) -> bool:
 
 
 def is_ordinary(weight: torch.Tensor, like: torch.Tensor) -> bool:
-    """Whether a kernel can read `weight` beside `like`: a plain tensor of the same dtype, whose memory is there.
+    """Whether a kernel can read `weight` together with `like`: a plain tensor of the same dtype and device, in memory.
 
-    Those that are offloaded, sharded or quantized are others.
+    Offloaded, sharded and quantized tensors are not.
     """
     return (
         type(weight) in (nn.Parameter, torch.Tensor)
@@ -121,15 +131,15 @@ def is_ordinary(weight: torch.Tensor, like: torch.Tensor) -> bool:
 
 
 def is_foldable(head: nn.Module) -> bool:
-    """Whether `head` pools as SigLIP's does, by one learned probe that attends to all tokens."""
+    """Whether `head` pools like SigLIP's: one learned probe that attends to all tokens."""
     return hasattr(head, "probe") and isinstance(getattr(head, "attention", None), nn.MultiheadAttention)
 
 
 def grids_of_images(projection: nn.Module, *refused: str) -> Callable[[dict[str, Any]], list[Grid]]:
-    """`Anatomy.grids` of towers whose first argument holds frames [S, C, H, W], which a convolution maps to patches.
+    """`Anatomy.grids` for towers whose first argument holds frames [S, C, H, W] that a convolution maps to patches.
 
     Args:
-        refused: other arguments of the tower that a sparse frame has no place for.
+        refused: other arguments of the tower that a sparse frame does not support.
     """
 
     convolution = convolution_of(projection)
@@ -149,9 +159,9 @@ def grids_of_images(projection: nn.Module, *refused: str) -> Callable[[dict[str,
 
 
 def with_stages(anatomy: Anatomy) -> Anatomy:
-    """The same tower; where it is a backbone of transformers, with the blocks whose outputs are its stages.
+    """For a transformers backbone, the anatomy with the blocks whose outputs are its stages; otherwise unchanged.
 
-    What comes after a block, as the norm of each stage, sees all of its tokens.
+    What follows a block, such as the norm of each stage, sees all of its tokens.
     """
     tower = anatomy.tower
     if not hasattr(tower, "out_features"):
@@ -169,12 +179,12 @@ def with_stages(anatomy: Anatomy) -> Anatomy:
 
 
 def mean_of_last(maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The mean of the last of some feature maps, [S, D, rows, columns] or [S, T, D]."""
+    """Mean of the last feature map, [S, D, rows, columns] or [S, T, D]."""
     return maps[-1].mean((2, 3)) if maps[-1].ndim == 4 else maps[-1].mean(1)
 
 
 def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """All arguments of a call by name, defaults and those behind ** too."""
+    """All arguments of a call by name, including defaults and **kwargs."""
     complete = inspect.BoundArguments(bound.signature, bound.arguments.copy())
     complete.apply_defaults()
     rest = next((each for each in bound.signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
@@ -182,7 +192,7 @@ def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
 
 
 def interpolation(tower: nn.Module, pixels: torch.Tensor) -> dict[str, bool]:
-    """The argument that `tower` needs to take frames [S, 3, H, W] of another size than its own, where it has one."""
+    """The argument `tower` needs to take frames [S, 3, H, W] of another size than its own, if it has one."""
     if "interpolate_pos_encoding" not in inspect.signature(type(tower).forward).parameters:
         return {}
     own = tower.config.image_size
@@ -190,7 +200,7 @@ def interpolation(tower: nn.Module, pixels: torch.Tensor) -> dict[str, bool]:
 
 
 def refuse(arguments: dict[str, Any], *names: str) -> None:
-    """Raise for those of the arguments `names` that are given, as a sparse frame has no place for them."""
+    """Raise for arguments in `names` that are given, since a sparse frame does not support them."""
     for name in names:
         if arguments.get(name) is not None:
             raise ValueError(f"{name} is given; accepted is None, as a sparse frame has no place for it")
@@ -202,7 +212,7 @@ def is_in(name: str, outer: str) -> bool:
 
 
 def dims_of_rows(value: Any, lengths: Container[int]) -> tuple[int | None, ...]:
-    """Of each leaf of a block's argument, the dimension along which it has rows for tokens, whose length is given."""
+    """For each leaf of a block's argument, the dimension with a row per token, found by its length; None if none."""
     return tuple(
         next((dim for dim, length in enumerate(leaf.shape) if length in lengths), None)
         if isinstance(leaf, torch.Tensor)
@@ -212,15 +222,15 @@ def dims_of_rows(value: Any, lengths: Container[int]) -> tuple[int | None, ...]:
 
 
 def pack_rows(dims: tuple[int | None, ...], value: Any, take: Callable) -> Any:
-    """`Anatomy.positions` of an argument whose leaves have rows for tokens along `dims`.
+    """`Anatomy.positions` for an argument whose leaves have a row per token along `dims`.
 
-    What comes before the tokens in dimension 1 are frames, which packed are one.
+    If tokens are in dimension 1, the dimension in front of them is frames, which are packed into one.
     """
-    if value is None:  # as some blocks take
+    if value is None:  # which some blocks accept
         return None
     leaves, spec = tree_flatten(value)
     for number, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
-        fill = 1.0 - number  # a cosine, and a sine, of what is not turned
+        fill = 1.0 - number  # cosine and sine of no rotation
         if dim == 1:
             leaves[number] = take(leaf.flatten(0, 1), fill)[None]
         elif dim is not None:
@@ -229,5 +239,5 @@ def pack_rows(dims: tuple[int | None, ...], value: Any, take: Callable) -> Any:
 
 
 def cos_and_sin(value: tuple[torch.Tensor, torch.Tensor], take: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Anatomy.positions` of towers that hand (cos, sin) to their blocks: what has no position is not turned."""
+    """`Anatomy.positions` for towers that pass (cos, sin) to their blocks; tokens without a position do not rotate."""
     return pack_rows((0, 0), value, take)

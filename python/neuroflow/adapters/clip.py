@@ -4,7 +4,7 @@ from .anatomy import Anatomy, grids_of_images
 
 
 def clip(tower: nn.Module) -> Anatomy:
-    """CLIP, vision side. Its last norm is of the pooled CLS alone, so that all tokens are back after the last block."""
+    """CLIP's vision tower. Its last norm sees only the pooled CLS, so all tokens are restored after the last block."""
     layers = tuple(tower.encoder.layers)
     projection = tower.embeddings.patch_embedding
 

@@ -4,9 +4,9 @@ from .anatomy import Anatomy, cos_and_sin, grids_of_images, with_stages
 
 
 def dinov2(tower: nn.Module) -> Anatomy:
-    """DINOv2, with or without registers, the model or the backbone.
+    """DINOv2, with or without registers, as a model or a backbone.
 
-    Its attention lay one module deeper before transformers 5.23.
+    Its attention was nested one module deeper before transformers 5.23.
     """
     layers = tuple(tower.encoder.layer)
     projection = tower.embeddings.patch_embeddings.projection
@@ -27,9 +27,9 @@ def dinov2(tower: nn.Module) -> Anatomy:
 
 
 def dinov3(tower: nn.Module) -> Anatomy:
-    """DINOv3 as a ViT, the model or the backbone.
+    """DINOv3 as a ViT, as a model or a backbone.
 
-    Its blocks are `layer` up to transformers 5.5, `model.layer` later.
+    Its blocks are `layer` up to transformers 5.5 and `model.layer` later.
     """
     layers = tuple((tower.model if hasattr(tower, "model") else tower).layer)
     projection = tower.embeddings.patch_embeddings

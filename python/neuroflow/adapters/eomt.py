@@ -9,13 +9,13 @@ from .anatomy import Anatomy, Grid, convolution_of, cos_and_sin, grids_of_images
 
 
 def eomt(tower: nn.Module) -> Anatomy:
-    """EoMT, on DINOv2 or DINOv3, up to the block that queries are joined in front of.
+    """EoMT, on DINOv2 or DINOv3, up to the block where the queries join.
 
-    From there on queries and patches change each other, by masks that are made of all patches; those blocks, some three
-    or four, run on all tokens.
+    From there on queries and patches change each other, through masks made from all patches. Those last three or four
+    blocks run on all tokens.
 
     Raises:
-        ValueError: a tower whose queries are joined in front of the first block.
+        ValueError: a tower whose queries join before the first block.
     """
     blocks, queries = tower.config.num_blocks, tower.config.num_queries
     layers = tuple(tower.layers)[: len(tower.layers) - blocks]
@@ -48,7 +48,7 @@ def eomt(tower: nn.Module) -> Anatomy:
 
 
 def videomt(tower: nn.Module) -> Anatomy:
-    """VidEoMT: an EoMT that hands the queries of each frame to the next one of its clip [T, 3, H, W]."""
+    """VidEoMT: an EoMT that passes the queries of each frame on to the next one of its clip [T, 3, H, W]."""
     anatomy = eomt(tower)
 
     def grids(arguments: dict[str, Any]) -> list[Grid]:

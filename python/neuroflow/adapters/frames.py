@@ -1,4 +1,4 @@
-"""The forms in which towers take frames, and made frames of each."""
+"""The forms in which towers take frames, and synthetic frames in each."""
 
 import inspect
 import itertools
@@ -10,7 +10,7 @@ from torch import nn
 
 from .anatomy import Grid
 
-MASKED = "masked"  # part of the names of arguments that have patches left out
+MASKED = "masked"  # part of the names of arguments that leave out patches
 
 
 def first_argument(tower: nn.Module) -> str:
@@ -18,7 +18,7 @@ def first_argument(tower: nn.Module) -> str:
 
 
 def without_default(tower: nn.Module) -> dict[str, None]:
-    """None for a tower's arguments beyond the first that have no default."""
+    """None for each of a tower's arguments, after the first, without a default."""
     _, *others = inspect.signature(tower.forward).parameters.values()
     return {
         each.name: None
@@ -28,7 +28,7 @@ def without_default(tower: nn.Module) -> dict[str, None]:
 
 
 def _noise(tower: nn.Module, *shape: int, seed: int = 0) -> torch.Tensor:
-    """Random values on the tower's device and of its dtype; torch's own generators are untouched."""
+    """Random values on the tower's device and in its dtype; torch's own generators are untouched."""
     weights = (each for each in tower.parameters() if each.is_floating_point() and each.device.type != "meta")
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     weight = next(weights, values)
@@ -40,9 +40,9 @@ class Images(NamedTuple):
 
     Args:
         name: of the tower's argument.
-        projection: the convolution that cuts them into patches, or the linear that takes those; None where no module
-            does that alone.
-        patch: height and width of one in pixels.
+        projection: the convolution that cuts them into patches, or the linear that takes patches; None if no single
+            module does.
+        patch: height and width of a patch, in pixels.
         padding: pixels around a frame.
         channels: C.
     """
@@ -60,7 +60,7 @@ class Images(NamedTuple):
         return rows, columns
 
     def make(self, tower: nn.Module, size: Grid, changed: Iterable[int] = ()) -> dict[str, Any]:
-        """The tower's arguments for a frame of so many pixels; `changed`: row-major patches that are others."""
+        """The tower's arguments for a frame of this size in pixels; row-major patches in `changed` differ."""
         frame, others = (_noise(tower, 1, self.channels, *size, seed=seed) for seed in (0, 1))
         for number in changed:
             places = zip(divmod(number, self.grid(size)[1]), self.patch, self.padding, strict=True)
@@ -82,17 +82,16 @@ class Images(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Frames as rows of patches, [S, N, values of a patch], padded to the longest where they have positions.
+    """Frames as rows of patches, [S, N, values of a patch], padded to the longest if they have positions.
 
     Args:
         name: of the tower's argument.
-        projection: the linear that takes them; None where no module does that alone.
-        patch: height and width of one in pixels.
-        values: of a patch.
-        positions: the argument that holds (column, row) of each patch, int [S, N, 2], -1 where there is none. "": the
-            first two values of a patch are its row and column from 1 on, 0 where there is none. None: all frames are of
-            `own` size.
-        own: rows and columns of patches.
+        projection: the linear that takes them; None if no single module does.
+        patch: height and width of a patch, in pixels.
+        values: number of values in a patch.
+        positions: the argument with (column, row) of each patch, int [S, N, 2], -1 for padding. "": the first two
+            values of a patch are its row and column, from 1, 0 for padding. None: all frames have the grid `own`.
+        own: (rows, columns) of patches.
     """
 
     name: str
@@ -106,7 +105,7 @@ class Rows(NamedTuple):
         return size[0] // self.patch[0], size[1] // self.patch[1]
 
     def make(self, tower: nn.Module, size: Grid, changed: Iterable[int] = ()) -> dict[str, Any]:
-        """The tower's arguments for a frame of so many pixels; `changed`: row-major patches that are others."""
+        """The tower's arguments for a frame of this size in pixels; row-major patches in `changed` differ."""
         rows, columns = self.grid(size)
         frame, others = (_noise(tower, 1, rows * columns, self.values, seed=seed) for seed in (0, 1))
         for number in changed:
@@ -120,7 +119,7 @@ class Rows(NamedTuple):
         return arguments
 
     def places(self, arguments: dict[str, Any]) -> list[torch.Tensor]:
-        """Row and column of the patches of each frame, int64 [N, 2]."""
+        """(row, column) of the patches of each frame, int64 [N, 2]."""
         if self.positions == "":
             places = arguments[self.name][:, :, :2].long() - 1
         else:
@@ -152,9 +151,7 @@ class Rows(NamedTuple):
 
 
 def _says_nothing(name: str, value: Any, shape: torch.Size) -> bool:
-    """Whether an argument of a tower says nothing beyond its frames [S, C, H, W]: a switch, a mask that leaves nothing
-    out, or the frames' sizes.
-    """
+    """Whether an argument adds nothing to frames [S, C, H, W]: a switch, their sizes, or a mask that hides nothing."""
     if isinstance(value, torch.Tensor):
         if MASKED in name:
             return False

@@ -1,7 +1,7 @@
-"""Any plain ViT, found by its structure: a convolution over patches, and a list of like blocks with attention.
+"""Any plain ViT, found by its structure: a convolution over patches, and a list of similar blocks with attention.
 
-What a class is called is never asked. How the parts work together is seen from one pass of a made frame, and proven
-when the tower is patched.
+Class names do not matter. How the parts work together is observed in one pass of a synthetic frame, and verified when
+the tower is patched.
 """
 
 import functools
@@ -21,15 +21,16 @@ from .anatomy import Anatomy, Grid, dims_of_rows, is_in, pack_rows
 from .frames import Images, Rows, first_argument
 from .tracing import PRODUCTS, Call, Trace, Unsuitable, first_tokens, in_evaluation, trace
 
-MOST_TOKENS = 1024  # of a made frame, where the tower takes any; more than any window that blocks attend within
+MOST_TOKENS = 1024  # in a synthetic frame of free size; more than any window that blocks attend within
 MOST_REGISTERS = 16
 USUAL = (36, 24)  # rows and columns of patches
 POSITIONS = ("pixel_position_ids", "image_position_ids")
 
 
 def towers_by_structure(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of `model` that look like plain ViTs, by their names in it: the smallest around a list of blocks that
-    cut frames into patches.
+    """The modules of `model` that look like plain ViTs, by name.
+
+    Each is the smallest module around a list of blocks that cuts frames into patches.
     """
     modules, found = dict(model.named_modules()), {}
     for name, blocks in modules.items():
@@ -47,7 +48,7 @@ def towers_by_structure(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _are_blocks(module: nn.Module) -> bool:
-    """Whether `module` is a list of like modules, each of which has linears enough for attention and an MLP."""
+    """Whether `module` is a list of modules of one class, each with enough linears for attention and an MLP."""
     return (
         isinstance(module, nn.ModuleList | nn.Sequential)
         and len(module) > 1
@@ -57,7 +58,7 @@ def _are_blocks(module: nn.Module) -> bool:
 
 
 def _forms(tower: nn.Module, blocks: nn.Module) -> list[Images | Rows]:
-    """How `tower` may take frames: cut by a convolution outside of its `blocks`, or in patches of its config's size."""
+    """How `tower` may take frames: cut by a convolution outside its `blocks`, or in patches of its config's size."""
     name, inside = first_argument(tower), set(blocks.modules())
     for module in tower.modules():
         if isinstance(module, nn.Conv2d) and module not in inside and module.in_channels < 5:
@@ -86,10 +87,16 @@ def _forms(tower: nn.Module, blocks: nn.Module) -> list[Images | Rows]:
 
 
 def general(tower: nn.Module) -> Anatomy:
-    """What one pass of a made frame shows of a tower that takes frames as images, or as rows of patches.
+    """Describe a tower from one pass of a synthetic frame; it takes frames as images or as rows of patches.
+
+    Args:
+        tower: the module that takes frames.
+
+    Returns:
+        its anatomy.
 
     Raises:
-        TypeError: it is no plain ViT, or does something that a sparse frame has no place for.
+        TypeError: it is not a plain ViT, or does something that a sparse frame does not support.
     """
     try:
         return _anatomy(tower)
@@ -104,14 +111,14 @@ def _anatomy(tower: nn.Module) -> Anatomy:
     lists = [module for module in tower.modules() if _are_blocks(module)]
     lists = [blocks for blocks in lists if not any(blocks in other.modules() for other in lists if other is not blocks)]
     if len(lists) != 1:
-        raise Unsuitable(f"it has {len(lists)} lists of blocks, as those that merge patches from stage to stage")
+        raise Unsuitable(f"it has {len(lists)} lists of blocks, like towers that merge patches between stages")
     (blocks,) = lists
     with in_evaluation(tower):
         form, size, seen = _seen(tower, blocks)
         prefix, suffix = _around(tower, blocks, form, size, seen)
     calls = {call.module: call for call in seen.attentions}
     if len(calls) < len(blocks) or len({call.kind for call in calls.values()}) > 1:
-        raise Unsuitable("its blocks do not attend alike, each by a module of its own")
+        raise Unsuitable("its blocks do not all attend in the same way, each with its own module")
     return Anatomy(
         tower=tower,
         projection=form.projection,
@@ -134,7 +141,7 @@ def _anatomy(tower: nn.Module) -> Anatomy:
 
 
 def _seen(tower: nn.Module, blocks: nn.Module) -> tuple[Images | Rows, Grid, Trace]:
-    """The first form and size of frames that the tower takes, and the pass of one."""
+    """The first form and size of frames that the tower accepts, and the trace of one."""
     refused = ""
     for form in _forms(tower, blocks):
         for size in _sizes(tower, form):
@@ -144,14 +151,14 @@ def _seen(tower: nn.Module, blocks: nn.Module) -> tuple[Images | Rows, Grid, Tra
                 return form, size, trace(tower, blocks, form.make(tower, size))
             except Unsuitable:
                 raise
-            except Exception as error:  # whatever a model raises for another size than its own
+            except Exception as error:  # a model may raise anything for another size than its own
                 refused = refused or f"it does not take {form.name} of a frame of {size[0]} x {size[1]} pixels alone"
                 refused += f" ({error!s:.200})" if not refused.endswith(")") else ""
     raise Unsuitable(refused)
 
 
 def _sizes(tower: nn.Module, form: Images | Rows) -> Iterator[Grid]:
-    """Heights and widths of frames that the tower may take, the likeliest first."""
+    """Heights and widths of frames that the tower may accept, likeliest first."""
     own = own_sizes(tower)
     few = [size for size in own if math.prod(form.grid(size)) <= MOST_TOKENS]
     usual = (USUAL[0] * form.patch[0], USUAL[1] * form.patch[1])
@@ -167,7 +174,7 @@ def _sizes(tower: nn.Module, form: Images | Rows) -> Iterator[Grid]:
 
 
 def own_sizes(tower: nn.Module) -> list[Grid]:
-    """Sizes of frames that the tower and its parts name as their own."""
+    """Frame sizes named in the tower's config and modules."""
     sizes = []
     for module in tower.modules():
         for holder in (getattr(module, "config", None), module):
@@ -180,7 +187,7 @@ def own_sizes(tower: nn.Module) -> list[Grid]:
 
 
 def _around(tower: nn.Module, blocks: nn.Module, form: Images | Rows, size: Grid, seen: Trace) -> tuple[int, int]:
-    """How many tokens come before the patches, which have to lie in row-major order, and after them."""
+    """The number of tokens in front of the patches, which must be in row-major order, and after them."""
     count, tokens = math.prod(form.grid(size)), seen.tokens.flatten(0, -2)
     others = prefix = len(tokens) - count
     if others < 0:
@@ -199,7 +206,7 @@ def _around(tower: nn.Module, blocks: nn.Module, form: Images | Rows, size: Grid
 
 
 def _embedding(prefix: int, output: Any) -> torch.Tensor:
-    """[S, D]; [1, D] where the frames of a pass lie end to end, as nothing says where one ends."""
+    """[S, D]; [1, D] if the frames of a pass lie end to end, since nothing says where one ends."""
     is_tokens = False
     if not isinstance(output, torch.Tensor):
         if isinstance(output, tuple | list):
@@ -218,26 +225,26 @@ def _embedding(prefix: int, output: Any) -> torch.Tensor:
 
 
 def _positions(seen: Trace, others: int) -> tuple[tuple[str, Callable[[Any, Callable], Any]], ...]:
-    """`Anatomy.positions`: the arguments of the blocks that have rows for tokens."""
+    """`Anatomy.positions`: the arguments of the blocks that have a row for each token."""
     tokens, found = seen.tokens.shape[:-1].numel(), []
     for name, value in seen.arguments.items():
-        if "mask" in name:  # of whole frames; attention between packed tokens needs none
+        if "mask" in name:  # for whole frames; attention between packed tokens needs none
             continue
         leaves, dims = tree_leaves(value), dims_of_rows(value, {tokens, tokens - others})
         lengths = {leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None}
         if not lengths:
             continue
         if others and tokens not in lengths and not (isinstance(value, tuple) and len(leaves) == 2):
-            raise Unsuitable(f"{name} of its blocks has no rows for the {others} tokens that are no patches")
+            raise Unsuitable(f"{name} of its blocks has no rows for the {others} tokens that are not patches")
         found.append((name, functools.partial(pack_rows, dims)))
     return tuple(found)
 
 
 def _attention(calls: dict[nn.Module, Call], module: nn.Module, attend: Callable, *args: Any, **kwargs: Any) -> Any:
-    """`Anatomy.attention` of modules that attend by torch's functions: theirs run, and what they attend by does not."""
+    """`Anatomy.attention` of modules that use torch's functions: their forward runs, and its attention is replaced."""
     if calls[module].kind == "multihead":
         return _multihead(module, attend, *args, **kwargs)
-    if not calls[module].biased:  # it leaves nothing out, and is of all tokens
+    if not calls[module].biased:  # it masks nothing, and is for all tokens
         kwargs |= {name: None for name in kwargs if name.endswith("mask")}
     with _Attends(attend, calls[module]):
         return type(module).forward(module, *args, **kwargs)
@@ -265,7 +272,7 @@ def _biased(
 
 
 class _Attends(TorchFunctionMode):
-    """Within one attention module, `attend` in the place of torch's attention, or of the products that make it."""
+    """Inside one attention module, replaces torch's attention, or the products that make it, by `attend`."""
 
     def __init__(self, attend: Callable, call: Call) -> None:
         super().__init__()
@@ -283,7 +290,7 @@ class _Attends(TorchFunctionMode):
             if self.scores is not None:
                 return self.attended(self.scores[0], self.scores[1].mT, args[1], self.call.scale)
             self.scores = query, keys = args
-            return query.new_zeros(*query.shape[:-1], keys.shape[-1])  # nobody reads what comes of it
+            return query.new_zeros(*query.shape[:-1], keys.shape[-1])  # nothing reads the result
         return func(*args, **kwargs)
 
     def attended(
@@ -294,7 +301,7 @@ class _Attends(TorchFunctionMode):
         scale: float,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Heads as they come, [S, heads, T, head_dim] or [S * heads, T, head_dim]."""
+        """Heads as given, [S, heads, T, head_dim] or [S * heads, T, head_dim]."""
         heads = [each if each.ndim == 4 else each.unflatten(0, (-1, self.call.heads)) for each in (query, key, value)]
         product = None if mask is None else functools.partial(_biased, scaling=scale, mask=mask)
         batch, _, rows, _ = heads[0].shape

@@ -4,7 +4,7 @@ from .anatomy import Anatomy, grids_of_images
 
 
 def internvl(tower: nn.Module) -> Anatomy:
-    """InternVL, vision side; the language model reads all of its tokens."""
+    """InternVL's vision tower; the language model reads all of its tokens."""
     layers = tuple(tower.encoder.layer)
     projection = tower.embeddings.patch_embeddings.projection
 

@@ -1,4 +1,4 @@
-"""What an adapter for an unknown model would have to point at, as far as its structure shows it."""
+"""What an adapter for an unknown model would have to point at, as far as the model's structure shows."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from .anatomy import is_patch_projection
 
 
 def missing_parts(model: nn.Module) -> str:
-    """Which parts of a vision tower can be seen in `model`, and which cannot."""
+    """Which parts of a vision tower `model` seems to have, and which it lacks."""
     modules = list(model.named_modules())
     projections = [name for name, module in modules if is_patch_projection(module)]
     blocks = [
@@ -30,6 +30,4 @@ def missing_parts(model: nn.Module) -> str:
     }
     found = [f"{part} ({names[0] or 'the model itself'})" for part, names in parts.items() if names]
     missing = [part for part, names in parts.items() if not names]
-    return (
-        f"Of what an adapter names, found: {', '.join(found) or 'nothing'}; missing: {', '.join(missing) or 'nothing'}."
-    )
+    return f"Parts of an adapter found: {', '.join(found) or 'nothing'}; missing: {', '.join(missing) or 'nothing'}."

@@ -1,8 +1,8 @@
-"""Towers that take images of any size end to end, with their grids beside them, and attend within each by `cu_seqlens`.
+"""Towers that take images of any size end to end, together with their grids, and separate them by `cu_seqlens`.
 
-Qwen-VL, GLM-V, Kimi and many more are built like this. They are found by the arguments of their modules, and described
-by what reaches their blocks when a made frame runs through a shadow of the tower: a copy that shares its weights, and
-in which the blocks hand on what they get.
+Qwen-VL, GLM-V, Kimi and many others are built like this. They are found by the arguments of their modules, and
+described by what reaches their blocks when a synthetic frame runs through a shadow of the tower: a copy that shares its
+weights, and whose blocks pass on their input.
 """
 
 import functools
@@ -24,26 +24,26 @@ from .anatomy import Anatomy, Grid, dims_of_rows, pack_rows
 GRIDS = ("grid_thw", "grid_thws", "image_grid_thw", "image_grid_hw", "target_sizes", "spatial_shapes")
 SEGMENTS = "cu_seqlens"
 CPU = torch.device("cpu")
-GIVEN_MERGE = 2  # of made frames, where it is an argument
-# Grids that blocks of up to 4 x 4 patches divide; the first shows windows as wide as 119 of them.
+GIVEN_MERGE = 2  # in synthetic frames, if it is an argument
+# Grids divisible by blocks of up to 4 x 4 patches; the first reveals windows up to 119 patches wide.
 LONG, SQUARE = (12, 120), (24, 24)
 
 
 class _Layout(NamedTuple):
-    """How a tower is built, as far as made frames show it.
+    """How a tower is built, as far as synthetic frames show.
 
     Args:
         batched: its rows of patches are [1, N, *], not [N, *].
-        row: the shape of one.
-        merge: patches lie in blocks of merge x merge, one block after the other.
-        side: of the windows that tokens lie in, one after the other, in merged patches; None where there are none.
-        windowed: numbers of the blocks that attend within those alone.
-        reads: numbers of the blocks whose output something else than the next block takes.
-        steps: each step in time of a video attends to itself alone.
-        alike: steps in time that show the same are the same to the blocks.
-        dimensions: of the tokens.
-        rotary: the blocks' argument with a row for each token, where there is one, and where the rows lie in each of
-            its tensors.
+        row: the shape of a row.
+        merge: patches come in blocks of merge x merge, one after another.
+        side: side of the windows that tokens come in, one after another, in merged patches; None without windows.
+        windowed: indices of the blocks that attend within windows only.
+        reads: indices of the blocks whose output is read by something else than the next block.
+        steps: each time step of a video attends only to itself.
+        alike: time steps with the same content are the same to the blocks.
+        dimensions: number of dimensions of the tokens.
+        rotary: the blocks' argument with a row for each token, if any, and the dimension of the rows in each of its
+            tensors.
         projection: the name of the module that maps rows to tokens.
     """
 
@@ -64,10 +64,9 @@ _layouts: weakref.WeakKeyDictionary[nn.Module, _Layout] = weakref.WeakKeyDiction
 
 
 def is_ragged(module: nn.Module) -> bool:
-    """Whether `module` is such a tower: it takes patches and their grids, and holds one list of blocks whose attention
-    needs `cu_seqlens`.
+    """Whether `module` is such a tower: it takes patches and grids, and has one list of blocks that need `cu_seqlens`.
 
-    A model around a tower takes `input_ids` first, and a tower of sound no grid.
+    A model around a tower takes `input_ids` first, and an audio tower takes no grid.
     """
     names = list(_parameters(type(module)))[1:]
     if not any(name in GRIDS for name in names) or names[0] in (*GRIDS, "input_ids"):
@@ -77,13 +76,14 @@ def is_ragged(module: nn.Module) -> bool:
 
 
 def ragged(tower: nn.Module) -> Anatomy:
-    """A tower that `is_ragged`. An image is a frame, and so is each step in time of a video that attends to itself.
+    """Describe a tower that `is_ragged`.
 
-    The images of a pass lie end to end in the output, which does not say where one ends: its embedding is the mean of
-    all merged tokens, [1, D], a frame's where there is one image in a pass.
+    An image is a frame, and so is each time step of a video that attends only to itself. The images of a pass lie end
+    to end in the output, which does not say where one ends. The embedding is the mean of all merged tokens, [1, D], and
+    so a frame's own only if it is alone in its pass.
 
     Raises:
-        TypeError: a tower whose patches cannot be encoded some without others, or that is built in a way not known.
+        TypeError: a tower whose patches cannot be encoded separately, or that is built in an unknown way.
     """
     (layers,) = _lists(tower)
     names = list(_parameters(type(tower)))[1:]
@@ -141,7 +141,7 @@ def ragged(tower: nn.Module) -> Anatomy:
         return of_frames
 
     def example(differing: Iterable[int]) -> dict[str, Any]:
-        # What merges patches behind the blocks may ask for more than their order says. More than one window is made.
+        # Merging after the blocks may need larger multiples than the order shows. Make more than one window.
         unit = math.lcm(4 * layout.merge, *_merges(tower))
         size = 1 if layout.side is None else layout.side * layout.merge // unit + 1
         made = (size * unit, (size + 1) * unit)
@@ -206,7 +206,7 @@ def _lists(module: nn.Module) -> list[nn.ModuleList]:
 
 
 def _projections(tower: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
-    """What may map rows of patches to tokens: convolutions and linear layers outside of the blocks."""
+    """Modules that may map rows of patches to tokens: convolutions and linear layers outside the blocks."""
     inside = set(layers.modules())
     for part in tower.modules():
         if part not in inside and isinstance(part, nn.Conv2d | nn.Conv3d | nn.Linear):
@@ -214,17 +214,17 @@ def _projections(tower: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]
 
 
 def _mlp(block: nn.Module) -> nn.Module:
-    """The one part of a block that holds matrices beside its attention."""
+    """The single part of a block, besides its attention, that holds matrices."""
     (attention,) = _attentions(block)
     others = [part for part in block.children() if attention not in set(part.modules())]
     with_matrices = [part for part in others if any(weight.ndim > 1 for weight in part.parameters())]
     if len(with_matrices) != 1:
-        raise AttributeError(f"a block has {len(with_matrices)} parts with matrices beside its attention, not one")
+        raise AttributeError(f"a block has {len(with_matrices)} parts with matrices besides its attention, not one")
     return with_matrices[0]
 
 
 def _arguments(tower: nn.Module, rows: torch.Tensor, *sizes: tuple[int, int, int]) -> dict[str, Any]:
-    """The tower's arguments by name for made rows; `sizes`: (times, rows, columns) of each input."""
+    """The tower's arguments by name for synthetic rows; `sizes`: (times, rows, columns) of each input."""
     names = list(_parameters(type(tower)))[1:]
     weight = next(_projections(tower, _lists(tower)[0])).weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
@@ -237,7 +237,7 @@ def _arguments(tower: nn.Module, rows: torch.Tensor, *sizes: tuple[int, int, int
 
 
 class _Watch(TorchFunctionMode):
-    """Notes which blocks gave what anything but a block then works on."""
+    """Records which blocks' outputs are read by anything but a block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _shadow(module: nn.Module, layers: nn.ModuleList, watch: _Watch, copies: dict[int, nn.Module]) -> nn.Module:
-    """`module` once more, with its weights but without its hooks, and with blocks that `watch` stands in for."""
+    """A copy of `module` that shares its weights, without hooks, with `watch` in place of its blocks."""
     if id(module) in copies:
         return copies[id(module)]
     shadow = copies[id(module)] = type(module).__new__(type(module))
@@ -278,7 +278,7 @@ def _shadow(module: nn.Module, layers: nn.ModuleList, watch: _Watch, copies: dic
         return shadow
     if layers in set(module.modules()):
         watch.around.add(shadow)
-        vars(shadow).pop("forward", None)  # which something may have bound to `module`
+        vars(shadow).pop("forward", None)  # something may have bound it to `module`
     vars(shadow)["_modules"] = {
         name: None if part is None else _shadow(part, layers, watch, copies) for name, part in module._modules.items()
     }
@@ -288,7 +288,7 @@ def _shadow(module: nn.Module, layers: nn.ModuleList, watch: _Watch, copies: dic
 def _watched(
     tower: nn.Module, layers: nn.ModuleList, rows: torch.Tensor, *sizes: tuple[int, int, int]
 ) -> tuple[_Watch, str | None]:
-    """What reaches the blocks of made rows of patches, and the name of the module that maps those to tokens.
+    """What reaches the blocks from synthetic rows of patches, and the name of the module that maps these to tokens.
 
     Args:
         sizes: (times, rows, columns) of each input.
@@ -313,14 +313,14 @@ def _watched(
 
 
 def _layout(tower: nn.Module, layers: nn.ModuleList) -> _Layout:
-    """What made frames show of a tower.
+    """What synthetic frames show of a tower.
 
     Raises:
-        TypeError: it cannot be sparse, for the reason that is said.
+        TypeError: it cannot be sparse, with the reason.
     """
     without = [number for number, layer in enumerate(layers) if len(_attentions(layer)) != 1]
     if without:
-        raise _refusal(tower, f"blocks {without} have no attention that needs {SEGMENTS}, or several")
+        raise _refusal(tower, f"blocks {without} have no attention that needs {SEGMENTS}, or several of them")
     batched, row, watch, projection = _blank_run(tower, layers)
     count, depth = LONG[0] * LONG[1], len(layers)
     tokens, arguments = watch.calls[0]
@@ -331,7 +331,7 @@ def _layout(tower: nn.Module, layers: nn.ModuleList) -> _Layout:
     axes = {name: dims_of_rows(value, {count}) for name, value in arguments.items()}
     with_rows = {name: of for name, of in axes.items() if any(axis is not None for axis in of)}
     if len(with_rows) > 1:
-        raise _refusal(tower, f"its blocks get rows for each token by several names, {list(with_rows)}")
+        raise _refusal(tower, f"its blocks get rows for each token in several arguments, {list(with_rows)}")
     rotary = next(iter(with_rows.items()), None)
 
     def blank(*sizes: tuple[int, int, int]) -> _Watch:
@@ -339,7 +339,7 @@ def _layout(tower: nn.Module, layers: nn.ModuleList) -> _Layout:
         return _watched(tower, layers, torch.zeros(*[1] * batched, patches, *row), *sizes)[0]
 
     def signals(watch: _Watch) -> list[torch.Tensor]:
-        """What tells the blocks where a token lies, rows of tokens."""
+        """What tells the blocks where a token is, as rows of tokens."""
         tokens, arguments = watch.calls[0]
         if rotary is None:
             return [tokens.flatten(0, -2)]
@@ -368,20 +368,20 @@ def _layout(tower: nn.Module, layers: nn.ModuleList) -> _Layout:
                 square = token_order(SQUARE, merge, side)
                 layouts.append((sum(_variation(each, square, SQUARE) for each in places), merge, side))
     if not layouts:
-        raise _refusal(tower, "its patches do not reach the blocks one by one, in an order that is known")
+        raise _refusal(tower, "its patches do not reach the blocks one by one in a known order")
     _, merge, side = min(layouts, key=lambda layout: layout[0])
 
     def are_apart(*sizes: tuple[int, int, int]) -> _Watch | None:
-        """What reaches the blocks, if they attend within the halves of it alone."""
+        """What reaches the blocks, if each half attends only to itself."""
         half = SQUARE[0] * SQUARE[1]
         try:
             watch = blank(*sizes)
-        except Exception:  # of a tower that takes images alone
+        except Exception:  # the tower takes only images
             return None
         return watch if all(half in given[SEGMENTS].tolist() for _, given in watch.calls) else None
 
     if are_apart((1, *SQUARE), (1, *SQUARE)) is None:
-        raise _refusal(tower, "the images of a call are not encoded each by itself")
+        raise _refusal(tower, "the images of a call are not encoded independently")
     video = are_apart((2, *SQUARE))
     return _Layout(
         batched=batched,
@@ -399,7 +399,7 @@ def _layout(tower: nn.Module, layers: nn.ModuleList) -> _Layout:
 
 
 def _blank_run(tower: nn.Module, layers: nn.ModuleList) -> tuple[bool, tuple[int, ...], _Watch, str | None]:
-    """The first form of rows that the tower takes: whether [1, N, *], and *; and what comes of blank ones."""
+    """The first form of rows that the tower accepts: whether [1, N, *], and *; and the run of blank ones."""
     count, why = LONG[0] * LONG[1], None
     for projection in _projections(tower, layers):
         weight = projection.weight
@@ -407,17 +407,17 @@ def _blank_run(tower: nn.Module, layers: nn.ModuleList) -> tuple[bool, tuple[int
         for row, batched in itertools.product(rows, (False, True)):
             try:
                 watch, name = _watched(tower, layers, torch.zeros(*[1] * batched, count, *row), (1, *LONG))
-            except Exception as error:  # of a tower that takes other rows
+            except Exception as error:  # the tower takes other rows
                 why = error
                 continue
             if watch.calls and watch.calls[0][0].shape[:-1].numel() == count:
                 return batched, row, watch, name
-    reason = "no made frame reaches its blocks with a token for each patch"
+    reason = "no synthetic frame reaches its blocks with one token for each patch"
     raise _refusal(tower, reason if why is None else f"{reason}; {type(why).__name__}: {why}") from why
 
 
 def _merges(tower: nn.Module) -> list[int]:
-    """What each side of the blocks may be that a processor orders patches in: whatever is said to be merged, or 1."""
+    """Candidates for the side of the blocks that a processor orders patches in: any declared merge size, or 1."""
     if "merge_sizes" in _parameters(type(tower)):
         return [GIVEN_MERGE]
     said = (value for of in (tower, getattr(tower, "config", None)) if of is not None for value in _said(of))
@@ -435,10 +435,10 @@ def _refusal(tower: nn.Module, reason: str) -> TypeError:
 
 
 def _run_block(dimensions: int, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A block that calls transformers' attention interface once, with all tokens at hand."""
+    """A block that calls transformers' attention interface once, with all tokens available."""
     ours = tokens[0] if tokens.ndim > dimensions else tokens
     rows = ours.shape[:-1].numel()
-    # On the CPU, where attention splits by it without waiting for a GPU.
+    # On the CPU, so that attention splits by it without a sync.
     kwargs[SEGMENTS] = torch.tensor([0, rows], dtype=torch.int32)
     if kwargs.get("max_seqlen") is not None:
         kwargs["max_seqlen"] = rows
@@ -460,7 +460,7 @@ def attend_in_windows(
     scaling: float | None = None,
     mask: None = None,
 ) -> torch.Tensor:
-    """`product` of `attend`, from every query to the keys in its window."""
+    """`product` of `attend`: from every query to the keys in its window."""
     starts = _windows(grid, merge, side, query.device)[1]
     own, others = (
         itertools.pairwise((starts if among is None else torch.searchsorted(among, starts)).tolist())
@@ -481,7 +481,7 @@ def attend_in_windows(
 
 
 def mean_of_merged(output: Any) -> torch.Tensor:
-    # Up to transformers 4.57 the merged tokens by themselves, or before those of the deepstack.
+    # Up to transformers 4.57: the merged tokens alone, or in front of the deepstack's.
     if isinstance(output, tuple):
         output = output[0]
     if not isinstance(output, torch.Tensor):
@@ -491,7 +491,7 @@ def mean_of_merged(output: Any) -> torch.Tensor:
 
 
 def _variation(signal: torch.Tensor, order: torch.Tensor, grid: Grid) -> float:
-    """How much rows of tokens [N, D] differ between neighbours, were they in that order."""
+    """How much rows of tokens [N, D], taken in this order, differ between neighbours."""
     picture = torch.view_as_real(signal) if signal.is_complex() else signal
     picture = picture.flatten(1).float().cpu()[order.argsort()].unflatten(0, grid)
     return sum(picture.diff(dim=axis).abs().mean().item() for axis in (0, 1))
@@ -499,7 +499,7 @@ def _variation(signal: torch.Tensor, order: torch.Tensor, grid: Grid) -> float:
 
 @functools.lru_cache
 def token_order(grid: Grid, merge: int, side: int | None = None, device: torch.device = CPU) -> torch.Tensor:
-    """The row-major patch at each token: block after block of merge x merge, and window after window of those."""
+    """The row-major patch at each token: block by block of merge x merge, and window by window of those."""
     rows, columns = grid
     patches = torch.arange(rows * columns, device=device).view(rows // merge, merge, columns // merge, merge)
     patches = patches.transpose(1, 2).reshape(-1, merge * merge)
@@ -508,9 +508,9 @@ def token_order(grid: Grid, merge: int, side: int | None = None, device: torch.d
 
 @functools.lru_cache
 def _windows(grid: Grid, merge: int, side: int, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
-    """The merged patches window after window, and the patches in front of each window and after the last one, int32.
+    """The merged patches window by window, and the number of patches before each window and after the last, int32.
 
-    Windows are side x side merged patches, fewer at the right and the lower edge.
+    Windows are side x side merged patches, smaller at the right and lower edges.
     """
     rows, columns = (torch.arange(length // merge, device=device) // side for length in grid)
     window = (rows[:, None] * len(columns) + columns).flatten()

@@ -11,7 +11,7 @@ def _embedding(output: Any) -> torch.Tensor:
 
 
 def siglip(tower: nn.Module) -> Anatomy:
-    """SigLIP, and SigLIP 2 of fixed resolution or NaFlex, vision side."""
+    """The vision towers of SigLIP and of SigLIP 2, with fixed resolution or NaFlex."""
     projection = tower.embeddings.patch_embedding
 
     def grids(arguments: dict[str, Any]) -> list[Grid]:

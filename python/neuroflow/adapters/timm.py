@@ -13,11 +13,11 @@ ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention")
 
 
 def vision_transformer(tower: nn.Module) -> Anatomy:
-    """timm's VisionTransformer, its DeiT with a distillation token, and Eva, of timm 1.0 or later.
+    """timm's VisionTransformer, its DeiT with a distillation token, and Eva, from timm 1.0 on.
 
-    `forward`, `forward_features`, `forward_intermediates` and what is built on it take sparse frames. `forward_head`
-    called by itself takes every row that it gets for a token, also those that pad the streams of one batch to equal
-    length under architecture B.
+    `forward`, `forward_features`, `forward_intermediates` and everything built on them take sparse frames.
+    `forward_head` called on its own treats every row as a token, including the padding between streams of a batch under
+    architecture B.
     """
     _accept("patch_embed", [tower.patch_embed], ("PatchEmbed",))
     layers = tuple(tower.blocks)
@@ -28,14 +28,12 @@ def vision_transformer(tower: nn.Module) -> Anatomy:
 
     def grids(arguments: dict[str, Any]) -> list[Grid]:
         if arguments.get("is_causal"):
-            raise ValueError(
-                "is_causal is True; accepted is False, as a sparse frame attends to tokens that come later"
-            )
+            raise ValueError("is_causal is True; accepted is False, as a sparse frame also attends to later tokens")
         drop_rate = getattr(tower.patch_drop, "prob", 0)
         if drop_rate and tower.training:
             raise ValueError(
-                f"patch_drop_rate is {drop_rate} in training mode; accepted is 0 there, or evaluation mode, in which "
-                "no patches are dropped"
+                f"patch_drop_rate is {drop_rate} in training mode; accepted is 0, or evaluation mode, which drops no "
+                "patches"
             )
         grids = grids_of_images(projection, "attn_mask")(arguments)
         if tower.patch_embed.dynamic_img_pad:
@@ -83,7 +81,7 @@ def vision_transformer(tower: nn.Module) -> Anatomy:
 
 
 def _accept(part: str, modules: Iterable[nn.Module], names: tuple[str, ...]) -> None:
-    """Raise for modules of other classes: they may compute otherwise, or mix tokens."""
+    """Raise for modules of other classes, which may compute differently or mix tokens."""
     for module in modules:
         if type(module).__name__ not in names:
             raise TypeError(f"{part} is a {type(module).__name__}; accepted of timm are {', '.join(names)}")
@@ -97,7 +95,7 @@ def _sin_and_cos(rope: torch.Tensor, take: Callable) -> torch.Tensor:
 
 
 def _turned(tokens: torch.Tensor, rope: torch.Tensor, halves: bool) -> torch.Tensor:
-    """Queries or keys [S, heads, T, head_dim] turned by `rope`, as pairs of neighbours or of the two halves."""
+    """Queries or keys [S, heads, T, head_dim], rotated by `rope` in pairs of neighbours or of the two halves."""
     sin, cos = rope.chunk(2, -1)
     if halves:
         first, second = tokens.chunk(2, -1)

@@ -1,4 +1,4 @@
-"""How a tower that no adapter knows works, seen from one pass of a made frame through it."""
+"""Observe how an unknown tower works, in one pass of a synthetic frame."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
-CLOSE = 1e-3  # of the largest score, between what a softmax takes and the products of queries and keys
+CLOSE = 1e-3  # tolerance between a softmax's input and scaled products, relative to the largest score
 
 
 class Unsuitable(Exception):
@@ -23,15 +23,15 @@ class Unsuitable(Exception):
 
 
 class Call(NamedTuple):
-    """What one block computed its attention by.
+    """How one block computes its attention.
 
     Args:
         module: the innermost module around it.
-        kind: "interface" of transformers, "sdpa" of torch, "multihead" for nn.MultiheadAttention, or "products": a
-            matrix product, a softmax and another product.
-        heads: how many.
-        scale: of the scores where they are made by products.
-        biased: something that does not depend on the frame is added to the scores, [1, heads, T, T].
+        kind: transformers' "interface", torch's "sdpa", "multihead" for nn.MultiheadAttention, or "products": a matrix
+            product, a softmax and another product.
+        heads: number of heads.
+        scale: of the scores, if made by products.
+        biased: something independent of the frame is added to the scores, [1, heads, T, T].
     """
 
     module: nn.Module
@@ -48,9 +48,9 @@ class Trace:
     Args:
         tokens: in front of the first block, [1, T, D].
         arguments: of the blocks by name, without the tokens.
-        attentions: of each block.
-        mlps: of each block; empty where some block has none that can be told.
-        reads: numbers of the blocks, the last one left out, whose output something else than the next block reads.
+        attentions: one for each block.
+        mlps: one for each block; empty if some block's cannot be identified.
+        reads: indices of the blocks, other than the last, whose output is read by something else than the next block.
     """
 
     tokens: torch.Tensor
@@ -61,7 +61,7 @@ class Trace:
 
 
 class _Stopped(Exception):
-    """The pass went as far as it had to."""
+    """The pass went as far as needed."""
 
 
 def calls_interface(module: nn.Module) -> bool:
@@ -73,7 +73,7 @@ def calls_interface(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def in_evaluation(tower: nn.Module) -> Iterator[None]:
-    """A block in which the tower is in evaluation mode and has no gradients."""
+    """Run the block with the tower in evaluation mode and without gradients."""
     training = [module for module in tower.modules() if module.training]
     try:
         for module in training:
@@ -86,7 +86,7 @@ def in_evaluation(tower: nn.Module) -> Iterator[None]:
 
 
 def first_tokens(tower: nn.Module, blocks: nn.Module, frame: dict[str, Any]) -> torch.Tensor:
-    """What the first block takes."""
+    """The tokens that the first block takes."""
     found: list[torch.Tensor] = []
     here = threading.get_ident()
 
@@ -103,12 +103,12 @@ def first_tokens(tower: nn.Module, blocks: nn.Module, frame: dict[str, Any]) -> 
 
 
 def trace(tower: nn.Module, blocks: nn.Module, frame: dict[str, Any]) -> Trace:
-    """Run a frame, the tower's arguments by name, and note what its blocks do.
+    """Run a frame, given as the tower's arguments by name, and record what its blocks do.
 
-    What their linear layers give is made up, as only where it goes is of interest.
+    The outputs of their linear layers are random, since only the data flow matters.
 
     Raises:
-        Unsuitable: its blocks do something that a sparse frame has no place for.
+        Unsuitable: its blocks do something that a sparse frame does not support.
     """
     watch = _Watch(blocks)
     with contextlib.ExitStack() as stack:
@@ -120,7 +120,7 @@ def trace(tower: nn.Module, blocks: nn.Module, frame: dict[str, Any]) -> Trace:
     if watch.tokens is None:
         raise Unsuitable("its blocks are not called, or only their forward is")
     if len(watch.attentions) < len(blocks):
-        raise Unsuitable(f"a frame goes through {len(watch.attentions)} of its {len(blocks)} blocks")
+        raise Unsuitable(f"a frame goes through only {len(watch.attentions)} of its {len(blocks)} blocks")
     leaves = {id(leaf) for leaf in tree_leaves(output)}
     reads = watch.reads | {number for key, number in watch.outputs.items() if key in leaves}
     return Trace(
@@ -146,7 +146,7 @@ def _split(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 class _Watch(TorchFunctionMode):
-    """What is noted while a frame passes in this thread: modules as they begin and end, and torch's functions."""
+    """Records modules as they begin and end, and torch functions, while a frame passes in this thread."""
 
     def __init__(self, blocks: nn.Module) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class _Watch(TorchFunctionMode):
         self.numbers = {block: number for number, block in enumerate(blocks)}
         self.running: list[nn.Module] = []
         self.block: nn.Module | None = None
-        self.held: list[Any] = []  # so that no two tensors have the same id
+        self.held: list[Any] = []  # kept alive, so that ids stay unique
         self.tokens: torch.Tensor | None = None
         self.arguments: dict[str, Any] = {}
         self.outputs: dict[int, int] = {}  # by id, of a block's output
@@ -171,14 +171,14 @@ class _Watch(TorchFunctionMode):
             return
         number = self.numbers[module]
         if number != len(self.attentions) or self.block is not None:
-            raise Unsuitable(f"block {number} does not come behind block {len(self.attentions) - 1} alone")
+            raise Unsuitable(f"block {number} does not simply follow block {len(self.attentions) - 1}")
         tokens, arguments = _split(module, args, kwargs)
         if number == 0:
             if tokens.ndim < 2 or (tokens.ndim > 2 and len(tokens) != 1):
                 raise Unsuitable(f"its blocks take {list(tokens.shape)} of one frame, not [1, tokens, D]")
             self.tokens, self.arguments = tokens, arguments
         elif self.outputs.get(id(tokens)) != number - 1:
-            raise Unsuitable(f"block {number} takes something else than what block {number - 1} gives")
+            raise Unsuitable(f"block {number} does not take the output of block {number - 1}")
         self.block, self.events, self.candidates, self.interfaces = module, [], [], []
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -187,7 +187,7 @@ class _Watch(TorchFunctionMode):
         self.running.pop()
         if self.block is None:
             return
-        # Some look their function up in a way that always finds the eager one.
+        # Some look up their function in a way that always finds the eager one.
         if calls_interface(module) and ("product" not in self.kinds() or module.config._attn_implementation == "eager"):
             self.interfaces.append(module)
         given = output[0] if isinstance(output, tuple) else output
@@ -197,7 +197,7 @@ class _Watch(TorchFunctionMode):
             return
         number = self.numbers[module]
         if not isinstance(given, torch.Tensor) or given.shape != self.tokens.shape:
-            raise Unsuitable(f"block {number} gives another shape than the {list(self.tokens.shape)} that it takes")
+            raise Unsuitable(f"block {number} gives another shape than its input, {list(self.tokens.shape)}")
         self.held.append(given)
         self.outputs[id(given)] = number
         self.attentions.append(self._attention(number))
@@ -224,7 +224,7 @@ class _Watch(TorchFunctionMode):
         return result
 
     def made_up(self, rows: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
-        """Values of the shape and dtype that a linear layer gives, at no cost."""
+        """Random values of the shape and dtype that a linear layer gives, at no cost."""
         shape = (*rows.shape[:-1], weight.shape[0])
         count = math.prod(shape)
         if len(self.noise) < count:
@@ -235,7 +235,7 @@ class _Watch(TorchFunctionMode):
         return [kind for kind, *_ in self.events]
 
     def _attention(self, number: int) -> Call:
-        """What the events in block `number` say of its attention."""
+        """The attention of block `number`, from the recorded events."""
         tokens = self.tokens.shape[:-1].numel()
         kinds = self.kinds()
         if len(self.interfaces) > 1 or kinds.count("sdpa") + kinds.count("multihead") > 1 or kinds.count("softmax") > 1:
@@ -268,17 +268,17 @@ class _Watch(TorchFunctionMode):
         else:
             raise Unsuitable(f"block {number} attends in a way that was not recognised")
         if query.shape[-2] != tokens or key.shape[-2] != tokens:
-            raise Unsuitable(f"block {number} does not attend from all tokens to all: windows, or pooled keys")
+            raise Unsuitable(f"block {number} does not attend from all tokens to all, as with windows or pooled keys")
         if self.interfaces:
             return Call(self.interfaces[0], "interface", query.shape[-3], biased="sdpa" in kinds and biased)
         if module is self.block:
-            raise Unsuitable(f"block {number} attends in its own forward, not in a module of its own")
+            raise Unsuitable(f"block {number} attends in its own forward, not in a separate module")
         if "sdpa" in kinds:
             return Call(module, "sdpa", query.shape[-3], biased=biased)
         return Call(module, "products", query.shape[-3], scale)
 
     def _note_mlp(self, attention: nn.Module) -> None:
-        """The outermost part of the block that maps tokens by two linears or more, and holds no attention."""
+        """Record the outermost part of the block that maps tokens with two or more linears, and has no attention."""
         parts = [
             part
             for part in self.candidates

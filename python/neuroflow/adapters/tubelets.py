@@ -10,11 +10,11 @@ from .vit import vit
 
 
 def tubelets(tower: nn.Module) -> Anatomy:
-    """VideoMAE's encoder with nothing masked, and ViViT: a clip [T, 3, H, W] is what a frame is to other towers.
+    """VideoMAE's encoder with nothing masked, and ViViT. A clip [T, 3, H, W] takes the place of a frame.
 
-    Its tokens are tubelets, compared with those at the same place and time index of the stream's last clip. In the grid
-    the times of a clip lie one below the other, [times * rows, columns], so that the lowest row of one and the highest
-    of the next pass for neighbours.
+    Tokens are tubelets, compared with those at the same place and time index in the stream's previous clip. In the grid
+    the time steps of a clip are stacked, [times * rows, columns], so the last row of one step and the first row of the
+    next count as neighbours.
     """
     anatomy = vit(tower)
     grids_of_clips = _grids_of_clips(anatomy.projection)
@@ -34,7 +34,7 @@ def tubelets(tower: nn.Module) -> Anatomy:
 
 
 def vjepa2(tower: nn.Module) -> Anatomy:
-    """V-JEPA 2's encoder: clips as `tubelets` has them. Whatever reads its tokens, the predictor too, reads all."""
+    """V-JEPA 2's encoder, with clips as in `tubelets`. All that reads its tokens, the predictor too, reads all."""
     layers = tuple(tower.layer)
     projection = tower.embeddings.patch_embeddings.proj
     grids_of_clips = _grids_of_clips(projection)
@@ -60,12 +60,12 @@ def vjepa2(tower: nn.Module) -> Anatomy:
 
 
 def _numbers(value: None, take: Callable) -> torch.Tensor:
-    """`Anatomy.positions` of blocks that derive a token's time, row and column from its number, [1, M]."""
+    """`Anatomy.positions` for blocks that derive a token's time, row and column from its index, [1, M]."""
     return take(None, 0)[None]
 
 
 def _grids_of_clips(projection: nn.Module) -> Callable[[dict[str, Any]], list[Grid]]:
-    """`Anatomy.grids` of towers whose first argument holds clips [S, T, C, H, W]."""
+    """`Anatomy.grids` for towers whose first argument holds clips [S, T, C, H, W]."""
     convolution = convolution_of(projection)
     channels, (frames, height, width) = convolution.in_channels, convolution.kernel_size
 

@@ -11,7 +11,8 @@ from .anatomy import Anatomy, Grid, grids_of_images, refuse
 def vit(tower: nn.Module) -> Anatomy:
     """ViT, DeiT with its distillation token, and I-JEPA, which has no CLS.
 
-    Up to transformers 5.8 (some to 5.16) their blocks are `encoder.layer`, with the MLP in two modules; later `layers`.
+    Up to transformers 5.8 (some up to 5.16) the blocks are `encoder.layer`, with the MLP in two modules; later
+    `layers`.
     """
     if hasattr(tower, "layers"):
         layers = tuple(tower.layers)
@@ -42,7 +43,7 @@ def vit(tower: nn.Module) -> Anatomy:
 
 
 def vit_mae(tower: nn.Module) -> Anatomy:
-    """The encoder of ViT-MAE with nothing masked; patches stay in their order, which it shuffles otherwise."""
+    """The encoder of ViT-MAE with nothing masked; patches keep their order, which it would shuffle otherwise."""
     anatomy = vit(tower)
 
     def grids(arguments: dict[str, Any]) -> list[Grid]:

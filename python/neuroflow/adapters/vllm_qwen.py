@@ -12,10 +12,10 @@ from .ragged import attend_in_windows, mean_of_merged, token_order
 
 
 def vllm_qwen(tower: nn.Module) -> Anatomy:
-    """The towers of Qwen2.5-VL and Qwen3-VL as vLLM builds them: parallel layers, and attention of its own.
+    """The towers of Qwen2.5-VL and Qwen3-VL as vLLM builds them, with parallel layers and their own attention.
 
-    An image is a frame, and so is each step in time of a video. The output does not say where one ends: its embedding
-    is the mean of all merged tokens, [1, D].
+    An image is a frame, and so is each time step of a video. The output does not say where one ends; the embedding is
+    the mean of all merged tokens, [1, D].
     """
     merge, layers = tower.spatial_merge_size, tuple(tower.blocks)
     attentions = tuple(layer.attn.attn for layer in layers)
@@ -33,7 +33,7 @@ def vllm_qwen(tower: nn.Module) -> Anatomy:
 
     def grids(arguments: dict[str, Any]) -> list[Grid]:
         if arguments.get("encoder_metadata") is not None:
-            raise ValueError("encoder_metadata is given; accepted is None, as it is of whole frames")
+            raise ValueError("encoder_metadata is given; accepted is None, as it describes whole frames")
         return [(height, width) for times, height, width in sizes(arguments) for _ in range(times)]
 
     def order(arguments: dict[str, Any]) -> list[torch.Tensor]:
@@ -47,7 +47,7 @@ def vllm_qwen(tower: nn.Module) -> Anatomy:
 
     return Anatomy(
         tower=tower,
-        projection=tower.patch_embed if side is None else None,  # windows order its rows anew
+        projection=tower.patch_embed if side is None else None,  # windows reorder its rows
         layers=layers,
         attentions=attentions,
         mlps=tuple((layer.mlp, layer.mlp) for layer in layers),
@@ -83,7 +83,7 @@ def _attention(
 
 
 def _run_block(forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """A block, which takes [tokens, 1, D], of packed ones [1, M, D] too."""
+    """A block that takes [tokens, 1, D], called with packed tokens [1, M, D] as well."""
     if tokens.shape[1] == 1:
         return forward(tokens, *args, **kwargs)
     return forward(tokens.transpose(0, 1), *args, **kwargs).transpose(0, 1)

@@ -1,8 +1,8 @@
-"""Towers most of whose blocks attend within windows of the grid: SAM, whatever has a copy of it, SAM 3 and ViTDet.
+"""Towers in which most blocks attend within windows of the grid: SAM and its copies, SAM 3 and ViTDet.
 
-While such a tower runs its windows are not cut: tokens stay in row-major order, and each query is led to the keys and
-values of its window. Where a window sticks out of the grid, the model pads with zeros behind the norm, so that such a
-position has the biases of the projection for its key and value.
+While such a tower runs, windows are not cut out. Tokens stay in row-major order, and each query attends to the keys and
+values of its window. Where a window extends past the grid the model pads with zeros after the norm, so the key and
+value there are the biases of the projection.
 """
 
 import functools
@@ -22,8 +22,10 @@ Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, float32 [1, pos
 
 
 def has_windows(module: nn.Module) -> bool:
-    """Whether `module` is built as SAM's image encoder: it holds a list of blocks that cut windows by methods of their
-    own, and a convolution over patches, and says of which size its frames are.
+    """Whether `module` is built like SAM's image encoder.
+
+    It has a list of blocks with their own methods to cut windows, a convolution over patches, and a declared frame
+    size.
     """
     return len(_lists(module)) == 1 and any(map(is_patch_projection, module.modules())) and bool(own_sizes(module))
 
@@ -41,12 +43,12 @@ def _lists(module: nn.Module) -> list[nn.ModuleList]:
 
 
 def sam(tower: nn.Module) -> Anatomy:
-    """A tower that `has_windows`. All tokens are back after the last block, as its neck convolves their map."""
+    """A tower that `has_windows`. All tokens are restored after the last block, since its neck convolves their map."""
     ((*layers,),) = _lists(tower)
     projection = next(filter(is_patch_projection, tower.modules()))
     attentions = tuple(layer.attn for layer in layers)
     form = Images(first_argument(tower), projection, projection.kernel_size, channels=projection.in_channels)
-    # Only a tower that picks blocks by their windows reads them.
+    # Only a tower that selects blocks by their windows reads their outputs.
     picks = "window_size" in inspect.unwrap(type(tower).forward).__code__.co_names
     read = [number for number, layer in enumerate(layers[:-1]) if picks and not layer.window_size]
 
@@ -79,7 +81,7 @@ def sam(tower: nn.Module) -> Anatomy:
 
 
 def sam3(tower: nn.Module) -> Anatomy:
-    """SAM 3's image encoder, whose attention turns queries and keys by their places in a window or the grid."""
+    """SAM 3's image encoder, whose attention rotates queries and keys by their place in a window or the grid."""
     layers = tuple(tower.layers)
     projection = tower.embeddings.patch_embeddings.projection
     attentions = tuple(layer.attention for layer in layers)
@@ -125,7 +127,7 @@ def _embedding(output: Any) -> torch.Tensor:
 
 
 def vitdet(tower: nn.Module) -> Anatomy:
-    """ViTDet, the model or the backbone. Its blocks take channels first; while the tower runs they take them last.
+    """ViTDet, as a model or a backbone. Its blocks take channels first, and channels last while the patched tower runs.
 
     Raises:
         ValueError: blocks with convolutions.
@@ -170,7 +172,7 @@ def _channels_last(forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs
 
 
 def _channels_first(value: Any) -> Any:
-    """Maps as the model gives them, in tuples too; packed tokens [1, M, D] as they are."""
+    """Maps with channels first, also inside tuples; packed tokens [1, M, D] unchanged."""
     if isinstance(value, tuple):
         return tuple(_channels_first(each) for each in value)
     return value.permute(0, 3, 1, 2) if isinstance(value, torch.Tensor) and value.ndim == 4 else value
@@ -201,11 +203,11 @@ def _attention(heads: int, layers: Sequence[nn.Module], attentions: tuple[nn.Mod
 def _product(
     module: nn.Module, size: int, scale: float, projections: tuple[nn.Module, ...], rotary: Rotary | None = None
 ) -> Callable:
-    """`product` of `attend`, within windows of size x size, or of the grid where that is 0.
+    """`product` of `attend`, within windows of size x size, or over the grid if that is 0.
 
     Args:
-        projections: what makes keys and values of tokens, last of all.
-        rotary: what queries and keys are turned by, at each position of a window, or of the grid.
+        projections: what turns tokens into keys and values, which come last.
+        rotary: rotations of queries and keys at each position of a window, or of the grid.
     """
     if size:
         return functools.partial(_in_windows, module, size, scale, projections, rotary)
@@ -245,7 +247,7 @@ def _in_windows(
     key_rows: torch.Tensor | None,
     grid: Grid,
 ) -> torch.Tensor:
-    """From every query to the keys in its window of size x size and the padding there."""
+    """From every query to the keys in its window of size x size, and to the padding there."""
     device, (height, width) = query.device, grid
     at = torch.arange(query.shape[2], device=device) if rows is None else rows.long()
     row, column = at // width, at % width
@@ -281,9 +283,7 @@ def _in_windows(
 
 
 def _turned(heads: torch.Tensor, rotary: Rotary | None, places: torch.Tensor | None = None) -> torch.Tensor:
-    """Queries or keys [W, heads, M, head_dim], turned in pairs by what `rotary` has for their places, [M] or [W, M];
-    None for all places in turn.
-    """
+    """Queries or keys [W, heads, M, head_dim], rotated for their places, [M] or [W, M]; None: all, in order."""
     if rotary is None:
         return heads
     cos, sin = (each if places is None else each[0, places.long()] for each in rotary)
@@ -296,14 +296,14 @@ def _turned(heads: torch.Tensor, rotary: Rotary | None, places: torch.Tensor | N
 
 
 def _padding(projections: tuple[nn.Module, ...], key: torch.Tensor) -> torch.Tensor:
-    """What `projections` make of a token that is zero: its key and value, [2, heads, head_dim]."""
+    """The key and value that `projections` give for a zero token, [2, heads, head_dim]."""
     _, heads, _, head_dim = key.shape
     of_zero = torch.cat([_of_zero(projection, heads * head_dim, key) for projection in projections])
     return of_zero.to(key.dtype).view(-1, heads, head_dim)[-2:]
 
 
 def _of_zero(linear: nn.Module, width: int, like: torch.Tensor) -> torch.Tensor:
-    """What a linear layer makes of a token [width] that is zero, [out]."""
+    """What a linear layer gives for a zero token [width], [out]."""
     projected = linear.bias
     is_bias = isinstance(linear, nn.Linear) and not linear._forward_hooks and not linear._forward_pre_hooks
     if projected is None and is_bias:
@@ -319,10 +319,10 @@ def _position_bias(
 
     Args:
         query: [W, heads, M, head_dim], at `rows` and `columns` [W, M] of a window.
-        size: rows and columns of a window; tables for another are interpolated.
+        size: rows and columns of a window; tables for another size are interpolated.
 
     Returns:
-        [W, heads, M, positions of a window], or zeros that broadcast to it where the model has no such tables.
+        [W, heads, M, positions of a window], or zeros that broadcast to it if the model has no such tables.
     """
     if not hasattr(module, "rel_pos_h"):
         return query.new_zeros(query.shape[0], 1, 1, size[0] * size[1])

@@ -1,4 +1,4 @@
-"""That no output of a command is one of its inputs, by whatever name."""
+"""Check that no output of a command is one of its inputs, under any name."""
 
 import argparse
 import os
@@ -10,14 +10,13 @@ from .options import LIVE
 
 INPUTS = ("source", "videos", "outside", "model", "weights", "config", "labels", "classes", "testlist", "text")
 OUTPUTS = ("out", "overlay", "rerun", "report")
-BESIDE = ("", ".partial", ".journal", ".checkpoint", ".lock")  # what is written under an output's name
+BESIDE = ("", ".partial", ".journal", ".checkpoint", ".lock")  # suffixes of the files that belong to an output
 
 
 def require_apart(arguments: argparse.Namespace) -> None:
-    """Refuse a command that would write over what it reads, before it does either.
+    """Refuse a command that would overwrite its input, before it reads or writes anything.
 
-    Files are told apart by what they are, so that links and hard links to one, and a file in a directory that is read,
-    are that file.
+    Files are compared by identity: links and hard links to a file, and files in a directory that is read, are the same.
 
     Raises:
         CommandError: an output is an input or another output, or a name holds a NUL.
@@ -35,11 +34,11 @@ def require_apart(arguments: argparse.Namespace) -> None:
             if identity is not None and not os.path.isdir(f"{given[option]}{suffix}"):
                 other = written.setdefault(identity, option)
                 if other != option:
-                    raise CommandError(f"--{option} {given[option]}: is what --{other} writes too; give another")
+                    raise CommandError(f"--{option} {given[option]}: is also what --{other} writes; give another")
     for name in INPUTS if written else ():
         for path in _files(name, given.get(name), labelled=hasattr(arguments, "testlist")):
             if (option := written.get(_identity(path))) is not None:
-                message = f"would be written over {path}, which is read; give another"
+                message = f"would overwrite {path}, which is read; give another"
                 raise CommandError(f"--{option} {given[option]}: {message}")
     plots, source = given.get("plots"), Path(given.get("source", ""))
     if plots is not None and source.is_dir() and plots.resolve().is_relative_to(source.resolve()):
@@ -47,7 +46,7 @@ def require_apart(arguments: argparse.Namespace) -> None:
 
 
 def _files(name: str, value: str | Path | list | None, labelled: bool) -> Iterator[Path]:
-    """The files that an input stands for; a source is one of frames, or of `labelled` clips."""
+    """The files behind an input; a source holds frames, or `labelled` clips."""
     for each in value if isinstance(value, list) else [] if value is None else [value]:
         path = Path(str(each).removeprefix("file:")) if _identity(Path(each)) is None else Path(each)
         if not path.is_dir():
@@ -55,7 +54,7 @@ def _files(name: str, value: str | Path | list | None, labelled: bool) -> Iterat
         elif name == "model":
             yield from path.iterdir()
         else:
-            # Late, as both need PyAV, which `eval llm` does not.
+            # Imported here because both need PyAV, which `eval llm` does not.
             from ..video.clips import VIDEO_SUFFIXES
             from ..video.source import IMAGE_SUFFIXES
 
@@ -66,7 +65,7 @@ def _files(name: str, value: str | Path | list | None, labelled: bool) -> Iterat
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What a file is, whatever it is called; None: it is not there."""
+    """The identity of a file, whatever its name; None if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:

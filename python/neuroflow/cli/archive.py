@@ -1,4 +1,4 @@
-"""`neuroflow archive`: many recordings, each into a file of its own."""
+"""`neuroflow archive`: encode many recordings, each into its own file."""
 
 import argparse
 import functools
@@ -13,27 +13,26 @@ from .common import INTERRUPTED, KEPT, format_gate, gate_config, load_model, pin
 from .options import add_dtype, add_frames, add_gate, add_loading, add_rule, count
 
 DESCRIPTION = """\
-Encode recordings with a vision transformer, re-encoding only the patches that changed, and write a Parquet file of the
-frames of each and a table of all: in this process, or by Ray on the cores of this machine or of many.
+Encode recordings with a vision transformer, re-encoding only the patches that changed. Writes one Parquet file of
+frames for each recording and one table of all recordings, in this process or with Ray, on one machine or many.
 
-A SOURCE is a video file, a directory of images, a directory in which both are searched for, or a pattern such as
-'archive/**/*.mp4'. Each recording is a stream of its own. DIR gets for each a NAME-HASH.parquet, the hash that of its
-whole path, and summary.parquet: path, bytes, frames, share skipped, key frames, file and error of each recording.
-One that cannot be read, or not to its end, is named there and on stderr, and keeps no other from being encoded.
+A SOURCE is a video file, a directory of images, a directory to search for both, or a pattern such as
+'archive/**/*.mp4'. Each recording is its own stream. DIR gets a NAME-HASH.parquet for each, with a hash of its full
+path, and summary.parquet with the path, bytes, frames, share skipped, key frames, file and error of each. A recording
+that cannot be read, or not to its end, is reported there and on stderr; the others are still encoded.
 
-What is written is the same, bit for bit, in this process and by any number of workers, on processors of one kind. For
-that each worker computes on one thread; kernels are `rows` where they would be measured, and no frame is encoded whole
-because that is faster; and a shot, which begins where a frame has little in common with the one before, or --max-age
-frames after its begin where refresh is `key`, begins with a key frame and depends on nothing before. `neuroflow run`
-may place key frames elsewhere. So --by-shot may give the shots of one long recording to several workers; each decodes
-the file from its beginning, and before that one looks for the shots.
+The output is bit-for-bit the same in this process and with any number of workers, on processors of one kind. To that
+end each worker computes on one thread, nothing is measured (`measured` kernels become `rows`, and no frame runs dense
+because that is faster), and every shot begins with a key frame and depends on nothing before it. A new shot begins
+where a frame has little in common with the previous one, and also, if refresh is `key`, --max-age frames after the last
+shot began. `neuroflow run` may place key frames elsewhere. This lets --by-shot split one long recording between
+workers; one of them looks for the shots first, and each decodes the file from its beginning.
 
-What is done is what lies in DIR: after a kill, or with more SOURCES, the same command with --resume goes on, and tries
-again what failed. Another model, size or setting is refused. A worker that dies is replaced, and its recording encoded
-again, three times at most. On a cluster every machine must see SOURCES, MODEL and DIR under the same path, and have
-neuroflow installed.
+The state is in DIR: after a kill, or with more SOURCES, the same command with --resume continues, and retries what
+failed. Another model, size or setting is refused. A worker that dies is replaced, and its recording is encoded again,
+up to three times. On a cluster, every machine needs neuroflow, and SOURCES, MODEL and DIR under the same paths.
 
-Exits with 0 where all was encoded, 1 where some recordings failed, 2 after bad input.
+Exits with 0 if everything was encoded, 1 if some recordings failed, 2 on bad input.
 """
 
 EXAMPLES = """\
@@ -51,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.set_defaults(function=run)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, directory or pattern")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of what is written")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
     add_dtype(parser)
     add_loading(parser)
     add_rule(add_gate(parser))
@@ -61,15 +60,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=CLIP,
         metavar="N",
-        help=f"frames that go through the model in one call (default: {CLIP})",
+        help=f"frames in one call of the model (default: {CLIP})",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the archive in --out")
-    spread = parser.add_argument_group("who encodes")
+    parser.add_argument("--resume", action="store_true", help="continue the archive in --out")
+    spread = parser.add_argument_group("workers")
     spread.add_argument(
         "--ray", metavar="ADDRESS", help="local starts Ray on this machine; auto or an address joins a cluster"
     )
-    spread.add_argument("--workers", type=count, metavar="N", help="of Ray, a core and a model each (default: 1)")
-    spread.add_argument("--by-shot", action="store_true", help="share long recordings out to several workers")
+    spread.add_argument(
+        "--workers", type=count, metavar="N", help="number of Ray workers, each with a core and a model (default: 1)"
+    )
+    spread.add_argument("--by-shot", action="store_true", help="split long recordings between workers")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     for option, given in (("--workers", arguments.workers is not None), ("--by-shot", arguments.by_shot)):
         if given and arguments.ray is None:
-            raise CommandError(f"{option}: is for Ray; give --ray local, or a cluster's address, too")
+            raise CommandError(f"{option}: needs Ray; also give --ray local, or a cluster's address")
     config, model = gate_config(arguments), pinned_model(arguments)
     # Workers may run in another directory.
     asked = argparse.Namespace(**vars(arguments) | {"model": None if arguments.model is None else model})
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def format_rows(rows: list[Row]) -> str:
-    """What became of all recordings, at least one."""
+    """Totals over one or more recordings."""
     frames = sum(row.frames for row in rows)
     failed = sum(row.output is None for row in rows)
     cut = sum(row.error is not None for row in rows) - failed

@@ -1,4 +1,4 @@
-"""`neuroflow calibrate`: a threshold from the user's own footage, and the configuration file that holds it."""
+"""`neuroflow calibrate`: fit the threshold to the user's footage, and write the configuration."""
 
 import argparse
 import contextlib
@@ -26,10 +26,10 @@ from .options import add_frames, add_gate, add_model, add_report, share
 from .report import machine
 
 DESCRIPTION = """\
-Find the threshold that gives a wanted fidelity, or a wanted share of patches skipped, on your own footage, and write
-the configuration that `neuroflow run --config` loads.
+Find the threshold that gives a target fidelity, or a target skip rate, on your own footage, and write a configuration
+for `neuroflow run --config`.
 
-The frames are kept in memory, 0.6 MB each at 224 px, and go through the model 14 times or less.
+The frames are kept in memory, 0.6 MB each at 224 px, and go through the model at most 14 times.
 SOURCE is a video file or a directory of images, MODEL as for `neuroflow run`.
 """
 
@@ -54,16 +54,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--target-of",
         choices=get_args(Of),
         default="embedding",
-        help="compare frames' embeddings, or each patch's token, as language models read them (default: embedding)",
+        help="compare embeddings of frames, or tokens of patches, which language models read (default: embedding)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the configuration to write, JSON")
     add_report(parser)
     add_gate(parser)
-    add_frames(parser, 120, "of N frames at most (default: 120)")
+    add_frames(parser, 120, "at most N frames (default: 120)")
 
 
 class _Frames:
-    """Frames that show a progress bar whenever they are gone through."""
+    """Frames that show a progress bar each time they are read."""
 
     def __init__(self, frames: list[torch.Tensor]) -> None:
         self._frames = frames
@@ -93,7 +93,9 @@ def _calibrate(arguments: argparse.Namespace, page: Path | None) -> int:
     config, out = gate_config(arguments), arguments.out
     with contextlib.closing(Source(arguments.source, max_pixels=arguments.max_pixels)) as source:
         if source.live:
-            raise CommandError(f"{source.address}: a live source gives each frame once; record some, and give the file")
+            raise CommandError(
+                f"{source.address}: a live source gives each frame only once; record a clip, and give the file"
+            )
         model, preprocess = load_model(arguments)
         chosen = itertools.islice(every(source, arguments.stride), arguments.max_frames)
         frames = [preprocess(frame) for frame in tqdm(chosen, desc="reading", unit="frame", dynamic_ncols=True)]
@@ -114,7 +116,7 @@ def _calibrate(arguments: argparse.Namespace, page: Path | None) -> int:
         nearer = (
             "a lower --target-fidelity"
             if arguments.target_skip is None
-            else "a --target-skip nearer to that, a smaller --floor"
+            else "a --target-skip closer to that, a smaller --floor"
         )
         raise CommandError(f"{error}; give {nearer}, or other footage") from None
     except ValueError as error:
@@ -165,9 +167,9 @@ def _write_page(
 
 
 def format_calibration(found: neuroflow.Calibration, frames: int) -> str:
-    """The table of the trials, by threshold, and the setting chosen from them."""
+    """The table of trials, by threshold, and the setting chosen."""
     lines = [
-        f"frames            {frames}, {frames - 1} of them scored (the first is dense, and is not)",
+        f"frames            {frames}, {frames - 1} of them scored (not the first, which is dense)",
         f"{'threshold':>10}{'patches':>12}{'cosine to dense':>22}",
         f"{'':>10}{'skipped':>12}{'mean':>12}{'p5':>10}",
     ]

@@ -1,4 +1,4 @@
-"""What several commands do alike: the model, its input and its gate from the options, and a source's frames."""
+"""What several commands share: model, input size and gate from the options, and the files they write."""
 
 import argparse
 import contextlib
@@ -25,12 +25,12 @@ from . import CommandError
 from .model import TOWERS, load_tower
 
 INTERRUPTED = 130  # exit code after Ctrl-C
-KEPT = "what is done is kept: the same command with --resume continues it"
+KEPT = "finished work is kept: the same command with --resume continues it"
 EMBEDDED = (
-    "no --model given: using the small SigLIP that comes with the package, which needs no download and knows the "
-    "drawn scenes of `neuroflow demo` only; give --model for your own"
+    "no --model given: using the small SigLIP that comes with the package, which needs no download but knows only the "
+    "drawn scenes of `neuroflow demo`; give --model for your own"
 )
-GATE_OPTIONS = (  # named as the fields of NeuroFlowConfig that they set
+GATE_OPTIONS = (  # each sets the field of NeuroFlowConfig of the same name
     "arch",
     "threshold",
     "budget",
@@ -49,7 +49,7 @@ GATE_OPTIONS = (  # named as the fields of NeuroFlowConfig that they set
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Preprocessor]:
-    """The model that the options ask for, and what gives its input.
+    """Load the model that the options ask for, and its preprocessor.
 
     Raises:
         CommandError: it cannot be loaded, the device cannot be used, or the size does not fit.
@@ -74,15 +74,15 @@ def load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, Preproce
 
 
 def torch_device(name: str) -> torch.device:
-    """The device that --device names.
+    """The device named by --device.
 
     Raises:
         CommandError: it cannot be used.
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # which the meta device cannot
-    # torch answers a device that is misspelt, not built in or not there with several classes.
+        torch.zeros(1, device=device).item()  # fails on the meta device
+    # torch raises several classes for a device that is misspelt, not built in or absent.
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise CommandError(f"--device {name}: cannot be used ({reason}); cpu always can") from None
@@ -93,9 +93,9 @@ def input_size(model: PreTrainedModel, preprocess: Preprocessor, asked: tuple[in
     """Height and width of the model's input.
 
     Args:
-        model: a tower that TOWERS has.
-        preprocess: as its checkpoint has it.
-        asked: width and height, None for what the checkpoint says.
+        model: a tower listed in TOWERS.
+        preprocess: the checkpoint's.
+        asked: width and height; None for the checkpoint's.
 
     Raises:
         CommandError: a size that the model does not take.
@@ -120,19 +120,19 @@ def input_size(model: PreTrainedModel, preprocess: Preprocessor, asked: tuple[in
 
 
 def pair(size: int | Iterable[int]) -> tuple[int, int]:
-    """Height and width, of a configuration that may have one number for both."""
+    """Height and width, from a configuration value that may be one number for both."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def gate_config(arguments: argparse.Namespace) -> neuroflow.NeuroFlowConfig:
-    """The settings of --preset, --config or --weights, or the defaults, under those that were given as options.
+    """The settings of --preset, --config or --weights, or the defaults, overridden by individual options.
 
     Raises:
-        CommandError: a file or a value that NeuroFlowConfig does not accept, or a file beside a preset.
+        CommandError: a file or a value that NeuroFlowConfig does not accept, or a file together with a preset.
     """
     options = vars(arguments)
     given = {name: value for name in GATE_OPTIONS if (value := options.get(name)) is not None}
-    # One of the two given takes the place of the other in the file.
+    # Either option replaces the other one's value in the file.
     if "threshold" in given:
         given.setdefault("budget", None)
     elif "budget" in given or "score" in given:
@@ -158,7 +158,7 @@ def _base_config(preset: str | None, config: Path | None, weights: Path | None) 
 
 
 def format_gate(config: neuroflow.NeuroFlowConfig) -> str:
-    """The settings that are in force, one line: the main ones, and of the others those that are not the defaults."""
+    """The settings in one line: the main ones, and any others that differ from the defaults."""
     rule = f"threshold {config.threshold}" if config.budget is None else f"budget {config.budget:g}"
     reference = f"ema {config.ema_decay}" if config.reference == "ema" else config.reference
     age = f", at most {config.max_age} frames old" if config.max_age else ""
@@ -168,29 +168,29 @@ def format_gate(config: neuroflow.NeuroFlowConfig) -> str:
 
 
 def changed_settings(config: neuroflow.NeuroFlowConfig, without: Iterable[str]) -> list[str]:
-    """Each field that is not the default with its value, but those named `without`."""
+    """ "name value" for each field that differs from its default, except those in `without`."""
     default = dataclasses.asdict(neuroflow.NeuroFlowConfig())
     values = dataclasses.asdict(config).items()
     return [f"{name} {value}" for name, value in values if name not in without and value != default[name]]
 
 
 def pinned_model(arguments: argparse.Namespace) -> str:
-    """The model, as a continued run must have it in common with the one that it continues."""
+    """The model, as recorded to check that a continued run uses the same one."""
     model = STREET if arguments.model is None else Path(arguments.model)
     return str(model.resolve()) if model.exists() else arguments.model
 
 
 def open_findings(arguments: argparse.Namespace, settings: dict[str, Any], read: Callable[[Any], object]) -> Findings:
-    """What goes into --out, or nowhere without it.
+    """Open the findings that go to --out, or nowhere without it.
 
     Args:
         arguments: with `out` and `resume`.
-        settings: what a continued run must have in common with this.
-        read: as of `Findings`; what is read of a finding later.
+        settings: what a continued run must share with this one.
+        read: as in `Findings`: reads from a finding what is read later.
 
     Raises:
-        CommandError: --out cannot be written, or --resume is given without.
-        JournalError: the run that is continued was made with other settings, or cannot be read.
+        CommandError: --out cannot be written, or --resume is given without it.
+        JournalError: the run to continue was made with other settings, or cannot be read.
         OutputError: --out cannot be written, or another run is writing it.
     """
     out = arguments.out
@@ -221,10 +221,10 @@ def report_file(path: Path | None) -> Iterator[Path | None]:
 
 
 def require_writable(option: str, path: Path, suffix: str | None) -> None:
-    """Refuse a path that is no file of such a suffix, if there is to be one, in a directory that can be written to.
+    """Refuse a path that is not a file with this suffix (if any) in a writable directory.
 
     Raises:
-        CommandError: it is none.
+        CommandError: it is not.
     """
     if suffix not in (None, path.suffix) or path.is_dir() or not path.parent.is_dir():
         kind = "file" if suffix is None else f"{suffix} file"

@@ -1,4 +1,4 @@
-"""`neuroflow demo`: labelled scenes that the project draws, named by the tower that it carries."""
+"""`neuroflow demo`: draw labelled scenes and classify them with the tower that comes with the package."""
 
 import argparse
 import contextlib
@@ -32,20 +32,20 @@ from .encoding import caption, encode_video
 from .model import load_tower
 
 DESCRIPTION = (
-    "Draw labelled scenes, encode them with the tower that comes with the package, dense and patched side by side, and "
-    "print how often each names the subject, what was skipped and the time; then the speed of a SigLIP of base size "
-    "and random weights. Written: the scenes, overlay.mp4 and result.jsonl of one of them."
+    "Draw labelled scenes, classify them with the tower that comes with the package, dense and patched side by side, "
+    "and print accuracy, skip rate and time of each; then the speed of a SigLIP of base size with random weights. "
+    "Writes the scenes, and overlay.mp4 and result.jsonl for one of them."
 )
 
 SCENES, FRAMES = 10, 120
 SPEED_SIZE, SPEED_FRAMES = 448, 40
 SIGLIP_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-RANDOM_WEIGHTS = "its weights are random, so this is about speed only"
+RANDOM_WEIGHTS = "its weights are random, so only the speed counts"
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What came of one frame of a scene; `label`: the class of its subject, None where that is not in the picture."""
+    """The result for one frame of a scene; `label` is the class of its subject, None while that is out of view."""
 
     scene: Scene
     label: str | None
@@ -56,7 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `neuroflow demo`."""
     parser.description = DESCRIPTION
     parser.set_defaults(function=demo)
-    parser.add_argument("--out-dir", type=Path, default=Path("demo"), metavar="DIR", help="where to (default: demo)")
+    parser.add_argument(
+        "--out-dir", type=Path, default=Path("demo"), metavar="DIR", help="directory to write to (default: demo)"
+    )
 
 
 def demo(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`neuroflow distill`: a tower taught to do with the active patches alone, on the user's own footage."""
+"""`neuroflow distill`: train a tower to work from the active patches alone, on the user's footage."""
 
 import argparse
 import contextlib
@@ -22,19 +22,19 @@ from .common import load_model, require_writable
 from .options import add_frames, add_loading, count, share
 
 DESCRIPTION = """\
-Teach a tower to give, from the active patches of a frame, what it gives for the whole one. The student is of any
-architecture: B, which without training keeps little of the output; C at the same number of patches, which has the
-others in its cache and reaches more; or E.
+Train a tower to give, from the active patches of a frame, what it gives for the whole frame. The student can have any
+architecture: B, which keeps little of the output without training; C, which reaches more at the same number of patches,
+as its cache holds the others; or E.
 
-What is trained are weights for partial frames. Whole ones, as key frames are, are encoded with the model's own, so that
-of these nothing is lost. What stands in front of the first block is never trained, as the gate reads it.
+Only weights for partial frames are trained. Key frames are encoded with the model's own weights, so nothing is lost
+there. What comes before the first block is never trained, because the gate reads it.
 
-VIDEOS is a directory; one video in five, by name, is held out, and after every epoch the mean cosine of the student to
-the unpatched teacher is measured there. On other videos a student may do worse than untrained: --outside is a directory
-of such, whose last frames are to be known, and epochs that know too few of them are not chosen. In folders named like
-the model's classes (a classes.safetensors beside its weights, as the package's own has) those are known that are named
-rightly; otherwise those whose embedding by the student is nearest to the teacher's of the same video.
-The best weights are written, with the settings of the gate: `neuroflow run --weights FILE` takes both.
+VIDEOS is a directory. One video in five, by name, is held out; after every epoch the mean cosine between the student
+and the unpatched teacher is measured there. On other footage a student may do worse than untrained: --outside is a
+directory of such videos, and epochs that recognise too few of them are not chosen. Their last frames count. If the
+folders are named after the model's classes (a classes.safetensors next to its weights), a video is recognised if it is
+classified correctly; otherwise, if the student's embedding is nearest to the teacher's embedding of the same video.
+The best weights are written, with the settings of the gate; `neuroflow run --weights FILE` reads both.
 """
 
 EXAMPLES = """\
@@ -45,7 +45,7 @@ examples:
   neuroflow run clip.mp4 --weights street-c.safetensors --compare
 """
 
-HELD_OUT = 5  # one video in so many
+HELD_OUT = 5  # one video in this many
 HEADING = f"""{"":>6}{"":>12}{"patches":>12}{"cosine to dense":>22}{"known":>12}
 {"epoch":>6}{"loss":>12}{"skipped":>12}{"mean":>12}{"p5":>10}{"outside":>12}"""
 
@@ -54,49 +54,53 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `neuroflow distill`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.set_defaults(function=distill)
-    parser.add_argument("videos", type=Path, metavar="VIDEOS", help="directory of videos to learn from")
-    parser.add_argument("--outside", type=Path, metavar="DIR", help="videos of other things, by class or alone")
+    parser.add_argument("videos", type=Path, metavar="VIDEOS", help="directory of videos to train on")
+    parser.add_argument(
+        "--outside", type=Path, metavar="DIR", help="directory of videos of other things, with or without class folders"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     parser.add_argument("--resume", action="store_true", help="continue the unfinished --out of the same command")
     add_loading(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of the products in training; weights are float32 (default: bfloat16 on a GPU, else float32)",
+        help="dtype of matrix products in training; weights are float32 (default: bfloat16 on a GPU, else float32)",
     )
-    training = parser.add_argument_group("training", "defaults are DistillationConfig's")
+    training = parser.add_argument_group("training", "the defaults are those of DistillationConfig")
     training.add_argument("--arch", help="active (B), dual (C), context (E), midlayer (D) or mlp (A) (default: active)")
     training.add_argument("--train", metavar="WHAT", help="head, last-K (blocks, and the head) or all (default: all)")
-    training.add_argument("--epochs", type=count, metavar="N", help="times through all videos (default: 12)")
+    training.add_argument("--epochs", type=count, metavar="N", help="passes over all videos (default: 12)")
     training.add_argument("--rate", type=float, metavar="R", help="learning rate (default: 1e-4)")
-    training.add_argument("--batch", type=count, metavar="N", help="frames of a step (default: 128)")
-    training.add_argument("--clips", type=count, metavar="N", help="videos that a step's are from (default: 32)")
-    training.add_argument("--strides", type=count, metavar="N", help="videos give every 1st to Nth frame (default: 4)")
+    training.add_argument("--batch", type=count, metavar="N", help="frames in a step (default: 128)")
+    training.add_argument("--clips", type=count, metavar="N", help="videos that a step takes frames from (default: 32)")
+    training.add_argument(
+        "--strides", type=count, metavar="N", help="read videos at random strides from 1 to N (default: 4)"
+    )
     training.add_argument(
         "--thresholds",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="a video's is drawn between these (default: 0.02 0.5)",
+        help="range that a video's threshold is drawn from (default: 0.02 0.5)",
     )
     training.add_argument(
         "--skip",
         type=share,
         metavar="S",
-        help="share of patches skipped in evaluation, and by the result (default: 0.9)",
+        help="share of patches skipped in evaluation, and with the result (default: 0.9)",
     )
     training.add_argument(
         "--forgetting", type=float, metavar="F", help="share of --outside that may be forgotten (default: 0.01)"
     )
     training.add_argument(
-        "--patience", type=count, metavar="N", help="end after N epochs in a row that forget more (default: 3)"
+        "--patience", type=count, metavar="N", help="stop after N epochs in a row that forget more (default: 3)"
     )
-    training.add_argument("--seed", type=int, metavar="N", help="of every draw (default: 0)")
-    add_frames(parser, 300, "of N frames of a video at most (default: 300)")
+    training.add_argument("--seed", type=int, metavar="N", help="random seed (default: 0)")
+    add_frames(parser, 300, "at most N frames of each video (default: 300)")
 
 
 class _Frames:
-    """The frames of one video as the model takes them, decoded anew whenever it is gone through."""
+    """The frames of one video, preprocessed; decoded again each time they are read."""
 
     def __init__(self, path: Path, preprocess: Preprocessor, stride: int, most: int | None, max_pixels: int) -> None:
         self._path, self._preprocess = path, preprocess
@@ -152,7 +156,7 @@ def _distill(arguments: argparse.Namespace, out: Path, checkpoint: Path) -> int:
     except ValueError as error:
         raise CommandError(str(error)) from None
     weights = sum(parameter.numel() for parameter in distillation.weights.values())
-    print(f"videos            {len(videos)} to learn from, {len(held_out)} held out; {weights:,} weights to train")
+    print(f"videos            {len(videos)} for training, {len(held_out)} held out; {weights:,} weights to train")
     print(HEADING)
     for epoch in distillation.history:
         print(format_epoch(epoch))
@@ -167,7 +171,7 @@ def _distill(arguments: argparse.Namespace, out: Path, checkpoint: Path) -> int:
         raise
     checkpoint.unlink(missing_ok=True)
     if len(distillation.history) <= distillation.config.epochs:
-        print(f"ended early       more than {distillation.config.forgetting:.1%} of the videos outside were forgotten")
+        print(f"ended early       more than {distillation.config.forgetting:.1%} of the outside videos were forgotten")
     print(f"written           {out}, epoch {distillation.chosen.number}, for neuroflow run --weights")
     return 0
 
@@ -179,7 +183,7 @@ def _train(
     outside: Outside | None,
     checkpoint: Path,
 ) -> None:
-    """Train and evaluate until it is finished, with a row for every epoch."""
+    """Train and evaluate until finished, printing a row for every epoch."""
     shown = [] if outside is None else outside.videos
     while not distillation.finished:
         loss, number = None, len(distillation.history)
@@ -209,7 +213,7 @@ def _progress(parts: list[_Frames], name: str) -> Iterator[None]:
 
 
 def _videos(directory: Path, option: str = "") -> list[Path]:
-    """The videos in a directory and those below it, 2 before 10, hidden ones left out."""
+    """The videos in a directory tree, in natural order, without hidden files."""
     if not directory.is_dir():
         raise CommandError(f"{option}{directory}: no such directory; give one that holds videos")
     found = (path for path in directory.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and not is_hidden(path))
@@ -220,7 +224,7 @@ def _videos(directory: Path, option: str = "") -> list[Path]:
 
 
 def _outside(arguments: argparse.Namespace, paths: list[Path], videos: list[_Frames]) -> Outside:
-    """The videos of --outside, with their classes where the folders name some that the model knows."""
+    """The videos of --outside, with classes if its folders are named after the model's."""
     directory, own = arguments.outside, STREET if arguments.model is None else Path(arguments.model)
     folders = [path.relative_to(directory).parts[0] for path in paths if path.parent != directory]
     if len(folders) < len(paths) or not (own / "classes.safetensors").exists():

@@ -1,4 +1,4 @@
-"""A source's frames through a model, from the first to the table at the end."""
+"""Encode a source's frames, from the first to the table at the end."""
 
 import contextlib
 import dataclasses
@@ -54,22 +54,22 @@ def encode_video(
     Args:
         source: where the frames come from.
         model: a vision tower; it is patched when this returns.
-        preprocess: gives its input.
+        preprocess: makes its input.
         config: how it is patched.
-        classes: what its embeddings are told apart as, if anything.
-        weights: what `neuroflow distill` wrote for the model.
-        compare: run every frame through the unpatched model as well.
-        stride: encode every so many frames.
-        max_frames: of the results, those of a run that is continued among them.
-        clip: how many frames of a file go through the model in one call; those of a live source go one by one.
+        classes: classes to name each frame by; None for none.
+        weights: a file that `neuroflow distill` wrote for the model.
+        compare: also run every frame through the unpatched model.
+        stride: encode every `stride`-th frame.
+        max_frames: maximum number of frames in the results, including those of the run that is continued.
+        clip: frames of a file in one call of the model; frames of a live source go one by one.
         results: where every frame's embedding and record go.
         overlay: an MP4 to write, of the frames beside their surprise and active patches.
         rerun: a recording to write for Rerun's viewer; LIVE starts the viewer instead.
         report: looks at every frame, and is written in the end, also of a run that is interrupted.
 
     Raises:
-        CommandError: a configuration that does not fit the model, no frame is left for the overlay or the recording, or
-            the viewer cannot be started.
+        CommandError: a configuration that the model does not support, no frame is left for the overlay or the
+            recording, or the viewer cannot be started.
         JournalError: an embedding with NaN or Inf.
         OutputError: results, overlay, recording or report cannot be written.
         SourceError: no frame.
@@ -97,10 +97,10 @@ def encode_video(
             if overlay is not None:
                 writer = stack.enter_context(OverlayWriter(overlay, (source.rate or DIRECTORY_RATE) / stride))
             recorder = None if rerun is None else stack.enter_context(_recorder(rerun))
-            # Ctrl-C is how a live source ends, but it cuts a file short.
+            # Ctrl-C ends a live source normally, but cuts a file short.
             stack.enter_context(contextlib.suppress(KeyboardInterrupt) if source.live else contextlib.nullcontext())
             inputs = prepare(frames, preprocess)
-            # A live source decodes in a thread of its own, and what waits here would no longer be the newest.
+            # A live source decodes in its own thread; a frame that waited here would no longer be the newest.
             if not source.live:
                 inputs = stack.enter_context(ReadAhead(inputs, depth=clip + 2))
             skipped, together = 0.0, 0
@@ -180,13 +180,13 @@ def _figures(
 
 
 def shares(stages: list[Stages]) -> list[Stages]:
-    """The stages of frames that went through the model together: their call shows in the total of the first alone."""
+    """Spread the time of one call over its frames; it was measured in the first frame's total only."""
     total, write = (sum(getattr(one, stage) for one in stages) / len(stages) for stage in ("total", "write"))
     return [dataclasses.replace(one, total=total, write=write) for one in stages]
 
 
 def _recorder(rerun: Path) -> "Recorder":
-    # Late, as Rerun is there for those alone who ask for it.
+    # Imported here, because only --rerun needs Rerun.
     from ..video.recording import Recorder
 
     try:
@@ -196,7 +196,7 @@ def _recorder(rerun: Path) -> "Recorder":
 
 
 def caption(record: Record, key_frame: str | None = None) -> str:
-    """What the overlay says of a frame; `key_frame`: why it is one, as `FrameReport` has it."""
+    """The overlay's caption for a frame; `key_frame` is the reason if it is one, as in `FrameReport`."""
     text = f"frame {record.frame}"
     if record.predicted is not None:
         text += f"    {record.predicted}"

@@ -1,4 +1,4 @@
-"""`neuroflow eval laws`: what reuse does to a model, measured on one clip."""
+"""`neuroflow eval laws`: measure on one clip what reuse does to a model."""
 
 import argparse
 import contextlib
@@ -34,12 +34,12 @@ from .systems import (
 
 DESCRIPTION = """\
 Measure on one clip what reuse does to a model, by architecture: saturation (fidelity over patches skipped), degradation
-(fidelity as positions are stretched to larger inputs), active shift beside staleness of the cache, the representation
-gap by block, the entropy of the pooling head's attention, and how stable the cached tokens are where the gate calls for
-a patch and where it does not.
+(fidelity as positions are stretched to larger inputs), active shift against cache staleness, the representation gap by
+block, the entropy of the pooling head's attention, and the stability of cached tokens for patches that the gate selects
+and for the others.
 
-SOURCE is a video file or a directory of images, MODEL as for `neuroflow run`. Saturation goes through all thresholds,
-the other laws take the first. The frames are kept in memory.
+SOURCE is a video file or a directory of images, MODEL as for `neuroflow run`. Saturation uses all thresholds, the other
+laws the first. The frames are kept in memory.
 """
 
 EXAMPLES = """\
@@ -59,10 +59,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=size,
         nargs="+",
         metavar="WxH",
-        help="of the degradation law (default: the model's own, and twice that)",
+        help="sizes for the degradation law (default: the model's, and twice that)",
     )
     add_systems(parser)
-    add_frames(parser, 32, "of N frames at most (default: 32)")
+    add_frames(parser, 32, "at most N frames (default: 32)")
     add_findings(parser)
 
 
@@ -93,7 +93,9 @@ def _eval_laws(arguments: argparse.Namespace, page: Path | None) -> int:
     settings = common_settings(arguments, configs) | {"sizes": arguments.sizes}
     with contextlib.closing(Source(arguments.source, max_pixels=arguments.max_pixels)) as source:
         if source.live:
-            raise CommandError(f"{source.address}: a live source gives each frame once; record some, and give the file")
+            raise CommandError(
+                f"{source.address}: a live source gives each frame only once; record a clip, and give the file"
+            )
         findings = open_findings(arguments, settings, lambda rows: _law_table({"": rows}))
         model, preprocess = load_model(arguments)
         sizes = _sizes(model, preprocess, arguments.sizes)
@@ -135,7 +137,7 @@ def _eval_laws(arguments: argparse.Namespace, page: Path | None) -> int:
     findings.finish(machine=machine(model.device))
     found = {law: {LETTERS[arch]: findings.done[f"{law} {LETTERS[arch]}"] for arch in firsts} for law in measures}
     facts = {
-        "frames": f"{len(frames)}, of which the first is dense and is not counted",
+        "frames": f"{len(frames)}, the first of which is dense and not counted",
         "model": f"{type(model).__name__}, {preprocess.width}x{preprocess.height}",
         "NeuroFlow": format_common(configs),
         "machine": machine(model.device),
@@ -161,7 +163,7 @@ def _eval_laws(arguments: argparse.Namespace, page: Path | None) -> int:
 
 
 def _sizes(model: nn.Module, preprocess: Preprocessor, asked: list[tuple[int, int]] | None) -> list[Preprocessor]:
-    """The sizes of the degradation law: those asked for, or the model's own and twice that; none if it has but one."""
+    """The sizes for the degradation law: those given, or the model's and twice that; none if it takes only one."""
     own = (preprocess.width, preprocess.height)
     if TOWERS[model.config.model_type].fixed(model.config):
         return []
@@ -173,11 +175,11 @@ def _sizes(model: nn.Module, preprocess: Preprocessor, asked: list[tuple[int, in
 def _law_table(by_arch: dict[str, list[dict]]) -> str:
     """The Markdown table of a law."""
     names, rows = _law_cells(by_arch)
-    return markdown(names, rows) if rows else "no frame but key frames: nothing to count"
+    return markdown(names, rows) if rows else "all frames are key frames: nothing to count"
 
 
 def _law_cells(by_arch: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
-    """The names of a law's columns, and its rows; of those of frames, their means."""
+    """The column names of a law and its rows; for rows by frame, their means."""
     rows = []
     for arch, found in by_arch.items():
         if found and "frame" in found[0]:
@@ -193,13 +195,13 @@ def _law_cells(by_arch: dict[str, list[dict]]) -> tuple[list[str], list[list[str
 
 
 def _plot_laws(directory: Path, found: dict[str, dict[str, list[dict]]]) -> None:
-    """A picture of each law."""
+    """A plot of each law."""
     for law, by_arch in found.items():
         plot(directory / f"{law.replace(' ', '-')}.png", *_law_lines(law, by_arch))
 
 
 def _law_lines(law: str, by_arch: dict[str, list[dict]]) -> tuple[str, str, dict[str, list[tuple[float, float]]]]:
-    """What a law's rows hold over the skip rate, the patches, the blocks or the frames: names of axes, and lines."""
+    """The axis labels and the lines of a law, over skip rate, patches, blocks or frames."""
     axes = {
         "saturation": ("skipped", "share of patches skipped", {"gap": ""}, "distance to dense"),
         "degradation": ("patches", "patches", {"fidelity": ""}, "cosine to dense"),

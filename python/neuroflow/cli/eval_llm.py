@@ -1,4 +1,4 @@
-"""`neuroflow eval llm`: what a language model loses and saves where layers repeat what they gave the step before."""
+"""`neuroflow eval llm`: the cost and benefit of repeating layer outputs in a language model."""
 
 import argparse
 import sys
@@ -19,15 +19,15 @@ from .model import require_finite
 from .options import add_dtype, count
 
 DESCRIPTION = """\
-Let layers of a language model repeat what they gave the step before where a gate layer's attention output hardly
-changed, and measure what that loses and saves.
+Let layers of a language model repeat their last output in decode steps where a gate layer's attention output hardly
+changed, and measure what that costs and saves.
 
-MODEL is a Phi-3, Llama, Qwen2, Qwen3 or GPT-2, with its tokenizer. Each FILE is a class of prompt, named by its file
-name: code.txt, structured.txt, prose.txt. Windows of it go through token by token, as in decoding. For every pair of
-gate and cached layers and every threshold: the share of steps in which the cached layers repeat, percentiles of the
-gate's cosine, perplexity beside dense, drift (the share of tokens that differ from the plain model's when it continues
-the first half of each window greedily), divergence of the last hidden state (the distance to dense as a share of its
-length), and milliseconds a token, both in turns.
+MODEL is a Phi-3, Llama, Qwen2, Qwen3 or GPT-2, with its tokenizer. Each FILE is a class of prompt, named after its
+file: code.txt, structured.txt, prose.txt. Windows of its text are read token by token, as in decoding. For every pair
+of gate and cached layers and every threshold, the report has: the share of steps in which the cached layers repeat,
+percentiles of the gate's cosine, perplexity next to dense, drift (the share of tokens that differ from the unpatched
+model's when both continue the first half of each window greedily), divergence of the last hidden state (distance to
+dense relative to its norm), and milliseconds per token, measured in turns.
 """
 
 EXAMPLES = """\
@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=eval_llm)
     parser.add_argument("--model", required=True, metavar="MODEL", help="Hugging Face id or local directory")
     parser.add_argument(
-        "--text", type=Path, nargs="+", required=True, metavar="FILE", help="a text for each class of prompt, UTF-8"
+        "--text", type=Path, nargs="+", required=True, metavar="FILE", help="one text for each class of prompt, UTF-8"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     add_dtype(parser)
@@ -56,8 +56,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_layers,
         nargs="+",
         metavar="G:C",
-        help="gate layer and cached layers, 1:24 or 1:24,31, counted from 0; where C lies before G it goes by the last "
-        "step's decision (default: 1 with the layer at three quarters, and with the last)",
+        help="gate layer and cached layers, such as 1:24 or 1:24,31, counted from 0; a C before G uses the "
+        "previous step's decision (default: 1 with the layer at three quarters of the depth, and 1 with the last)",
     )
     bypass.add_argument(
         "--thresholds",
@@ -65,21 +65,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[0.65, 0.7, 0.8, 0.9],
         metavar="T",
-        help="repeat where the cosine is at least this (default: 0.65 0.7 0.8 0.9)",
+        help="repeat if the cosine is at least T (default: 0.65 0.7 0.8 0.9)",
     )
     bypass.add_argument(
         "--target", default="attention", choices=("attention", "mlp"), help="what repeats (default: attention)"
     )
-    length = parser.add_argument_group("how much is read")
+    length = parser.add_argument_group("amount of text")
     length.add_argument(
-        "--tokens", type=_window, default=256, metavar="N", help="tokens of a window of text (default: 256)"
+        "--tokens", type=_window, default=256, metavar="N", help="tokens in a window of text (default: 256)"
     )
-    length.add_argument("--windows", type=count, default=4, metavar="N", help="windows of each text (default: 4)")
+    length.add_argument("--windows", type=count, default=4, metavar="N", help="windows from each text (default: 4)")
     length.add_argument(
-        "--new-tokens", type=count, default=64, metavar="N", help="continue each prompt so far (default: 64)"
+        "--new-tokens", type=count, default=64, metavar="N", help="tokens to continue each prompt by (default: 64)"
     )
     output = parser.add_argument_group("what is written")
-    output.add_argument("--out", type=Path, metavar="FILE", help="a .json file of it all, with divergence by layer")
+    output.add_argument(
+        "--out", type=Path, metavar="FILE", help="a .json file of all results, with divergence by layer"
+    )
     output.add_argument("--resume", action="store_true", help="continue the --out of the same command")
 
 
@@ -88,7 +90,7 @@ def _layers(text: str) -> tuple[int, tuple[int, ...]]:
     gate, colon, cached = text.partition(":")
     numbers = [gate, *cached.split(",")]
     if not colon or not all(number.isdecimal() for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is no pair of layers; give 1:24 or 1:24,31")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a pair of layers; give 1:24 or 1:24,31")
     return int(gate), tuple(map(int, numbers[1:]))
 
 
@@ -144,7 +146,7 @@ def load_language_model(
     Raises:
         CommandError: one of them cannot be loaded, the model is of another kind, or lacks weights.
     """
-    # What these would say of a failure comes below, in one line.
+    # A failure is reported below, in one line.
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -160,7 +162,7 @@ def load_language_model(
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except CommandError:
         raise
-    # Hub, configuration, weights and tokenizer each fail in their own ways.
+    # Hub, configuration, weights and tokenizer each raise their own errors.
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CommandError(f"model {name}: cannot be loaded ({reason}); give {ACCEPTED}, with its tokenizer") from None
@@ -173,7 +175,7 @@ def load_language_model(
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """The table of what was measured, a line for each pair, threshold and text, and that of the times."""
+    """The table of results, one line for each pair, threshold and text, and the table of times."""
     width = max(len("text"), *(len(name) for row in rows for name in row["texts"]))
     wide = max(len("gate>cached"), *(len(pair_of(row)) for row in rows))
     lines = [
@@ -237,7 +239,7 @@ def _configs(arguments: argparse.Namespace, model: PreTrainedModel) -> list[Bypa
 
 
 def _settings(arguments: argparse.Namespace, texts: dict[str, tuple[Path, str]]) -> dict[str, Any]:
-    """What a continued run must have in common with the one that it continues."""
+    """What a continued run must share with the run it continues."""
     return {
         "model": pinned_model(arguments),
         **{f"text {name}": f"{path.resolve()}, {len(text)} characters" for name, (path, text) in texts.items()},

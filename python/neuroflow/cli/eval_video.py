@@ -1,4 +1,4 @@
-"""`neuroflow eval video`: labelled clips, named by the unpatched model and by patched ones."""
+"""`neuroflow eval video`: classify labelled clips with the unpatched model and with patched ones."""
 
 import argparse
 import contextlib
@@ -41,13 +41,13 @@ from .systems import (
 )
 
 DESCRIPTION = """\
-Name labelled clips without training on them, with the unpatched model and with every architecture and threshold side by
-side, from the same decoded frames: top-1, top-3, their 95 % intervals, patches skipped and cosine to dense.
+Classify labelled clips zero-shot, with the unpatched model and with every architecture and threshold side by side, from
+the same decoded frames. Reports top-1, top-3, their 95 % intervals, patches skipped and cosine to dense.
 
-FOLDER is laid out as UCF-101: a folder for each class, named after it, that holds its clips, video files or directories
-of images. A clip is named by the mean embedding of its first frames, which are consecutive (or --stride apart), not
-spread over it: a gate compares each frame with the one before. Classes are embedded by the model's own text tower
-(SigLIP, SigLIP 2 of fixed resolution, CLIP), or come from a file. Without --model it is the package's own tower and its
+FOLDER is laid out like UCF-101: one folder for each class, named after it, with its clips as video files or directories
+of images. A clip is classified by the mean embedding of its first frames. They are consecutive (or --stride apart), not
+spread over the clip, because a gate compares each frame with earlier ones. Classes are embedded by the model's own text
+tower (SigLIP, SigLIP 2 of fixed resolution, CLIP), or come from a file. The default is the tower in the package and its
 classes. A damaged clip is reported and left out.
 """
 
@@ -68,12 +68,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `neuroflow eval video`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.set_defaults(function=eval_video)
-    add_model(parser, "FOLDER", "class folders that hold clips")
+    add_model(parser, "FOLDER", "directory with a folder of clips for each class")
+    parser.add_argument("--testlist", type=Path, metavar="FILE", help="clips to use, one per line: Class/clip.avi")
     parser.add_argument(
-        "--testlist", type=Path, metavar="FILE", help="the clips that count, one a line: Class/clip.avi"
-    )
-    parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help=".npz or .safetensors with names and embeddings [C, D] of classes"
+        "--classes", type=Path, metavar="FILE", help=".npz or .safetensors with class names and embeddings [C, D]"
     )
     parser.add_argument(
         "--template",
@@ -84,7 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"prompts with {{}} for the class, averaged (default: {TEMPLATE!r})",
     )
     add_systems(parser)
-    add_frames(parser, 16, "the first N of each clip (default: 16)")
+    add_frames(parser, 16, "the first N frames of each clip (default: 16)")
     add_findings(parser)
 
 
@@ -228,14 +226,14 @@ def text_classes(
         model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False).eval()
     except CommandError:
         raise
-    # Hub, tokenizer and weights each fail in their own ways.
+    # Hub, tokenizer and weights each raise their own errors.
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CommandError(f"model {name}: its text tower cannot be loaded ({reason}); give --classes FILE") from None
     length = model.config.text_config.max_position_embeddings
     embeddings = []
     for template in templates:
-        # SigLIP 2's tokenizer leaves the case to its caller; the others lower it themselves.
+        # SigLIP 2's tokenizer leaves lower-casing to its caller; the others do it themselves.
         prompts = [template.replace("{}", spoken(label)).lower() for label in labels]
         # SigLIP was trained on prompts padded to full length, without a mask.
         tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -273,7 +271,7 @@ def _cells(rows: list[Row]) -> list[list[str]]:
 
 
 def _answers(record: dict, configs: Iterable[str]) -> tuple[str, dict[str, Answer]]:
-    """A clip's label, and what each system made of it, of what was noted of it."""
+    """A clip's label, and the answer of each system, from its record."""
     return record["label"], {system: Answer(**record["answers"][system]) for system in (DENSE, *configs)}
 
 
@@ -287,7 +285,7 @@ def _patched(model: nn.Module, config: neuroflow.NeuroFlowConfig) -> nn.Module:
 
 
 def _read_classes(arguments: argparse.Namespace) -> ClassHead | None:
-    """Those of --classes or of the package's own tower; None: the model's text tower has to embed them."""
+    """The classes of --classes or of the package's tower; None if the model's text tower has to embed them."""
     if arguments.classes is None:
         return load_classes() if arguments.model is None else None
     try:
@@ -296,7 +294,7 @@ def _read_classes(arguments: argparse.Namespace) -> ClassHead | None:
         raise CommandError(f"--classes {error}") from None
     different = len(set(classes.names))
     if different < len(classes.names):
-        message = f"holds {different} different names for {len(classes.names)} embeddings; give each a name of its own"
+        message = f"holds {different} different names for {len(classes.names)} embeddings; give each its own name"
         raise CommandError(f"--classes {arguments.classes}: {message}")
     return classes
 
@@ -305,13 +303,13 @@ def _require_labels(clips: list[Clip], names: Iterable[str], arguments: argparse
     unknown = sorted({clip.label for clip in clips} - set(names))
     if unknown:
         where = "the package's own tower" if arguments.classes is None else f"--classes {arguments.classes}"
-        raise CommandError(f"{where}: has no class {unknown[0]!r}, which clips in {arguments.source} are labelled with")
+        raise CommandError(f"{where}: has no class {unknown[0]!r}, a label of clips in {arguments.source}")
 
 
 def _read(
     clips: list[Clip], preprocess: Preprocessor, arguments: argparse.Namespace
 ) -> Iterator[tuple[Clip, torch.Tensor | SourceError]]:
-    """Each clip's frames, or why there are none."""
+    """Each clip's frames, or the error."""
     for clip in clips:
         try:
             pixels = read_clip(

@@ -1,4 +1,4 @@
-"""Loading the vision tower of a transformers model, alone."""
+"""Load the vision tower of a transformers model, without the rest."""
 
 import warnings
 from collections.abc import Callable
@@ -27,13 +27,13 @@ OPENAI = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
 
 
 class Tower(NamedTuple):
-    """How the towers of one type are loaded, and what they take.
+    """How towers of one model type are loaded, and what input they take.
 
     Args:
-        normalisation: mean and standard deviation that its checkpoints usually ask for, of red, green and blue.
-        pools: it has a pooling layer that it can do without, and that many checkpoints lack.
-        prefix: a pattern of what its weights' names begin with in a larger model, where transformers does not know.
-        fixed: its configuration -> whether it takes one size only.
+        normalisation: mean and standard deviation of red, green and blue that its checkpoints usually ask for.
+        pools: it has an optional pooling layer, which many checkpoints lack.
+        prefix: pattern of the prefix that its weights have in a larger model, if transformers does not know it.
+        fixed: function from its configuration to whether it takes a single size only.
     """
 
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]
@@ -69,7 +69,7 @@ def load_tower(name: str, device: torch.device, dtype: torch.dtype) -> transform
     Raises:
         CommandError: the model cannot be loaded, is of another type, or lacks weights.
     """
-    # What these would say of a failure comes below, in one line.
+    # A failure is reported below, in one line.
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -93,10 +93,10 @@ def load_tower(name: str, device: torch.device, dtype: torch.dtype) -> transform
 
 
 def require_finite(name: str, model: nn.Module) -> None:
-    """Refuse a model with NaN or Inf among its weights, of which nothing would come but NaN.
+    """Refuse a model with NaN or Inf in its weights, whose output would be all NaN.
 
     Raises:
-        CommandError: it has.
+        CommandError: there are some.
     """
     for parameter, weight in model.named_parameters():
         if not weight.isfinite().all():
@@ -106,19 +106,17 @@ def require_finite(name: str, model: nn.Module) -> None:
 def _load(
     name: str, config: PretrainedConfig, dtype: torch.dtype
 ) -> tuple[transformers.PreTrainedModel, set[str] | list[str]]:
-    """The tower, and the names of the weights that its checkpoint lacks."""
+    """The tower, and the names of the weights missing from its checkpoint."""
     kind = config.model_type
     if kind.removesuffix("_vision") in TAKE_PATCHES:
         raise CommandError(
-            f"model {name}: its type, {kind}, takes patches that its processor cuts, and the command gives whole "
+            f"model {name}: its type, {kind}, takes patches cut by its processor, while this command gives whole "
             f"frames; neuroflow.enable_cache patches it in Python. {SUPPORTED}"
         )
     if kind not in TOWERS:
         raise CommandError(f"model {name}: its type is {kind}; {SUPPORTED}")
     if getattr(config, "mask_ratio", 0):
-        warnings.warn(
-            f"{name}: mask_ratio is 0 instead of {config.mask_ratio}, so that it sees all patches", stacklevel=2
-        )
+        warnings.warn(f"{name}: mask_ratio is 0 instead of {config.mask_ratio}, so it sees all patches", stacklevel=2)
         config.mask_ratio = 0.0
     prefixes = (IN_LARGER_MODEL, TOWERS[kind].prefix)
     tower, loading = AutoModel.from_pretrained(

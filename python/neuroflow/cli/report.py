@@ -10,8 +10,8 @@ from ..report.figures import Figures, Times
 def format_report(figures: Figures) -> str:
     """The table of a run: times, skipped patches, fidelity, state and machine."""
     lines = [
-        f"frames            {len(figures.records)}, {len(figures.scored)} of them scored (a run's first is dense, and "
-        "is not)",
+        f"frames            {len(figures.records)}, {len(figures.scored)} of them scored (not a run's first, which is "
+        "dense)",
         f"model             {figures.model}",
         f"NeuroFlow         {figures.gate}",
     ]
@@ -28,7 +28,7 @@ def format_report(figures: Figures) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """The processor, the device, its threads and the versions that a time depends on, one line."""
+    """Processor, device, threads and versions, in one line: what timings depend on."""
     facts = describe()
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return (
@@ -41,7 +41,7 @@ def _statistics(figures: Figures) -> list[str]:
     skipped = f"patches skipped   {figures.skipped:.1%}"
     heading = f"ms/frame          {'median':>10}{'p20':>10}{'p80':>10}"
     if not figures.compared:
-        return [heading, _times("NeuroFlow", figures.sparse), skipped, "fidelity          not measured; --compare does"]
+        return [heading, _times("NeuroFlow", figures.sparse), skipped, "fidelity          not measured; use --compare"]
     mean, p5, lowest = figures.fidelity
     lines = [
         heading,
@@ -52,7 +52,7 @@ def _statistics(figures: Figures) -> list[str]:
         f"fidelity          mean {mean:.4f}   p5 {p5:.4f}   min {lowest:.4f}   (cosine to dense)",
     ]
     if figures.agreement is not None:
-        lines.append(f"top-1 agreement   {figures.agreement:.1%} of the frames get the class that dense gives them")
+        lines.append(f"top-1 agreement   {figures.agreement:.1%} of the frames get the same class as dense")
     return lines
 
 

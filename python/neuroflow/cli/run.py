@@ -1,4 +1,4 @@
-"""`neuroflow run`: a video through a model, frame by frame."""
+"""`neuroflow run`: encode a video, frame by frame."""
 
 import argparse
 import contextlib
@@ -23,16 +23,16 @@ from .encoding import encode_video
 from .options import LIVE, add_frames, add_gate, add_model, add_report, add_rule, count
 
 DESCRIPTION = """\
-Encode a video with a vision transformer, re-encoding only the patches that changed, and report what that saved and,
-with --compare, what it cost.
+Encode a video with a vision transformer, re-encoding only the patches that changed. Reports what that saved and, with
+--compare, what it cost.
 
-SOURCE is a video file, a directory of images (2 before 10, hidden ones left out), a named pipe, a webcam (0,
-/dev/video0) or an rtsp://, rtsps://, http://, https:// or file:// address. Files give every frame, decoded and resized
-a few frames ahead while the model works, over HTTP too; live sources give the newest, until --max-frames or Ctrl-C ends
-them, and are opened again when they drop. The report's pipeline line says where the time of a frame went.
-MODEL is a Hugging Face id or a local directory; its vision tower is used: SigLIP, SigLIP 2 of fixed resolution, CLIP,
+SOURCE is a video file, a directory of images (in natural order, without hidden files), a named pipe, a webcam (0,
+/dev/video0) or an rtsp://, rtsps://, http://, https:// or file:// address. From files, also over HTTP, every frame is
+read, decoded and resized a few frames ahead of the model. Live sources give their newest frame until --max-frames or
+Ctrl-C, and are reopened when they drop. The report's pipeline line shows where the time went.
+MODEL is a Hugging Face id or a local directory. Its vision tower is used: SigLIP, SigLIP 2 of fixed resolution, CLIP,
 ViT, DeiT, I-JEPA, ViT-MAE, DINOv2, DINOv3, AIMv2, InternVL, SAM or ViTDet, alone or in a larger model such as LLaVA.
-Without --model a small SigLIP that comes with the package is used: it downloads nothing and knows the drawn scenes of
+The default is a small SigLIP that comes with the package: it needs no download, and knows the drawn scenes of
 `neuroflow demo`.
 """
 
@@ -56,10 +56,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=run)
     add_model(parser)
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="what `distill` wrote: weights for partial frames, and their gate"
+        "--weights", type=Path, metavar="FILE", help="weights for partial frames, with their gate, written by `distill`"
     )
     parser.add_argument(
-        "--compare", action="store_true", help="run the unpatched model beside it: dense times, fidelity"
+        "--compare", action="store_true", help="also run the unpatched model, to measure speed-up and fidelity"
     )
     add_rule(add_gate(parser))
     frames = add_frames(parser, None, "stop after N frames")
@@ -68,14 +68,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=CLIP,
         metavar="N",
-        help=f"frames of a file that go through the model in one call (default: {CLIP}); live sources go one by one",
+        help=f"frames of a file in one call of the model (default: {CLIP}); live frames go one by one",
     )
     output = parser.add_argument_group("what is written")
     output.add_argument(
         "--out", type=Path, metavar="FILE", help="each frame's embedding, skip and timing: .jsonl, .npz or .parquet"
     )
     output.add_argument(
-        "--overlay", type=Path, metavar="FILE", help="an .mp4 of frames beside their surprise and active patches"
+        "--overlay", type=Path, metavar="FILE", help="an .mp4 of the frames next to their surprise and active patches"
     )
     output.add_argument(
         "--rerun",
@@ -165,7 +165,7 @@ def _require_viewer(rerun: Path) -> None:
 
 
 def _settings(arguments: argparse.Namespace, config: neuroflow.NeuroFlowConfig) -> dict[str, Any]:
-    """What a continued run must have in common with the one that it continues."""
+    """What a continued run must share with the run it continues."""
     source = Path(arguments.source)
     return {
         "source": str(source.resolve()) if source.exists() else arguments.source,

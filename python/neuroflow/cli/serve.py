@@ -1,4 +1,4 @@
-"""`neuroflow serve`: frames of cameras over HTTP."""
+"""`neuroflow serve`: encode cameras' frames over HTTP."""
 
 import argparse
 import os
@@ -13,15 +13,15 @@ from .common import format_gate, gate_config, load_model
 from .options import add_dtype, add_gate, add_loading, add_rule, count
 
 DESCRIPTION = """\
-Encode frames that cameras send, each camera a stream, and answer their embeddings: HTTP, one process.
+An HTTP server that encodes frames from cameras, one stream for each, and returns their embeddings. One process.
 
   curl --data-binary @frame.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/v1/streams/cam-1/frames
 
-Frames of different cameras that arrive together go through the model in one pass. http://127.0.0.1:8000/ shows the
-cameras live, /docs describes every route, and /metrics is for Prometheus. Ctrl-C answers what has arrived, and ends.
+Frames from different cameras that arrive together are encoded in one pass. http://127.0.0.1:8000/ shows the cameras
+live, /docs describes every route, and /metrics is for Prometheus. Ctrl-C answers what has arrived, then exits.
 
-It listens on this machine only, unless --host says otherwise; the environment then has to hold NEUROFLOW_TOKEN, which
-clients send as `Authorization: Bearer`.
+By default only this machine can connect. --host opens it to others, and requires NEUROFLOW_TOKEN in the environment,
+which clients send as `Authorization: Bearer`.
 """
 
 EXAMPLES = """\
@@ -39,42 +39,54 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_loading(parser)
     add_dtype(parser)
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="what `distill` wrote: weights for partial frames, and their gate"
+        "--weights", type=Path, metavar="FILE", help="weights for partial frames, with their gate, written by `distill`"
     )
     add_rule(add_gate(parser))
-    server = parser.add_argument_group("where it listens")
+    server = parser.add_argument_group("address")
     server.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1, this machine only)")
-    server.add_argument("--port", type=port, default=8000, help="0 takes a free one (default: 8000)")
+    server.add_argument("--port", type=port, default=8000, help="0 picks a free one (default: 8000)")
     streams = parser.add_argument_group("streams")
     streams.add_argument(
-        "--max-streams", type=count, default=64, metavar="N", help="cameras that may be open (default: 64)"
+        "--max-streams", type=count, default=64, metavar="N", help="maximum number of open cameras (default: 64)"
     )
-    streams.add_argument("--max-bytes", type=size_in_bytes, metavar="N", help="what they may hold together, 8G or 500M")
+    streams.add_argument(
+        "--max-bytes", type=size_in_bytes, metavar="N", help="maximum memory of their state, such as 8G or 500M"
+    )
     streams.add_argument(
         "--idle-seconds",
         type=positive,
         default=300.0,
         metavar="S",
-        help="one that sent nothing for so long makes room for a new one (default: 300)",
+        help="idle time after which a camera makes room for a new one (default: 300)",
     )
-    streams.add_argument("--state", type=Path, metavar="DIR", help="keep the streams there from one run to the next")
+    streams.add_argument("--state", type=Path, metavar="DIR", help="directory to keep streams in between runs")
     passes = parser.add_argument_group("passes and limits")
     passes.add_argument(
         "--window-ms",
         type=positive,
         default=5.0,
         metavar="MS",
-        help="how long a frame waits for those of other cameras (default: 5)",
-    )
-    passes.add_argument("--most", type=count, default=16, metavar="N", help="frames in a pass (default: 16)")
-    passes.add_argument(
-        "--queue", type=count, default=64, metavar="N", help="requests that wait; more are answered 503 (default: 64)"
+        help="time a frame waits for those of other cameras (default: 5)",
     )
     passes.add_argument(
-        "--max-body", type=size_in_bytes, default=16 * 2**20, metavar="N", help="of a request (default: 16M)"
+        "--most", type=count, default=16, metavar="N", help="maximum number of frames in a pass (default: 16)"
     )
     passes.add_argument(
-        "--max-pixels", type=count, default=33_177_600, metavar="N", help="of a picture (default: 33177600, 8K)"
+        "--queue", type=count, default=64, metavar="N", help="requests that may wait; more get a 503 (default: 64)"
+    )
+    passes.add_argument(
+        "--max-body",
+        type=size_in_bytes,
+        default=16 * 2**20,
+        metavar="N",
+        help="maximum size of a request (default: 16M)",
+    )
+    passes.add_argument(
+        "--max-pixels",
+        type=count,
+        default=33_177_600,
+        metavar="N",
+        help="maximum size of an image (default: 33177600, 8K)",
     )
 
 
@@ -92,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     token = os.environ.get("NEUROFLOW_TOKEN") or None
     if arguments.host not in LOOPBACK and token is None:
         raise CommandError(
-            f"--host {arguments.host}: others could reach it, and NEUROFLOW_TOKEN is not set; set it, or leave --host"
+            f"--host {arguments.host}: reachable by others, but NEUROFLOW_TOKEN is not set; set it, or omit --host"
         )
     config = gate_config(arguments)
     try:
@@ -127,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
 def port(text: str) -> int:
     """A TCP port."""
     if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is no port; give 0 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a port; give 0 to 65535")
     return int(text)
 
 
@@ -143,5 +155,5 @@ def size_in_bytes(text: str) -> int:
     """A number of bytes: 500000, 16M, 8G."""
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     if unit not in ("", "K", "M", "G") or not number.isdecimal() or not int(number):
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is no size; give bytes, or 500K, 16M, 8G")
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a size; give bytes, or 500K, 16M, 8G")
     return int(number) * 1024 ** ["", "K", "M", "G"].index(unit)

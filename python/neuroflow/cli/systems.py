@@ -1,4 +1,4 @@
-"""What `neuroflow eval video` and `neuroflow eval laws` compare with the unpatched model, and how they show it."""
+"""The systems that `neuroflow eval video` and `eval laws` compare with the unpatched model, and their output."""
 
 import argparse
 import dataclasses
@@ -19,33 +19,37 @@ LETTERS = {arch: letter for letter, arch in ARCHITECTURES.items()}
 
 def add_systems(parser: argparse.ArgumentParser) -> None:
     """The options of `system_configs`."""
-    systems = parser.add_argument_group("what is compared with dense", "every architecture at every threshold")
+    systems = parser.add_argument_group("systems to compare with dense", "every architecture at every threshold")
     base = systems.add_mutually_exclusive_group()
     base.add_argument(
-        "--preset", choices=("published",), help="the published gate, as C at 0.05, 0.1 and 0.2 unless given otherwise"
+        "--preset",
+        choices=("published",),
+        help="the published gate with C at 0.05, 0.1 and 0.2, unless options override it",
     )
     base.add_argument(
-        "--config", type=Path, metavar="FILE", help="settings that `calibrate` or NeuroFlowConfig.save wrote"
+        "--config", type=Path, metavar="FILE", help="settings written by `calibrate` or NeuroFlowConfig.save"
     )
     systems.add_argument(
         "--arch", nargs="+", help="context (E), dual (C), active (B), mlp (A), midlayer (D) (default: C E)"
     )
     systems.add_argument(
-        "--threshold", type=float, nargs="+", metavar="T", help="encode patches of a higher score; 0 encodes all"
+        "--threshold", type=float, nargs="+", metavar="T", help="encode patches that score above T; 0 encodes all"
     )
 
 
 def add_findings(parser: argparse.ArgumentParser) -> None:
-    """The options of what is written."""
+    """The options for outputs."""
     output = parser.add_argument_group("what is written")
-    output.add_argument("--out", type=Path, metavar="FILE", help="a .json file of everything that was found")
+    output.add_argument("--out", type=Path, metavar="FILE", help="a .json file of all results")
     output.add_argument("--resume", action="store_true", help="continue the --out of the same command")
-    output.add_argument("--plots", type=Path, metavar="DIR", help="pictures, with matplotlib (the bench extra)")
+    output.add_argument(
+        "--plots", type=Path, metavar="DIR", help="directory for plots; needs matplotlib (the report extra)"
+    )
     add_report(output)
 
 
 def system_configs(arguments: argparse.Namespace) -> dict[str, neuroflow.NeuroFlowConfig]:
-    """Every architecture at every threshold, by the name that tables have for it.
+    """Every architecture at every threshold, by its name in tables.
 
     Raises:
         CommandError: a file or a value that NeuroFlowConfig does not accept.
@@ -74,13 +78,13 @@ def system_configs(arguments: argparse.Namespace) -> dict[str, neuroflow.NeuroFl
 
 
 def format_common(configs: dict[str, neuroflow.NeuroFlowConfig]) -> str:
-    """What all settings of one evaluation share and is not the default, one line."""
+    """The settings shared by all systems that differ from the defaults, in one line."""
     config = next(iter(configs.values()))
     return ", ".join(changed_settings(config, ("arch", "threshold", "budget"))) or "the default settings"
 
 
 def common_settings(arguments: argparse.Namespace, configs: dict[str, neuroflow.NeuroFlowConfig]) -> dict[str, Any]:
-    """What a continued run must have in common with the one that it continues."""
+    """What a continued run must share with the run it continues."""
     return {
         "source": str(Path(arguments.source).resolve()),
         "model": pinned_model(arguments),
@@ -102,7 +106,7 @@ def markdown(names: list[str], rows: list[list[str]]) -> str:
 
 
 def plot_directory(path: Path | None) -> Path | None:
-    """The directory for plots, made.
+    """Create the directory for plots.
 
     Raises:
         CommandError: matplotlib is missing, or the directory cannot be made.
@@ -119,7 +123,7 @@ def plot_directory(path: Path | None) -> Path | None:
 
 
 def plot(path: Path, xlabel: str, ylabel: str, lines: dict[str, list[tuple[float, float]]]) -> None:
-    """A picture of lines, each through its points from left to right, by their names."""
+    """Plot named lines, each through its points from left to right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""`neuroflow track`: what moves in a video, as boxes and tracks."""
+"""`neuroflow track`: follow what moves in a video, as boxes and tracks."""
 
 import argparse
 import contextlib
@@ -29,12 +29,12 @@ from .common import INTERRUPTED, load_model, require_writable
 from .options import add_frames, add_model, share
 
 DESCRIPTION = """\
-Follow what moves in a video: patches that differ from a slow background become components, which an embedding each and
-their places turn into tracks. It takes a camera that stands still, no detector and no training.
+Follow what moves in a video: patches that differ from a slow background form components, and their positions and
+embeddings link them into tracks. This needs a static camera, but no detector and no training.
 
-SOURCE is as for `neuroflow run`, MODEL too, of those with an output token for each patch. A component has at least 2
-patches, so that small things need a larger --size. Tracks depend on every frame before: a run that is stopped writes
-neither file, and starts over.
+SOURCE and MODEL are as for `neuroflow run`; the model must output a token for each patch. A component has at least 2
+patches, so small objects need a larger --size. Tracks depend on every earlier frame, so a run that is stopped writes no
+file and has to start over.
 """
 
 EXAMPLES = """\
@@ -46,11 +46,11 @@ examples:
   safetensors.torch.save_file({"embeddings": texts}, "texts.safetensors", {"names": json.dumps(names)})
 """
 
-LONG = 15  # frames, of the tracks that the report counts
+LONG = 15  # frames from which the report counts a track as long
 
 
 class Tracked(NamedTuple):
-    """A frame, the tracks that are seen in it, and in its pixels where its patches begin and their height and width."""
+    """A frame, the tracks seen in it, and, in pixels, the corner of its first patch and a patch's height and width."""
 
     frame: Frame
     tracks: list[Track]
@@ -69,27 +69,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_above_zero,
         default=1.6,
         metavar="T",
-        help="patches of more motion move: lower finds fainter things, and more noise (default: 1.6)",
+        help="motion above which a patch counts as moving; lower finds fainter objects and more noise (default: 1.6)",
     )
     moves.add_argument(
         "--ema-decay",
         type=share,
         default=0.01,
         metavar="A",
-        help="weight of a new frame in the background: what stops is kept for about 1/A frames (default: 0.01)",
+        help="weight of the new frame in the background; what stops is kept for about 1/A frames (default: 0.01)",
     )
-    moves.add_argument("--labels", type=Path, metavar="FILE", help="embeddings to name objects by, .safetensors")
+    moves.add_argument("--labels", type=Path, metavar="FILE", help="embeddings to name objects with, .safetensors")
     add_frames(parser, None, "stop after N frames")
     output = parser.add_argument_group("what is written")
     output.add_argument("--out", type=Path, metavar="FILE", help="boxes and tracks, .json")
-    output.add_argument("--overlay", type=Path, metavar="FILE", help="an .mp4 of the frames under boxes and ids")
+    output.add_argument("--overlay", type=Path, metavar="FILE", help="an .mp4 of the frames with boxes and ids")
 
 
 def _above_zero(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) < float("inf"):
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
 
 
 def track(arguments: argparse.Namespace) -> int:
@@ -125,7 +125,7 @@ def _track(arguments: argparse.Namespace, out: Path | None) -> int:
                 if arguments.overlay is not None:
                     rate = (source.rate or DIRECTORY_RATE) / arguments.stride
                     writer = stack.enter_context(BoxWriter(arguments.overlay, rate))
-                # Ctrl-C is how a live source ends, but it cuts a file short.
+                # Ctrl-C ends a live source normally, but cuts a file short.
                 stack.enter_context(contextlib.suppress(KeyboardInterrupt) if source.live else contextlib.nullcontext())
                 inputs = prepare(frames, preprocess)
                 if not source.live:
@@ -138,7 +138,10 @@ def _track(arguments: argparse.Namespace, out: Path | None) -> int:
                     bar.update()
                     bar.set_postfix_str(f"{len(tracked.tracks)} objects, {len(found)} tracks", refresh=False)
         except KeyboardInterrupt:
-            print(f"interrupted after {len(lines)} frames: nothing is written, and a run starts over", file=sys.stderr)
+            print(
+                f"interrupted after {len(lines)} frames: nothing is written; run it again from the start",
+                file=sys.stderr,
+            )
             return INTERRUPTED
         except ValueError as error:
             raise error if isinstance(error, SourceError) else CommandError(str(error)) from None
@@ -160,11 +163,11 @@ def _track(arguments: argparse.Namespace, out: Path | None) -> int:
 
 
 def background_gate(threshold: float, ema_decay: float) -> neuroflow.NeuroFlowConfig:
-    """A gate whose surprise tells what moves: the dual-rate reference, which no refresh sets back.
+    """A gate whose surprise shows what moves: with the dual-rate reference, which no refresh resets.
 
     The embedding works best (bench/results/studies/highway.md): next to a positional embedding, the noise of flat
     patches counts less.
-    What stops stays surprising until the slow average has taken it in. Every patch whose `motion` lies above
+    An object that stops stays surprising until the slow average has absorbed it. Every patch whose `motion` lies above
     `threshold` is encoded: one in the 3 x 3 around it has a surprise of that over (1 + AROUND_WEIGHT)^2.
     """
     return neuroflow.NeuroFlowConfig(
@@ -182,12 +185,12 @@ def background_gate(threshold: float, ema_decay: float) -> neuroflow.NeuroFlowCo
 
 
 def track_frames(inputs: Iterable[Prepared], model: PreTrainedModel, threshold: float) -> Iterator[Tracked]:
-    """The tracks in every frame.
+    """Yield every frame with its tracks.
 
     Args:
         inputs: the frames.
         model: a tower patched with `background_gate`.
-        threshold: patches of more `motion` move.
+        threshold: `motion` above which a patch counts as moving.
 
     Raises:
         ValueError: the tower's output has no token for each patch.
@@ -206,7 +209,7 @@ def track_frames(inputs: Iterable[Prepared], model: PreTrainedModel, threshold: 
 
 
 def _labels(arguments: argparse.Namespace) -> ClassHead | None:
-    """What objects are named by: --labels, or the classes of the package's own tower."""
+    """The labels for objects: --labels, or the classes of the package's tower."""
     if arguments.labels is None:
         return load_classes() if arguments.model is None else None
     try:
@@ -216,7 +219,7 @@ def _labels(arguments: argparse.Namespace) -> ClassHead | None:
 
 
 def _line(tracked: Tracked, labels: ClassHead | None, found: dict[int, dict]) -> dict:
-    """What the file says of a frame; `found` has what it says of each track, by id, and is brought up to date."""
+    """The file's entry for a frame; also updates `found`, its entries for tracks by id."""
     names: list[tuple[str | None, float | None]] = [(None, None)] * len(tracked.tracks)
     if labels is not None and tracked.tracks:
         embeddings = torch.stack([each.embedding for each in tracked.tracks])

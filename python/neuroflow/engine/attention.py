@@ -1,4 +1,4 @@
-"""Attention from the active queries to what an architecture lets them see."""
+"""Attention from the active queries to what the architecture lets them see."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .passes import Pass, StaticPass, Unrecordable, for_each_query
 
-ATTENTION = "neuroflow"  # what transformers knows it by
+ATTENTION = "neuroflow"  # its name in transformers
 
 
 def attend(
@@ -22,29 +22,29 @@ def attend(
     product: Callable | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention as the model had it, from the active queries to what this architecture lets them see.
+    """The model's attention, from the active queries to what this architecture lets them see.
 
     Args:
-        query, key, value: [S, heads, T, head_dim], or [1, heads, rows of all streams, head_dim] when packed or end
-            to end.
-        product: (query [1, heads, M, head_dim] of one stream, key and value [1, heads, K, head_dim], rows of the
-            queries and rows of the keys among its tokens, int32 or None for all, its grid) -> [1, M, heads,
-            head_dim], for attention that is not simply from every query to every key.
-        kwargs: handed to transformers' attention function; `scaling` is of the products.
+        query, key, value: [S, heads, T, head_dim], or [1, heads, rows of all streams, head_dim] if packed or end to
+            end.
+        product: function (query [1, heads, M, head_dim] of one stream, key and value [1, heads, K, head_dim], rows of
+            the queries and rows of the keys among its tokens, int32 or None for all, its grid) -> [1, M, heads,
+            head_dim], for attention in which not every query sees every key.
+        kwargs: passed to transformers' attention function; `scaling` is the factor on the products.
 
     Returns:
-        [S, T, heads, head_dim], or [1, rows of all streams, heads, head_dim] when packed or by `product`; and
-        attention weights or None.
+        [S, T, heads, head_dim], or [1, rows of all streams, heads, head_dim] if packed or from `product`; and attention
+        weights or None.
     """
     context, layer = current.plan.config.arch == "context", current.plan.layer_of[module]
     if kwargs.get("scaling") is None:
         kwargs["scaling"] = query.shape[-1] ** -0.5
-    kwargs.setdefault("is_causal", False)  # which sdpa is of modules that do not say, and eager attention never
+    kwargs.setdefault("is_causal", False)  # sdpa would assume it unless told; eager attention never does
     rounds = current.packed and current.rounded
     watched = layer in current.plan.watched
     if isinstance(current, StaticPass) and (current.packed or product is not None):
         if product is not None:
-            raise Unrecordable("its attention is not simply from every query to every key")
+            raise Unrecordable("not every query attends to every key")
         heads = (query, key, value) if not rounds else (query.bfloat16(), key.bfloat16(), value.bfloat16())
         if context:
             current.store_all_heads(layer, *heads[1:])
@@ -76,14 +76,14 @@ def attend(
             heads = [each.bfloat16() for each in heads]
         queries, keys, values = heads
         rows = key_rows = current.rows[entry] if partial else None
-        if brought is not None:  # in turn, so that each entry finds those before it
+        if brought is not None:  # in order, so that each entry finds earlier ones
             current.store_heads(layer, entry, *(each[entry] for each in brought))
         if context and partial:
             keys, values = (_by_head(state.tensors[name, layer], key) for name in ("key", "value"))
             key_rows = None
         if watched and not current.followed[entry] and (context or not partial):
             current.add_cls_attention(queries[:, :, 0], keys, kwargs["scaling"], entry)
-        # Packed tokens of one entry only see tokens of its stream, none of which is padding.
+        # Packed tokens of one entry see only tokens of its stream, none of them padding.
         if product is not None:
             attended = product(queries, keys, values, rows, key_rows, current.grids[entry])
         elif partial and current.measured:
@@ -97,7 +97,7 @@ def attend(
 
 
 def _of_model(current: Pass, module: nn.Module) -> Callable:
-    """The attention function that the model was loaded with."""
+    """The attention function the model was loaded with."""
     name = getattr(current.plan.configs.get(module), "_attn_implementation", ATTENTION)
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     return sdpa if name == ATTENTION else ALL_ATTENTION_FUNCTIONS.get(name, sdpa)

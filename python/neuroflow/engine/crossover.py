@@ -1,4 +1,4 @@
-"""The crossover: above which share of active patches a pass is faster dense, measured on the machine at hand."""
+"""The crossover: the share of active patches above which a pass is faster dense, measured on this machine."""
 
 import itertools
 import math
@@ -13,11 +13,11 @@ from .passes import Pass, current_pass, within
 from .state import StreamState
 
 SHARES = (1 / 8, 1 / 2, 7 / 8)
-RUNS = 3  # of the block at each share, at least
+RUNS = 3  # minimum number of runs of the block at each share
 
 
 class Size(NamedTuple):
-    """What one crossover is measured for: a pass of so many frames, of the rows and columns of the largest."""
+    """What a crossover is measured for: number of frames in a pass, and the grid of the largest."""
 
     frames: int
     grid: Grid
@@ -31,22 +31,22 @@ class Size(NamedTuple):
 
 
 def size_of(grids: Sequence[Grid], tokens: torch.Tensor) -> Size:
-    """What the crossover of a pass is known by."""
+    """The key for the crossover of a pass."""
     return Size(len(grids), max(grids, key=math.prod), tokens.dtype, tokens.device)
 
 
 def is_above(
     current: Pass, tokens: torch.Tensor, chosen: Mapping[int, torch.Tensor | None], known: Mapping[Size, float]
 ) -> bool:
-    """Whether some entries of a pass are faster dense than on the patches `chosen` of each, None for all.
+    """Whether the entries of a pass are faster dense than with the patches `chosen` for each (None for all).
 
-    Where that is not known, and may matter, `current.unmeasured` becomes the size to measure it for.
+    If the crossover is unknown and may matter, `current.unmeasured` is set to the size to measure it for.
 
     Args:
         current: the pass.
         tokens: in front of the first block.
-        chosen: by number of entry, int32 rows of its patches.
-        known: the crossovers that were measured.
+        chosen: by entry, int32 rows of its patches.
+        known: the crossovers measured so far.
     """
     patches = {entry: current.patches[entry] for entry in chosen}
     active = sum(patches[entry] if index is None else index.numel() for entry, index in chosen.items())
@@ -61,20 +61,20 @@ def is_above(
 
 @torch.no_grad()
 def measure(current: Pass, tokens: torch.Tensor, block: Callable[[torch.Tensor], Any]) -> float:
-    """The crossover of passes like `current`, by timing the tower's first block, dense and on each of SHARES.
+    """The crossover of passes like `current`, by timing the tower's first block, dense and at each of SHARES.
 
-    A block is what repeats in a pass, so that this takes less than two thirds of the time of a dense pass of 12 blocks,
-    or half of it of more; where blocks differ, as by windows, the first stands for all. It runs on scratch streams and
-    brings their caches up to date as in a pass. What a pass does once, packing and restoring, counts by the number of
-    blocks. What it does for dense and partial frames alike, projecting, gating and pooling, does not count.
+    Blocks dominate a pass, so this takes less than two thirds of the time of a dense pass with 12 blocks, or half of
+    one with more. If blocks differ, as with windows, the first stands for all. It runs on scratch streams and updates
+    their caches as a pass would. Work done once per pass, packing and restoring, is divided by the number of blocks.
+    Work that dense and partial frames share, projecting, gating and pooling, does not count.
 
     Args:
-        current: stays as it is, and so do its streams.
+        current: the pass; it and its streams stay unchanged.
         tokens: in front of the first block.
-        block: the first block, tokens that are all or packed -> its result.
+        block: the first block, from all or packed tokens to its result.
 
     Returns:
-        0, where dense is faster even at the least share, to 1, where it is at none.
+        0, if dense is faster even at the lowest share, to 1, if it never is.
     """
     plan, arch = current.plan, current.plan.config.arch
     depth = len(plan.anatomy.layers)
@@ -83,7 +83,7 @@ def measure(current: Pass, tokens: torch.Tensor, block: Callable[[torch.Tensor],
     leading = torch.arange(plan.anatomy.prefix + plan.anatomy.suffix)
 
     def spread(share: float) -> list[torch.Tensor]:
-        """The share of each frame's patches, at random."""
+        """A random share of each frame's patches."""
         rows = []
         for patches in current.patches:
             chosen = torch.randperm(patches, generator=generator)[: max(round(share * patches), 1)].sort().values
@@ -96,7 +96,7 @@ def measure(current: Pass, tokens: torch.Tensor, block: Callable[[torch.Tensor],
         return time.perf_counter()
 
     def seconds(scratch: Pass, active: list[torch.Tensor | None]) -> float:
-        """Of one block and its share of what is done once."""
+        """Time of one block, and its share of the work done once."""
         start = now()
         scratch.select(active, tokens)
         scratch.packed = scratch.partial and arch != "mlp"
@@ -111,7 +111,7 @@ def measure(current: Pass, tokens: torch.Tensor, block: Callable[[torch.Tensor],
         return end - begin + (begin - start + now() - end) / blocks
 
     states = [StreamState(state.name) for state in current.states]
-    # Dense comes first: partial frames update the caches that it fills.
+    # Dense comes first, to fill the caches that partial frames update.
     choices = [[None] * len(states), *map(spread, SHARES)]
     passes = [(Pass(plan, states, current.grids, current.order, kernels=current.kernels), active) for active in choices]
     times = []
@@ -122,15 +122,15 @@ def measure(current: Pass, tokens: torch.Tensor, block: Callable[[torch.Tensor],
                 times.append(within(current_pass, scratch, seconds, scratch, active))
     finally:
         current.kernels.exploring = True
-    # What disturbs a run only makes it slower.
+    # Disturbances only make a run slower, so take the minimum.
     dense, *sparse = (min(times[number :: len(passes)]) for number in range(len(passes)))
     return crossing([each / dense for each in sparse])
 
 
 def crossing(ratios: Sequence[float]) -> float:
-    """Where the time of a sparse pass over a dense one's, given at each of SHARES, reaches 1; between them by a line.
+    """Where the ratio of sparse to dense time, given at each of SHARES, reaches 1, by linear interpolation.
 
-    Fewer tokens are not slower than more, so that a ratio above that of a larger share was disturbed, and is its.
+    Fewer tokens cannot be slower than more: a ratio above that of a larger share is noise, and is replaced by it.
     """
     least = list(itertools.accumulate(reversed(ratios), min))[::-1]
     if least[-1] < 1:

@@ -1,4 +1,4 @@
-"""What is computed of weights, and kept until they change."""
+"""Values computed from weights, kept until the weights change."""
 
 import itertools
 import operator
@@ -9,23 +9,24 @@ import torch
 from torch import nn
 
 _pointer, _version = torch._C.TensorBase.data_ptr, operator.attrgetter("_version")
-# Modules from elsewhere may be adapters, whose result depends on which of them is active, at which scale.
+# Modules from other packages may be adapters, whose result depends on which is active, and at what scale.
 _FIXED = ("torch", "transformers", "timm", "vllm")
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 class Weights:
-    """Notices that the weights of a module changed or moved, that a part of it was replaced, or that an adapter in it
-    was switched. What is written through `.data` leaves no trace.
+    """Detects that a module's weights changed or moved, that a part was replaced, or that an adapter was switched.
+
+    Writes through `.data` leave no trace.
 
     Attributes:
-        countable: every change is noticed; in inference mode tensors do not count those in place.
-        resident: they stay in memory from call to call.
+        countable: every change is detected; tensors made in inference mode do not count in-place changes.
+        resident: the weights stay in memory between calls.
     """
 
     def __init__(self, module: nn.Module) -> None:
         parts = list(module.modules())
-        # What is brought for each call lies elsewhere each time.
+        # Offloaded weights have another address in each call.
         placed = [part for part in parts if not _is_offloaded(part)]
         held = [tensors for part in placed for tensors in (part._parameters, part._buffers)]
         self._tensors = [tensors for tensors in held if tensors]
@@ -40,7 +41,7 @@ class Weights:
         self.settle()
 
     def settle(self) -> None:
-        """Take for granted what modules have noted about themselves since, as some do whenever they are called."""
+        """Accept what modules have recorded about themselves since, as some do on every call."""
         self._settings_before = [_settings(part) for part in self._adapters]
 
     def changed(self) -> bool:
@@ -55,7 +56,7 @@ class Weights:
         tensors = [tensor for tensor in _all(self._tensors) if tensor is not None]
         try:
             return list(map(_pointer, tensors)), list(map(_version, tensors))
-        except (RuntimeError, NotImplementedError):  # some of another kind
+        except (RuntimeError, NotImplementedError):  # some tensor does not support this
             return [_place(tensor) for tensor in tensors], [_count(tensor) for tensor in tensors]
 
 
@@ -64,7 +65,7 @@ def _all(dictionaries: list[dict[str, Any]]) -> list[Any]:
 
 
 def _is_offloaded(part: nn.Module) -> bool:
-    """Whether a hook of accelerate brings the weights of a module for each of its calls, and takes them away again."""
+    """Whether an accelerate hook loads a module's weights for each call and removes them afterwards."""
     hook = vars(part).get("_hf_hook")
     return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
 
@@ -72,7 +73,7 @@ def _is_offloaded(part: nn.Module) -> bool:
 def _place(tensor: torch.Tensor) -> int:
     try:
         return tensor.data_ptr()
-    except (RuntimeError, NotImplementedError):  # it has no memory of its own, as those that wrap others
+    except (RuntimeError, NotImplementedError):  # it has no memory of its own, like tensors that wrap others
         return id(tensor)
 
 
@@ -81,7 +82,7 @@ def _count(tensor: torch.Tensor) -> int | None:
 
 
 def _settings(part: nn.Module) -> dict[str, Any]:
-    """The plain values that a module has as attributes."""
+    """The plain values among a module's attributes."""
     own = vars(part).items()
     return {name: _copied(value) for name, value in own if name not in _OF_EVERY_MODULE and _is_plain(value)}
 
@@ -101,15 +102,15 @@ def _copied(value: Any) -> Any:
 
 
 class Derived:
-    """What was computed of modules' weights, by a key for each such thing."""
+    """Values computed from modules' weights, by key."""
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[Weights, Any]] = {}
 
     def __call__(self, module: nn.Module, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute` makes of the weights of `module`: kept until they change.
+        """What `compute` returns for the weights of `module`, kept until they change.
 
-        It is computed anew each time where gradients are to go through it, and where changes cannot be noticed.
+        It is computed each time if gradients are enabled, or if changes cannot be detected.
         """
         if torch.is_grad_enabled():
             return compute()

@@ -1,22 +1,21 @@
 """The engine: what a patched tower does with a frame, point by point.
 
-A patched tower runs its own forward. The engine stands at a few points of it: it reads the patch projection, packs the
+A patched tower runs its own forward. The engine steps in at a few points: it reads the patch projection, packs the
 active tokens in front of a block [S, T, D] -> [1, M, D], serves attention and MLP from caches, and scatters the encoded
-tokens back after the last module that takes each by itself, and after blocks whose output is wanted of all patches (as
-hidden states or feature maps). An architecture is a choice of points:
+tokens back after the last module that maps each token on its own, and after blocks whose output is wanted for all
+patches (as hidden states or feature maps). An architecture is a choice of points:
 
     mlp       packs in front of each MLP and restores after it
-    active    packs in front of the first block; the rest is gone
+    active    packs in front of the first block and drops the rest
     dual      packs in front of the first block, restores the output
     midlayer  packs in front of a middle block, restores the output
-    context   as dual; each block's keys and values of all tokens are kept and attended to
+    context   like dual, and attends to each block's cached keys and values of all tokens
 
-With every patch active nothing is packed and the tower runs as it would unpatched, while the caches are filled. On a
-CPU packed tokens go through the fastest of several `kernels`.
+When every patch is active nothing is packed: the tower runs as if unpatched, while the caches are filled. On a CPU,
+packed tokens go through the fastest of several `kernels`.
 
-A frame's way through the files of this folder: `gate` chooses its patches; `projection`, `attention`, `linear` and
-`pooling` are what its active tokens meet, through the `kernels` that are the fastest; `passes` brings what comes of
-them into the caches in `state`.
+A frame's path through this folder: `gate` chooses its patches; its active tokens pass `projection`, `attention`,
+`linear` and `pooling`, using the fastest `kernels`; `passes` writes the results to the caches in `state`.
 """
 
 import dataclasses
@@ -50,20 +49,20 @@ from .state import StreamState
 from .streams import Hold, StreamCache
 
 DEFAULT_STREAM = "default"
-SETTLED = 3  # passes, after which the layers that come once a block know their fastest kernels
+SETTLED = 3  # passes after which layers that occur once per block know their fastest kernels
 
 
 class Deal:
-    """Names of streams, which are dealt to frames in order, from the first again behind the last.
+    """Stream names that are dealt to frames in order, starting again after the last.
 
     Args:
-        names: of streams.
-        outer: the deal in force around the block that opens this one.
-        generator: the frame of the generator that this block stands in, if it does in one.
+        names: the stream names.
+        outer: the deal in force outside the block.
+        generator: frame of the generator that contains the block, if any.
 
     Attributes:
-        dealt: how many names went to frames that were encoded.
-        open: its block was not left yet.
+        dealt: number of names given to frames that were encoded.
+        open: the block has not ended.
         callers: whether the generator was running when names were dealt: True, False, or both.
     """
 
@@ -78,7 +77,7 @@ class Deal:
         self.callers: set[bool] = set()
 
     def close(self) -> "Deal | None":
-        """The deal in force behind its block."""
+        """Close the deal; returns the one in force after the block."""
         self.open, self.generator = False, None
         outer = self.outer
         while outer is not None and not outer.open:
@@ -92,18 +91,18 @@ class Deal:
 class Engine:
     """The streams of one patched tower, and the functions that stand at its points.
 
-    Every `on_*` method takes the original forward of its point first. Outside of a pass through the tower
-    (`current_pass` is None) it only calls that, so that parts of a patched model used by themselves behave as before.
+    Every `on_*` method takes the original forward of its point first. Outside a pass through the tower (`current_pass`
+    is None) it just calls that, so that parts of a patched model behave as before when used on their own.
 
     Args:
-        anatomy: of a tower that is not patched.
-        config: what it is to run under.
-        streams: keeps the streams within its limits.
-        distilled: modules of the tower -> what partial frames go through in their place.
+        anatomy: of an unpatched tower.
+        config: the configuration to run under.
+        streams: holds the streams within its limits.
+        distilled: modules of the tower -> their replacements in partial frames.
 
     Raises:
-        TypeError: an attention has a `forward` of its own where the engine's is to run in its place.
-        ValueError: a configuration that the tower cannot have.
+        TypeError: an attention has its own `forward`, which the engine would replace.
+        ValueError: a configuration that the tower does not support.
     """
 
     def __init__(
@@ -117,17 +116,17 @@ class Engine:
         self.anatomy = anatomy
         self.config = config
         self.plan = Plan.of(anatomy, config)
-        threads.meter.read()  # so that the first frame knows
-        # No method: what holds it is held by the engine, and memory waits for nobody who looks for circles.
+        threads.meter.read()  # a baseline for the first frame
+        # Not a bound method: that would form a reference cycle and delay freeing memory.
         self.warn_once = functools.partial(_warn_once, set())
         self.gate = Gate(self.plan, self.warn_once)
         self.gate_of_clips = self._gate_of_clips()
         self.derived = Derived()
         self.kernels = Kernels(config.kernels)
-        self._seen: Counter[Hashable] = Counter()  # passes of a size whose crossover is not known
+        self._seen: Counter[Hashable] = Counter()  # passes by size, while its crossover is not known
         self.streams = streams
         self.distilled = distilled or {}
-        self.weights: Path | None = None  # where those of `distilled` are from
+        self.weights: Path | None = None  # file that `distilled` came from
         self.signatures = {entry: inspect.signature(getattr(anatomy.tower, entry)) for entry in anatomy.entries}
         self.named: ContextVar[Deal | None] = ContextVar("neuroflow_streams", default=None)
         self.numbered: ContextVar[tuple[int, ...] | None] = ContextVar("neuroflow_frame_ids", default=None)
@@ -147,7 +146,7 @@ class Engine:
         return Weights(nn.ModuleList([self.anatomy.tower, *self.distilled.values()]))
 
     def _gate_of_clips(self) -> Gate:
-        """The gate of clips without names, in which frames that have nothing in common always cut."""
+        """The gate for clips without names, in which unrelated frames always cut."""
         if self.config.cut_share is not None or self.config.cut_surprise is not None:
             return self.gate
         usual = NeuroFlowConfig()
@@ -162,12 +161,12 @@ class Engine:
         points: list[tuple[nn.Module, str, Callable]] = []
         for entry in anatomy.entries:
             points.append((anatomy.tower, entry, functools.partial(self.on_tower, entry)))
-        for module, method, override in anatomy.overrides:  # of blocks too: inside of all that follows
+        for module, method, override in anatomy.overrides:  # of blocks too: inside everything that follows
             points.append((module, method, functools.partial(self.on_override, override)))
         if anatomy.run_block is not None:
             run_block = functools.partial(self.on_override, anatomy.run_block)
             points += [(layer, "forward", run_block) for layer in anatomy.layers]
-        if anatomy.positions:  # inside of what packs
+        if anatomy.positions:  # inside the packing
             points += [(layer, "forward", self.on_positions) for layer in anatomy.layers]
         for layer, block in enumerate(anatomy.layers):
             points.append((block, "forward", functools.partial(self.on_layer, layer)))
@@ -200,7 +199,7 @@ class Engine:
         return points
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
-        return self  # what is copied by itself is a part of a tower; `patch.py` copies towers
+        return self  # only a part of a tower is copied here; `patch.py` copies towers
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -214,8 +213,8 @@ class Engine:
         if outer is not None and outer.plan is self.plan:  # one entry calls another
             if outer.blocks or entry in outer.entered:
                 raise RuntimeError(
-                    f"{type(self.anatomy.tower).__name__} was called within its own pass, as by a hook; accepted is a "
-                    "call once that has ended"
+                    f"{type(self.anatomy.tower).__name__} was called within its own pass, as from a hook; accepted is "
+                    "a call after it has ended"
                 )
             outer.entered.add(entry)
             return forward(*args, **kwargs)
@@ -242,7 +241,7 @@ class Engine:
         times = [1] * len(grids) if self.anatomy.times is None else self.anatomy.times(arguments)
         deal = self.named.get()
         if deal is not None and deal.generator is not None:
-            deal.callers.add(deal.generator.f_back is not None)  # a generator that waits was called by nobody
+            deal.callers.add(deal.generator.f_back is not None)  # a suspended generator has no caller
         if deal is None and len(grids) > 1 and self.config.batch == "dense":
             self.warn_once(f"{name} holds {len(grids)} frames without names, and batch is 'dense'; they run unpatched")
             return call(self.run_unpatched, forward, *args, **kwargs)
@@ -257,7 +256,7 @@ class Engine:
         hold = Hold()
         try:
             held, states = self._states(hold, names, times, grids)
-            if self.removed:  # while this waited
+            if self.removed:  # while this call waited
                 return call(self.run_unpatched, forward, *args, **kwargs)
             self._check_attention()
             with torch.no_grad():
@@ -285,9 +284,9 @@ class Engine:
         return outputs[0] if len(outputs) == 1 else _joined(outputs)
 
     def _passes(self, arguments: dict[str, Any], grids: list[Grid]) -> list[slice]:
-        """The entries of a call as those of one pass, or of several that hold no more patches than one may.
+        """The entries of a call as slices, one for each pass, so that no pass exceeds its limit of patches.
 
-        A call whose arguments cannot be told apart by frames is one pass.
+        A call whose arguments cannot be split by frame is one pass.
         """
         count, held = len(grids), 0
         known = () if self.anatomy.part is None else self.anatomy.part[0]
@@ -321,8 +320,8 @@ class Engine:
         bound: inspect.BoundArguments,
         current: Pass,
     ) -> Any:
-        """The tower's output of one pass."""
-        # What is recorded finds weights where they were.
+        """The tower's output for one pass."""
+        # Recorded work expects weights at fixed addresses.
         if self.graphs is not None and self._current_weights.resident and not any(current.followed):
             output, current.surprises = self.graphs.run(entry, forward, bound, current)
             if output is not None:
@@ -335,8 +334,8 @@ class Engine:
             current.complete()
         else:
             self.warn_once(
-                f"a frame went through {current.blocks} of {len(self.anatomy.layers)} blocks, so that later blocks "
-                "know nothing of it; the one after it is a key frame"
+                f"a frame went through only {current.blocks} of {len(self.anatomy.layers)} blocks, so later blocks "
+                "have no cache of it; the next frame is a key frame"
             )
         for state, attention in zip(current.states, current.attention, strict=True):
             if attention is not None:
@@ -346,12 +345,12 @@ class Engine:
         return output
 
     def _is_settled(self, size: Hashable) -> bool:
-        """Whether a crossover may be measured: its first passes still find out which kernels are the fastest."""
+        """Whether a crossover may be measured: the first passes of a size still try kernels."""
         self._seen[size] += 1
         return not self.kernels.trying or self._seen[size] >= SETTLED
 
     def _names(self, deal: Deal | None, times: list[int], grids: list[Grid]) -> tuple[Hashable, ...] | None:
-        """The stream of each input of a call; None: they are clips that end with it."""
+        """The stream of each input of a call; None: clips that end with the call."""
         if deal is not None:
             return deal.next(len(times))
         if len(grids) == 1:
@@ -361,7 +360,7 @@ class Engine:
     def _states(
         self, hold: Hold, names: tuple[Hashable, ...] | None, times: list[int], grids: list[Grid]
     ) -> tuple[list[StreamState], list[StreamState]]:
-        """The states of streams, and of each entry of a pass; `times`: how many entries in turn are of one name."""
+        """The state of each stream and of each entry; `times` is the number of consecutive entries of each name."""
         if names is None:
             self.streams.take(hold, {})
             return [], _states_of_clips(times, grids)
@@ -373,7 +372,7 @@ class Engine:
         return list(states.values()), [states[name] for name in owners]
 
     def _gaps(self, states: list[StreamState], times: list[int]) -> list[bool]:
-        """Of each entry, whether it does not follow the last one of its stream, which makes it a key frame."""
+        """For each entry, whether it does not follow its stream's last one, which makes it a key frame."""
         frame_ids = self.numbered.get()
         if frame_ids is None:
             return [False] * len(states)
@@ -385,7 +384,7 @@ class Engine:
             gaps.append(state.frame_id is not None and number != state.frame_id + 1)
             if gaps[-1] and state.key_frame_due is None:
                 self.warn_once(
-                    f"stream {state.name!r}: frames are missing or out of order; what follows is a key frame"
+                    f"stream {state.name!r}: frames are missing or out of order; the next one is a key frame"
                 )
             if gaps[-1] and id(state) not in seen:
                 state.key_frame_due = state.key_frame_due or "gap"
@@ -394,10 +393,10 @@ class Engine:
         return gaps
 
     def conditions(self, device: str) -> tuple[Weights, torch.dtype | None]:
-        """What the caches of frames on a kind of device go by: the weights as they are, and the autocast in force.
+        """What a stream's caches depend on, besides its frames: the current weights, and the autocast in force.
 
         Raises:
-            RuntimeError: a part of the tower that the engine stands in front of is no longer in its place.
+            RuntimeError: a module that the engine stands in front of is no longer in its place.
         """
         unchanged = not self._current_weights.changed()
         if not unchanged:
@@ -426,7 +425,7 @@ class Engine:
                 )
 
     def _note_conditions(self, states: list[StreamState], device: str) -> None:
-        """A frame of other weights or under another autocast than the last of its stream is a key frame."""
+        """Make a frame with other weights or autocast than its stream's last one a key frame."""
         conditions = self.conditions(device)
         for state in states:
             if state.conditions not in (None, conditions):
@@ -440,14 +439,14 @@ class Engine:
             state.conditions = conditions
 
     def _note_asked(self, states: list[StreamState], asked: frozenset[int]) -> None:
-        """A frame of which other blocks' output is wanted than of the last one of its stream is a key frame."""
+        """Make a frame a key frame if other blocks' outputs are wanted than for its stream's last one."""
         kept = self.plan.kept(asked)
         for state in states:
             if state.signature is not None and state.hidden != kept:
                 state.key_frame_due = "outputs"
                 self.warn_once(
-                    f"stream {state.name!r}: other hidden states or feature maps are asked for than of its last frame; "
-                    "it starts over with a key frame"
+                    f"stream {state.name!r}: other hidden states or feature maps are asked for than for its last "
+                    "frame; it starts over with a key frame"
                 )
 
     def on_projection(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
@@ -470,8 +469,8 @@ class Engine:
         if current is None:
             if layer == 0 and not self.unpatched.get():
                 self.warn_once(
-                    f"{type(self.anatomy.tower).__name__} is patched, and frames went past what is: accepted are calls "
-                    f"of its {', '.join(self.anatomy.entries)}; others run as without a patch"
+                    f"{type(self.anatomy.tower).__name__} is patched, but frames bypassed its patched methods: "
+                    f"accepted are calls of its {', '.join(self.anatomy.entries)}; others run unpatched"
                 )
             return forward(tokens, *args, **kwargs)
         if layer == 0:
@@ -492,7 +491,7 @@ class Engine:
         return result
 
     def choose(self, current: Pass, tokens: torch.Tensor) -> list[torch.Tensor | None]:
-        """Each entry's active tokens, int32 rows of its own, or None for all; tokens: in front of the first block."""
+        """For each entry its active tokens, int32 rows of its own, or None for all, given those in front of block 0."""
         gate = self.gate_of_clips if current.nameless else self.gate
         return gate(current, tokens)
 
@@ -540,14 +539,14 @@ class Engine:
 
     def on_last(self, forward: Callable, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         current = current_pass.get()
-        if current is None or current.blocks < len(self.anatomy.layers):  # of a feature map
+        if current is None or current.blocks < len(self.anatomy.layers):  # for a feature map
             return forward(tokens, *args, **kwargs)
         if current.packed:
             tokens = current.repacked(tokens)
         return self._of_all(current, "output", forward(tokens, *args, **kwargs))
 
     def _of_all(self, current: Pass, name: Hashable, result: Any) -> Any:
-        """What a block or the last norm gave, of all tokens: those it did not encode as the cache `name` has them."""
+        """The output of a block or the last norm for all tokens, taken from the cache `name` where not encoded."""
         outputs = result[0] if isinstance(result, tuple) else result
         if self.config.arch != "active":
             current.store(name, outputs, self.config.blend)
@@ -565,31 +564,31 @@ class Engine:
 
 
 def _warn_once(warned: set[str], message: str, about: str | None = None) -> None:
-    """Warn, unless that was said before, or anything about the same."""
+    """Warn, unless this message, or one about the same subject, was given before."""
     if (about or message) not in warned:
         warned.add(about or message)
         warnings.warn(f"neuroflow: {message}", RuntimeWarning, stacklevel=2)
 
 
 def _refuse_other_methods(anatomy: Anatomy) -> None:
-    """Raise where something else has replaced a method that the engine never calls, as it has another in its place."""
+    """Raise if something else has replaced a method that the engine replaces and so would never call."""
     replaced = {module for module, method, _ in anatomy.overrides if method == "forward"}
     if anatomy.attention is not None:
         replaced.update(anatomy.attentions)
     for name, module in anatomy.tower.named_modules():
         own = vars(module)
         has_other = "forward" in own
-        if "_old_forward" in own:  # a hook of accelerate calls that, where the engine stands
+        if "_old_forward" in own:  # accelerate's hook calls that, where the engine stands
             has_other = getattr(own["_old_forward"], "__func__", None) is not type(module).forward
         if module in replaced and has_other:
             raise TypeError(
-                f"{name} has a forward of its own, which would not be called; accepted is that of its class, "
+                f"{name} has its own forward, which would not be called; accepted is that of its class, "
                 f"{type(module).__name__}, or one that is set after enable_cache"
             )
 
 
 def _states_of_clips(times: list[int], grids: list[Grid]) -> list[StreamState]:
-    """New states for entries without names: one for those that can follow each other, as frames of one size do."""
+    """New states for entries without names: a shared one for consecutive frames of the same size."""
     states: list[StreamState] = []
     for row, count in enumerate(times):
         first = len(states)
@@ -599,7 +598,7 @@ def _states_of_clips(times: list[int], grids: list[Grid]) -> list[StreamState]:
 
 
 def _joined(outputs: list[Any]) -> Any:
-    """Outputs of passes, one after the other, as that of all of their frames."""
+    """Concatenate the outputs of consecutive passes."""
     leaves, spec = zip(*map(tree_flatten, outputs), strict=True)
     parts = zip(*leaves, strict=True)
     return tree_unflatten([_cat(part) if isinstance(part[0], torch.Tensor) else part[0] for part in parts], spec[0])
@@ -608,5 +607,5 @@ def _joined(outputs: list[Any]) -> Any:
 def _cat(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     if parts[0].ndim != 3:
         return torch.cat(parts)
-    longest = max(part.shape[1] for part in parts)  # of those that architecture B pads
+    longest = max(part.shape[1] for part in parts)  # architecture B pads
     return torch.cat([nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])

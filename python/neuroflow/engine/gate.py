@@ -13,12 +13,12 @@ from .passes import FrameReport, Pass, Plan, split
 from .state import KeyFrame, StreamState, copy_into
 from .turns import LONG, Run
 
-# Numbers of patches that a recorded pass may have where the configuration names none: no more than half of it is fill.
+# Default counts of patches in a recorded pass. Above 64, at most a third of them is filler.
 LADDER = tuple(rung for power in range(6, 20) for rung in (2**power, 3 * 2 ** (power - 1)))
 
 
 def is_recordable(device: torch.device) -> bool:
-    """Whether work on `device` can be recorded, and launched again as one."""
+    """Whether work on `device` can be recorded and replayed."""
     return device.type == "cuda"
 
 
@@ -27,10 +27,10 @@ def warn(message: str) -> None:
 
 
 class Gate:
-    """Which patches are encoded: signals, their surprise, scores, the rule; and the references they are compared with.
+    """Chooses which patches are encoded: signals, surprise, scores, the rule, and the references to compare with.
 
-    Called in front of the first block, it chooses the active tokens of every stream in a pass, moves their references
-    on, and accounts for it in their states. It can be held without an engine, one pass after another:
+    Called in front of the first block. It selects the active tokens of every stream in a pass, updates their
+    references, and keeps account in their states. It also works without an engine, one pass after another:
 
         plan = Plan.of(describe(model), NeuroFlowConfig(signal="embedding"))
         gate, state = Gate(plan), StreamState("cam-7")
@@ -39,27 +39,27 @@ class Gate:
         current.complete()
 
     Args:
-        plan: whose configuration says what is measured, and by which rule.
-        warn: told what a user should know of a stream.
+        plan: its configuration says what is measured, and by which rule.
+        warn: receives messages for the user about a stream.
 
     Attributes:
-        crossovers: by size of pass, above which share of active patches it is faster dense, as far as that is known.
+        crossovers: by size of pass, the share of active patches above which dense is faster, as far as known.
     """
 
     def __init__(self, plan: Plan, warn: Callable[[str], None] = warn) -> None:
         self.plan = plan
         self.config = plan.config
         self.warn = warn
-        # A frame without any token has no output; where it is a CLS token's it needs no patch.
+        # A frame needs at least one token; if a CLS token makes the output, no patch is needed.
         self.floor = max(
             plan.config.floor, 0 if plan.anatomy.prefix + plan.anatomy.suffix and plan.anatomy.pool is None else 1
         )
         self.crossovers: dict[crossover.Size, float] = {}
         self._ladders: dict[torch.device, torch.Tensor] = {}
-        self._run = Run()  # of frames without names, across calls
+        self._run = Run()  # run of frames without names, across calls
 
     def __call__(self, current: Pass, tokens: torch.Tensor) -> list[torch.Tensor | None]:
-        """Gate the entries of a pass by all tokens in front of the first block, each stream's in order.
+        """Gate the entries of a pass, each stream's in order, given all tokens in front of the first block.
 
         Returns:
             each entry's active tokens, int32 rows of its own, or None for all of them.
@@ -83,7 +83,7 @@ class Gate:
         tokens: torch.Tensor,
         rows: list[torch.Tensor | None],
     ) -> None:
-        """Gate one entry of each of several streams; `rows` gets their active tokens."""
+        """Gate one entry from each of several streams; `rows` receives their active tokens."""
         due: dict[int, KeyFrame | None] = dict.fromkeys(entries)
         surprises: dict[int, torch.Tensor | None] = {}  # [N] each, None for a key frame
         for entry in entries:
@@ -103,7 +103,7 @@ class Gate:
             state, h, surprise, index = current.states[entry], signals[entry], surprises[entry], chosen[entry]
             finite = bool((h.sum(dtype=torch.float32) if surprise is None else surprise.amax()).isfinite())
             if not finite:
-                self.warn(f"stream {state.name!r}: a frame holds NaN or Inf; the one after it is a key frame")
+                self.warn(f"stream {state.name!r}: a frame holds NaN or Inf; the next one is a key frame")
             self._refresh(state, h, index)
             if current.nameless or due[entry] in ("cut", "dense"):
                 self._note_run(current, state, due[entry], h, alone=len(entries) == 1)
@@ -119,11 +119,11 @@ class Gate:
                 rows[entry] = torch.cat((leading, index + prefix, trailing + prefix + h.shape[1]))
 
     def _note_run(self, current: Pass, state: StreamState, why: KeyFrame | None, h: torch.Tensor, alone: bool) -> None:
-        """Say where nothing is ever skipped as too much changes from frame to frame, unless that was asked for.
+        """Warn if nothing is ever skipped because too much changes between frames, unless the settings ask for that.
 
         Args:
-            why: the frame, patches h [1, N, D], is a key frame, if it is one.
-            alone: no frame of another stream had a part in that.
+            why: reason why the frame, patches h [1, N, D], is a key frame, or None.
+            alone: no other stream's frame contributed to that.
         """
         config, nameless = self.config, current.nameless
         all_by_choice = config.threshold == 0 or config.tokens_per_frame(h.shape[1]) == h.shape[1]
@@ -141,25 +141,25 @@ class Gate:
         if run.scenes and not before.scenes:
             names = ", ".join(f"'cam-{number}'" for number in range(1, run.scenes + 1))
             self.warn(
-                f"{where}: frames of {run.scenes} scenes come in turn, so that each is a key frame and nothing is "
-                f"skipped; name them: with neuroflow.cache_context(model, {names})"
+                f"{where}: frames of {run.scenes} scenes alternate, so each is a key frame and nothing is skipped; "
+                f"name their streams: with neuroflow.cache_context(model, {names})"
             )
         elif run.length == LONG and not run.scenes and not nameless:
             rule = "larger threshold" if config.budget is None else "smaller budget"
             self.warn(
-                f"{where}: {LONG} frames in a row had too little in common with the one before to be faster in part, "
-                "as when a camera moves. If several cameras take turns, name them: with neuroflow.cache_context(model, "
-                f"'cam-1', 'cam-2'). If not, a {rule}, cut_share and cut_surprise skips some for less fidelity; the "
-                "unpatched model costs no more"
+                f"{where}: {LONG} frames in a row changed too much to skip patches, as when a camera moves. If several "
+                "cameras take turns, name their streams: with neuroflow.cache_context(model, 'cam-1', 'cam-2'). If "
+                f"not, a {rule}, with larger cut_share and cut_surprise, trades fidelity for speed; otherwise the "
+                "unpatched model is as fast"
             )
 
     @property
     def decay(self) -> float:
-        """Weight of the new frame in the reference, for patches that it does not encode."""
+        """Weight of the new frame in the reference of patches that it does not encode."""
         return {"refreshed": 0.0, "previous": 1.0}.get(self.config.reference, self.config.ema_decay)
 
     def signals(self, current: Pass, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """What the gate compares of each entry, [1, N, D] in row-major order."""
+        """What the gate compares for each entry, [1, N, D] in row-major order."""
         if self.config.signal == "pixel":
             signals = split(current.pixels, current.patches)
         elif self.config.signal == "embedding" or current.projected is None:
@@ -175,9 +175,9 @@ class Gate:
         return [h[:, order.argsort()] for h, order in zip(signals, current.order, strict=True)]
 
     def _compare(self, current: Pass, entry: int, h: torch.Tensor) -> tuple[KeyFrame | None, torch.Tensor | None]:
-        """Why an entry, its patches h [1, N, D], is a key frame, or None; and else their surprise [N].
+        """Why an entry with patches h [1, N, D] is a key frame, or else None and its surprise [N].
 
-        Moves averages on.
+        Updates moving averages.
         """
         state, grid, kept = current.states[entry], current.grids[entry], self.plan.kept(current.asked)
         signature = (grid, h.shape[2], h.dtype, h.device)
@@ -192,7 +192,7 @@ class Gate:
         return due, None if due else self.surprise(h, state.tensors)[0]
 
     def due(self, state: StreamState) -> KeyFrame | None:
-        """Why the next frame of a stream must be a key frame, as far as its past goes."""
+        """Why the next frame of a stream must be a key frame, as far as its past decides."""
         return state.key_frame_due or self._expired(state)
 
     def _expired(self, state: StreamState) -> KeyFrame | None:
@@ -200,11 +200,11 @@ class Gate:
         return "age" if expired else None
 
     def surprise(self, h: torch.Tensor, caches: dict[Hashable, torch.Tensor]) -> torch.Tensor:
-        """Surprise [S, N] at patches h [S, N, D] against the references in `caches`; moves averages on."""
+        """Surprise [S, N] of patches h [S, N, D] against the references in `caches`; updates moving averages."""
         surprise = ema_surprise_(h, caches["reference"], self.decay)
         if self.config.reference == "dual":
             surprise = torch.maximum(surprise, ema_surprise_(h, caches["fast"], self.config.fast_decay))
-        # A cosine can round to just above 1.
+        # A cosine can round to slightly above 1.
         return surprise.clamp_min(0)
 
     def _choose(self, current: Pass, surprises: dict[int, torch.Tensor | None]) -> dict[int, torch.Tensor | None]:
@@ -239,10 +239,10 @@ class Gate:
         return chosen
 
     def active(self, score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The active patches of streams of one grid that have the score [S, N], before dilation.
+        """The active patches of streams with one grid and scores [S, N], before dilation.
 
         Returns:
-            index and cu_seqlens as `compact` does; nothing waits for a GPU.
+            index and cu_seqlens as from `compact`; nothing waits for a GPU.
         """
         config, (streams, patches) = self.config, score.shape
         budget = config.tokens_per_frame(patches)
@@ -257,7 +257,7 @@ class Gate:
         return index, torch.searchsorted(ordered, starts, out_int32=True)
 
     def ladder(self, device: torch.device) -> torch.Tensor | None:
-        """The numbers of active patches that a pass may have, on its device."""
+        """The counts of active patches that a pass may have, on its device."""
         rungs = self.config.ladder
         if rungs is None and self.config.launch == "graph" and is_recordable(device) and not self.config.dilation:
             rungs = LADDER
@@ -268,7 +268,7 @@ class Gate:
     def score(
         self, surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor | None, grid: Grid
     ) -> torch.Tensor:
-        """What the rule reads, [S, N] as all arguments: infinite where a patch's age or a NaN forces it."""
+        """The score that the rule reads; everything is [S, N]. Infinite where a patch's age or a NaN forces it."""
         config = self.config
         score = scores.without_common_motion(surprise) if config.normalise_motion else surprise
         if config.score == "staleness":
@@ -278,7 +278,7 @@ class Gate:
         return score
 
     def _refresh(self, state: StreamState, h: torch.Tensor, index: torch.Tensor | None) -> None:
-        """Set the references of the patches that a frame encodes: all in a key frame, `index` if they follow it."""
+        """Update the references of the patches that a frame encodes: all in a key frame, else `index` if needed."""
         if index is None:
             # 16 bits would lose the small steps of a moving average.
             wide = torch.promote_types(h.dtype, torch.float32) if 0 < self.decay < 1 else h.dtype

@@ -1,11 +1,10 @@
-"""Sparse frames on a GPU as CUDA graphs: what a frame launches is recorded once, and launched again as one.
+"""Sparse frames on a GPU as CUDA graphs: a frame's launches are recorded once and replayed as one.
 
-A sparse frame has little arithmetic and as many launches as a dense one, each of which costs the host microseconds. So
-the frames of a fixed set of streams become two launches: a gate, from the pixels to the active patches, and what
-encodes them, recorded for each number of patches that turns up among those of the ladder. In between, the host reads
-one number: how many patches are active, or that the frame is none for a graph, because it holds NaN or Inf, shows
-another scene, or changes so much that a dense pass is faster. Such a frame goes on as it would without graphs, from the
-surprises that the gate found.
+A sparse frame has little arithmetic but as many launches as a dense one, and each launch costs the host microseconds.
+So the frames of a fixed set of streams become two launches: a gate, from pixels to active patches, and an encoder,
+recorded for each rung of the ladder that occurs. In between, the host reads one number: how many patches are active, or
+that the frame does not suit a graph because it holds NaN or Inf, shows another scene, or changes so much that dense is
+faster. Such a frame continues as without graphs, from the surprise that the gate found.
 """
 
 import functools
@@ -30,21 +29,21 @@ from .gate import Gate, is_recordable
 from .passes import Pass, StaticPass, Unrecordable, current_pass, within
 from .state import Slab, StreamState, copy_into
 
-GROUPS = 8  # sets of streams that have graphs at once; more would hold more memory than they save time
-REPEATS = 5  # of what is timed
+GROUPS = 8  # sets of streams with graphs at a time; more would cost memory for little time
+REPEATS = 5  # timed runs
 
 
 @functools.cache
 def _recording_stream(device: int) -> torch.cuda.Stream:
-    """The default stream cannot be recorded; libraries keep a workspace for every other, so there is only one."""
+    """The default stream cannot be recorded, and libraries keep a workspace per stream, so there is only one."""
     return torch.cuda.Stream(device)
 
 
 class CudaGraph:
-    """Work that is recorded instead of done, and done with every `replay`.
+    """Work that is recorded instead of done, and done by every `replay`.
 
     Args:
-        pool: of memory, shared by graphs of which no two run at once.
+        pool: of memory, shared by graphs that never run at the same time.
     """
 
     new_pool = staticmethod(torch.cuda.graph_pool_handle)
@@ -55,13 +54,13 @@ class CudaGraph:
 
     @contextmanager
     def recording(self) -> Iterator[Callable[[], None]]:
-        """A block that is recorded from where it calls what it is given."""
+        """Record the block from where it calls the function it is given."""
         begun = False
 
         def begin() -> None:
             nonlocal begun
             begun = True
-            # Other threads go on launching and allocating.
+            # Other threads keep launching and allocating.
             self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
 
         torch.cuda.synchronize()
@@ -78,13 +77,13 @@ class CudaGraph:
 
     @staticmethod
     def held_bytes(pool: Any) -> int:
-        """What the graphs of a pool hold on the device."""
+        """Device memory held by the graphs of a pool."""
         segments = torch.cuda.memory_snapshot()
         return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """How long `work` takes, the median of a few times; waits for the device."""
+    """Median duration of `work` over a few runs; waits for the device."""
 
     def once() -> float:
         if device.type != "cuda":
@@ -103,7 +102,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 class Kept(TorchDispatchMode):
-    """Keeps what is computed, for as long as it lives itself; recorded work finds tensors by where they lie."""
+    """Keeps every computed tensor alive as long as itself, since recorded work finds tensors by address."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,9 +115,9 @@ class Kept(TorchDispatchMode):
 
 
 class Recorded:
-    """Work that is done as it is the first time, recorded the second time, and replayed from then on.
+    """Work that runs normally the first time, is recorded the second time, and replayed from then on.
 
-    The first time, kernels are compiled and libraries set up, which cannot be recorded.
+    The first run compiles kernels and sets up libraries, which cannot be recorded.
     """
 
     def __init__(self, pool: Any) -> None:
@@ -146,8 +145,10 @@ class Recorded:
 
 
 class Gated(NamedTuple):
-    """What the gate leaves for the graphs that encode: tokens in front of the first block, patches [S, N, D], their
-    surprise [S, N], the active ones as `compact` returns them, and the patches' colours [S, N, 3].
+    """What the gate leaves for the encoders.
+
+    Tokens in front of the first block, patches [S, N, D], their surprise [S, N], the active ones as `compact` returns
+    them, and the patches' colours [S, N, 3].
     """
 
     tokens: torch.Tensor
@@ -159,14 +160,14 @@ class Gated(NamedTuple):
 
 
 class Retained(NamedTuple):
-    """The tower's output, and what recorded work goes on reading that was computed before."""
+    """The tower's output, and earlier results that recorded work keeps reading."""
 
     output: Any
     kept: list[torch.Tensor]
 
 
 class Decided(Exception):
-    """Ends a pass behind the gate."""
+    """Ends a pass after the gate."""
 
     def __init__(self, gated: Gated) -> None:
         self.gated = gated
@@ -176,7 +177,7 @@ class Group:
     """The graphs of one set of streams, for frames of one size.
 
     Args:
-        bound: the arguments of the tower's `forward`, of which the first is the frames.
+        bound: the arguments of the tower's `forward`, the first of which is the frames.
     """
 
     def __init__(
@@ -212,13 +213,13 @@ class Group:
 
     @property
     def valid(self) -> bool:
-        """Whether its streams are still open and their tensors where they were."""
+        """Whether its streams are still open, with their tensors in place."""
         return all((state := ref()) is not None and state.slab is self.slab for ref in self.states)
 
     def run(self, frames: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
-        """The tower's output for frames [S, ...]; or None where they need another pass.
+        """The tower's output for frames [S, ...], or None if they need another pass.
 
-        With None comes their surprise [S, N], or None as well, if it is to be dense.
+        With None comes their surprise [S, N], or None too if that pass is to be dense.
         """
         self.frames.copy_(frames)
         self.gated = self._run(self.decider, self._decide)
@@ -253,7 +254,7 @@ class Group:
         return within(current_pass, current, self.forward, *self.bound.args, **self.bound.kwargs), current
 
     def _decide(self, begin: Callable[[], None]) -> Gated:
-        """From the frames to what is active among their patches."""
+        """From the frames to their active patches."""
 
         def choose(current: StaticPass, tokens: torch.Tensor) -> torch.Tensor:
             gate, config, slab = self.gate, self.gate.config, self.slab
@@ -277,7 +278,7 @@ class Group:
         try:
             self._pass(choose)
         except Decided as decided:
-            decided.__traceback__ = None  # which holds on to the pass
+            decided.__traceback__ = None  # it would keep the pass alive
             return decided.gated
         raise Unrecordable("its blocks were not reached")
 
@@ -301,7 +302,7 @@ class Group:
         return Retained(output, kept.tensors)
 
     def _account(self, index: torch.Tensor, gated: Gated) -> None:
-        """What `Gate._refresh` and `StreamState.account` do, for all streams and without their numbers of patches."""
+        """Like `Gate._refresh` and `StreamState.account`, for all streams, without knowing their counts of patches."""
         slab = self.slab
         slab.active.zero_().view(-1).index_fill_(0, index.long(), True)
         slab.age.add_(1).masked_fill_(slab.active, 0)
@@ -316,12 +317,12 @@ class Group:
 
 
 class Graphs:
-    """The graphs of a patched tower, for as many sets of streams as keep coming together.
+    """The graphs of a patched tower, for as many sets of streams as keep arriving together.
 
     Args:
-        gate: of the tower.
-        unpatched: calls a function where the tower runs as it would unpatched.
-        warn: told what a user should know.
+        gate: the tower's.
+        unpatched: calls a function while the tower runs unpatched.
+        warn: receives messages for the user.
     """
 
     def __init__(self, gate: Gate, unpatched: Callable, warn: Callable[[str], None]) -> None:
@@ -335,7 +336,7 @@ class Graphs:
     def run(
         self, entry: str, forward: Callable, bound: BoundArguments, current: Pass
     ) -> tuple[Any, list[torch.Tensor] | None]:
-        """The tower's output; or None, where the pass is to be run as it is, and each entry's surprise if known."""
+        """The tower's output; or None if the pass is to run normally, with each entry's surprise if known."""
         frames, states, grids = bound.args[0], current.states, current.grids
         if not is_recordable(frames.device):
             return None, None
@@ -368,7 +369,7 @@ class Graphs:
         return output, None
 
     def prune(self) -> None:
-        """Give back the memory of graphs whose streams were closed, or started over."""
+        """Free graphs whose streams were closed or started over."""
         with self.lock:
             self.groups = {key: group for key, group in self.groups.items() if group.valid}
 
@@ -379,7 +380,7 @@ class Graphs:
     def _group(
         self, key: Hashable, forward: Callable, bound: BoundArguments, states: list[StreamState], grid: Grid
     ) -> Group | None:
-        """The graphs for a pass, once it is the second of its kind in a row for each of its streams."""
+        """The graphs for a pass, if each of its streams has just had a pass of the same kind."""
         steady = all(self.gate.due(state) is None and state.last_pass == key for state in states)
         for state in states:
             state.last_pass = key
@@ -397,7 +398,7 @@ class Graphs:
         return group
 
     def _key(self, entry: str, bound: BoundArguments, current: Pass) -> Hashable:
-        """What must be the same for a pass to be recorded with another.
+        """What must match for passes to share a recording.
 
         Raises:
             Unrecordable: it cannot be recorded at all.
@@ -405,16 +406,16 @@ class Graphs:
         config, anatomy, states = self.gate.config, self.gate.plan.anatomy, current.states
         frames, *rest = [*bound.args, *bound.kwargs.items()]
         if config.dilation:
-            raise Unrecordable("dilation adds patches to those of the ladder")
+            raise Unrecordable("dilation adds patches to the ladder's")
         if anatomy.order is not None or len(set(current.grids)) > 1 or len(frames) != len(states):
-            raise Unrecordable("its streams are not a batch of frames of one size, with tokens in the order of patches")
+            raise Unrecordable("its frames are not a batch of one size with tokens in row-major order")
         if anatomy.suffix:
-            raise Unrecordable("tokens that are no patches come after them")
+            raise Unrecordable("tokens that are not patches come after them")
         if config.arch == "active" and len(states) > 1:
             raise Unrecordable("arch 'active' pads its output to the longest stream")
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(rest)):
-            raise Unrecordable("the tower takes tensors beside the frames")
-        # Releases of transformers before 5 leave a tower that ends behind the gate collecting these for good.
+            raise Unrecordable("the tower takes tensors besides the frames")
+        # In transformers before 5, a pass that ends after the gate leaves the tower collecting these forever.
         if current.asked:
             raise Unrecordable("hidden states or feature maps are asked for")
         model_config = getattr(anatomy.tower, "config", None)

@@ -1,4 +1,4 @@
-"""Which kernels multiply the rows of partial frames: the fastest, by what they take in the passes at hand."""
+"""Which kernels multiply the rows of partial frames: the fastest, as timed in the passes themselves."""
 
 import time
 from collections.abc import Callable
@@ -11,28 +11,29 @@ from neuroflow_kernels.ways import ATTENTION, LINEAR, Choice, LinearWeights, att
 
 from ..adapters.anatomy import is_ordinary
 
-MOST_ROWS = 512  # more of them take as long each
+MOST_ROWS = 512  # above this, the time per row is constant
 _OF_TORCH = (nn.Linear.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.MultiheadAttention.forward)
 
 
 def is_plain(module: nn.Module, forward: Callable, tokens: torch.Tensor) -> bool:
-    """Whether `forward`, that of `module`, does what torch's own does of weights that kernels can read beside `tokens`.
+    """Whether `forward` of `module` is torch's own, with weights that kernels can read together with `tokens`.
 
-    Else only the module knows what it computes: one with an adapter in front of its method, or weights that are
-    computed, offloaded or quantized. Its hooks are not looked at: they are of calls of the module.
+    Otherwise only the module knows what it computes, for example if an adapter wraps the method, or if weights are
+    computed, offloaded or quantized. Hooks do not matter here, since they belong to calls of the module.
     """
     weights = module._parameters
     return (
         getattr(forward, "__func__", None) in _OF_TORCH
-        and ("weight" in weights or "in_proj_weight" in weights)  # else it is computed
+        and ("weight" in weights or "in_proj_weight" in weights)  # otherwise it is computed
         and all(weight is None or is_ordinary(weight, tokens) for weight in weights.values())
         and not torch.is_autocast_enabled(tokens.device.type)
     )
 
 
 class Case(NamedTuple):
-    """What a way is chosen for: linear layers [N, K], or attention of [heads, head_dim] to so many tokens, of `rows`
-    and more, up to twice as many.
+    """What a kernel is chosen for: rows from `rows` up to twice as many.
+
+    The shape is [N, K] for a linear layer, and (heads, head_dim, number of tokens) for attention.
     """
 
     kind: str
@@ -51,10 +52,10 @@ class Case(NamedTuple):
 
 
 class Layer(LinearWeights):
-    """A linear layer of a tower as kernels multiply by it.
+    """A linear layer of a tower, as kernels use it.
 
     Attributes:
-        choices: of its shape and dtype, by the power of two of the rows and the threads.
+        choices: for its shape and dtype, by power of two of rows and number of threads.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, choices: dict[tuple[int, int], Choice]) -> None:
@@ -63,34 +64,33 @@ class Layer(LinearWeights):
         self._holders: set[Choice] = set()
 
     def hold(self, choice: Choice) -> bool:
-        """Keep packed weights for a choice. Returns whether they were there."""
+        """Keep packed weights for a choice. Returns whether they existed."""
         found = self.packed is not None
         self.pack()
         self._holders.add(choice)
         return found
 
     def release(self, choice: Choice) -> None:
-        """A choice needs no packed weights any more."""
+        """A choice no longer needs packed weights."""
         self._holders.discard(choice)
         if not self._holders:
             self.packed = None
 
 
 class Kernels:
-    """The linear layers and attentions of a tower in partial frames, and the fastest way through each.
+    """The linear layers and attentions of a tower in partial frames, and the fastest kernel for each.
 
-    In the first frames of a number of rows, the ways take turns among the layers of a shape, in some two frames of 12
-    blocks; from then on all go the fastest.
+    In the first frames with a given number of rows, kernels take turns among the layers of a shape, for about two
+    frames of 12 blocks; afterwards all use the fastest.
 
     Args:
-        only: the one way that is taken, "rows" or "torch", or "measured" for the fastest.
+        only: a fixed kernel, "rows" or "torch", or "measured" for the fastest.
 
     Attributes:
-        countable: changes of the weights are noticed, so that they may be packed.
-        resident: the weights stay in memory; else nothing is kept of them, and each layer is called.
-        exploring: ways that may be the fastest take turns; else what is not known goes the way of the nearest number of
-            rows.
-        trying: set wherever a call served to find the fastest way.
+        countable: changes of the weights are detected, so they may be packed.
+        resident: the weights stay in memory; otherwise nothing is kept and each layer is called.
+        exploring: candidates take turns; otherwise an unknown case uses the kernel of the nearest number of rows.
+        trying: set when a call was used to find the fastest kernel.
     """
 
     def __init__(self, only: str = "measured") -> None:
@@ -103,16 +103,16 @@ class Kernels:
         self._choices: dict[tuple[str, tuple[int, ...], torch.dtype], dict[tuple[int, int], Choice]] = {}
 
     def forget(self) -> None:
-        """The weights are others now; which way is the fastest stays as it is."""
+        """The weights changed; which kernel is fastest stays known."""
         self._layers.clear()
 
     @property
     def packed_bytes(self) -> int:
-        """Of weights as oneDNN has packed them, beside the model's own."""
+        """Memory of weights packed by oneDNN, on top of the model's."""
         return sum(layer.packed_bytes for layer in list(self._layers.values()) if layer is not None)
 
     def fastest(self) -> dict[Case, str]:
-        """The way of each case in which it is known."""
+        """The fastest kernel of each case, where known."""
         return {
             Case(*kind, 2 ** (power - 1), threads): choice.fastest
             for kind, choices in list(self._choices.items())
@@ -121,7 +121,7 @@ class Kernels:
         }
 
     def layer(self, module: nn.Linear, forward: Callable, tokens: torch.Tensor, dtype: torch.dtype) -> Layer | None:
-        """A linear layer with its weights in `dtype`; None where only its `forward` knows what it computes."""
+        """A linear layer with its weights in `dtype`; None if only its `forward` knows what it computes."""
         if not self.resident or torch.is_autocast_enabled(tokens.device.type):
             return None
         key = module, dtype
@@ -164,7 +164,7 @@ class Kernels:
         return product
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-        """Rows [M, heads, head_dim] to all tokens of their stream [T, heads, head_dim], as `attend_rows`."""
+        """Attention of rows [M, heads, head_dim] to all tokens of their stream [T, heads, head_dim]."""
         rows, heads, width = query.shape
         if not rows or self._only:
             return ATTENTION[self._only if rows else "torch"](query, key, value, scale)
@@ -183,7 +183,7 @@ class Kernels:
 
 
 def _nearest(choices: dict[tuple[int, int], Choice], number: tuple[int, int], default: str) -> str:
-    """The way that is the fastest for the nearest number of rows for which it is known."""
+    """The fastest kernel for the nearest number of rows for which it is known."""
     known = [(abs(each[0] - number[0]), choice.fastest) for each, choice in list(choices.items()) if choice.fastest]
     return min(known, default=(0, default))[1]
 

@@ -1,4 +1,4 @@
-"""Linear layers of the rows that a partial frame has: few of them, in bfloat16 where that was asked for."""
+"""Linear layers on the few rows of a partial frame, in bfloat16 if asked for."""
 
 from collections.abc import Callable
 
@@ -16,15 +16,16 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def in_bfloat16(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Its weight, and its bias where it has one."""
+    """The layer's weight and bias in bfloat16; None without a bias."""
     return linear.weight.bfloat16(), None if linear.bias is None else linear.bias.bfloat16()
 
 
 def multiply(
     current: Pass, kernels: Kernels, module: nn.Linear, forward: Callable, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """A linear layer of a tower: the rows of partial frames by the fastest kernel, rounded where that was asked for;
-    others by its `forward`, and all where only that knows what it computes.
+    """A linear layer of a tower: rows of partial frames use the fastest kernel, in bfloat16 if asked for.
+
+    Other rows use its `forward`, and so do all if only that knows what it computes.
     """
     rounds = current.packed and current.rounded
     if not (rounds or current.measured):
@@ -51,7 +52,7 @@ def _multiply_rounded(
 
 
 def map_each(current: Pass, forward: Callable, distilled: Callable, tokens: torch.Tensor) -> torch.Tensor:
-    """A module that maps each token by itself: `forward` for those of whole frames, `distilled` for the others."""
+    """A module that maps each token on its own: `forward` for whole frames, `distilled` for the others."""
     if current.part or all(current.whole):
         return forward(tokens)
     if current.part is False or not any(current.whole):

@@ -27,13 +27,13 @@ class Plan:
     """Where in a tower tokens are packed and restored under one configuration.
 
     Args:
-        anatomy: of the tower.
-        config: what it runs under.
-        first_packed: the number of the first block that runs on the active tokens alone.
-        final: the number of the block whose output is all that the rest of the tower sees; None where a norm follows.
-        watched: the numbers of the blocks whose attention from CLS tells the gate what the pooled output reads.
-        layer_of: the number of each attention's block.
-        configs: of attentions that call transformers' interface, the model's own.
+        anatomy: the tower's.
+        config: the configuration it runs under.
+        first_packed: index of the first block that runs on active tokens only.
+        final: index of the block whose output is all that the rest of the tower sees; None if a norm follows it.
+        watched: indices of the blocks whose attention from CLS tells the gate what the pooled output reads.
+        layer_of: index of each attention's block.
+        configs: the model's own configurations of the attentions that call transformers' interface.
     """
 
     anatomy: Anatomy
@@ -46,15 +46,15 @@ class Plan:
 
     @classmethod
     def of(cls, anatomy: Anatomy, config: NeuroFlowConfig) -> Self:
-        """The plan of a tower that is not patched.
+        """The plan for an unpatched tower.
 
         Raises:
-            ValueError: a configuration that the tower cannot have.
+            ValueError: a configuration that the tower does not support.
         """
         depth, tower = len(anatomy.layers), type(anatomy.tower).__name__
         if config.signal == "pixel" and anatomy.projection is None:
             raise ValueError(
-                f"signal is 'pixel', which {tower} does not show in the order of its tokens; accepted is 'patch' or "
+                f"signal is 'pixel', which {tower} does not give in the order of its tokens; accepted is 'patch' or "
                 "'embedding'"
             )
         mid_layer = depth // 2 - 1 if config.mid_layer is None else config.mid_layer
@@ -62,15 +62,14 @@ class Plan:
             raise ValueError(f"mid_layer is {mid_layer}; accepted is less than {depth - 1}, the last block")
         if config.arch == "active" and anatomy.needs_every_token:
             raise ValueError(
-                f"arch is 'active'; {tower} makes a map of all patches, so accepted is one that serves the others too: "
+                f"arch is 'active'; {tower} makes a map of all patches, so accepted is one that keeps the others: "
                 "'context', 'dual', 'midlayer' or 'mlp'"
             )
         if config.arch == "mlp" and not anatomy.mlps:
             raise ValueError(
-                f"arch is 'mlp'; no MLP could be told from the rest of {tower}'s blocks, so accepted are 'context', "
-                "'dual' and 'midlayer'"
+                f"arch is 'mlp'; no MLP was found in {tower}'s blocks, so accepted are 'context', 'dual' and 'midlayer'"
             )
-        # What the pooled output reads in the last blocks tells best what it reads of a patch altogether.
+        # Attention in the last blocks best predicts what the pooled output reads from a patch.
         watched = depth - max(depth // 3, 1) if anatomy.prefix and config.score == "staleness" else depth
         return cls(
             anatomy,
@@ -83,17 +82,17 @@ class Plan:
         )
 
     def kept(self, asked: frozenset[int]) -> frozenset[int]:
-        """Of the blocks whose output is wanted of all patches, those that a cache is kept for beside the output's."""
+        """Of the blocks whose output is wanted for all patches, those that need a cache besides the output's."""
         if self.config.arch == "active":
             return frozenset()
         return frozenset(layer for layer in asked if layer >= self.first_packed and layer != self.final)
 
 
 def blocks_of_hidden_states(asked: bool | int | Iterable[int] | None, depth: int) -> set[int]:
-    """The blocks that give the hidden states which `output_hidden_states` asks for.
+    """The blocks that produce the hidden states asked for by `output_hidden_states`.
 
-    That may be numbers: of hidden states, of which 0 is what the first block takes, also counted from the last; up to
-    transformers 5.20 at least, of blocks.
+    Integers count hidden states, where 0 is the input of the first block, possibly from the end; in transformers up to
+    at least 5.20 they count blocks.
     """
     if not asked or asked is True:
         return set(range(depth)) if asked else set()
@@ -107,16 +106,22 @@ class FrameReport:
     """What a pass did with one frame.
 
     Args:
-        stream: the name of its stream.
-        key_frame: why every patch was encoded, and the caches filled anew; None of a frame that relied on them.
-            "first": its stream's first. "gap": it did not follow the last one. "size": another size, dtype, autocast or
-            device than before. "weights": the model's have changed. "outputs": other hidden states or feature maps were
-            asked for than before. "failed": the one before did not come through the tower. "nonfinite": the one before
-            held NaN or Inf. "age": `max_age` was reached. "cut": it shows another scene, or its own in another light.
-            "dense": so much changed that this was faster.
+        stream: name of the frame's stream.
+        key_frame: why every patch was encoded and the caches were refilled; None for a frame that used them. "first":
+            the first of its stream. "gap": frames before it are missing. "size": another size, dtype, autocast setting
+            or device. "weights": the model's weights changed. "outputs": other hidden states or feature maps were asked
+            for. "failed": the frame before it did not get through the tower. "nonfinite": the frame before it held NaN
+            or Inf. "age": `max_age` was reached. "cut": another scene, or another light. "dense": so much changed that
+            a dense pass was faster.
         active: bool [rows, columns], the patches that were encoded.
-        surprise: float32 [rows, columns], 1 - cosine of each patch to its reference, inf at patches with NaN; NaN
-            throughout in a key frame, which starts with new references.
+        surprise: float32 [rows, columns], 1 - cosine between each patch and its reference, 0 to 2. inf where a patch
+            holds NaN; NaN everywhere in a key frame, which has no reference to compare with.
+
+    Example:
+        >>> model = neuroflow.enable_cache(model)
+        >>> output = model(pixel_values=frames)
+        >>> [report.key_frame for report in neuroflow.last_pass(model)][:2]
+        ['first', None]
     """
 
     stream: Hashable
@@ -126,18 +131,18 @@ class FrameReport:
 
     @classmethod
     def of(cls, state: StreamState, key_frame: KeyFrame | None) -> Self:
-        """The report on the last frame of a stream."""
+        """Report on the last frame of a stream."""
         maps = (values.view(state.grid).clone() for values in (state.active, state.surprise))
         return cls(state.name, key_frame, *maps)
 
     @property
     def skipped(self) -> float:
-        """The share of patches that were not encoded."""
+        """Share of patches that were not encoded, 0 to 1."""
         return 1 - self.active.sum().item() / self.active.numel()
 
 
 def split(values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
-    """Values of several streams, as a batch or end to end, as [1, count, D] of each; padding is left out."""
+    """Values of several streams, in a batch or end to end, as [1, count, D] each, without padding."""
     rows = values.flatten(0, -2)
     if rows.shape[0] == sum(counts):
         return [part[None] for part in rows.split(counts)]
@@ -145,32 +150,32 @@ def split(values: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
 
 
 def for_each_query(heads: torch.Tensor, queries: torch.Tensor, dim: int) -> torch.Tensor:
-    """Keys or values with as many heads along `dim` as the queries, several of which may share one."""
+    """Repeat keys or values along `dim` so that each query head has its own; queries may share heads."""
     groups = queries.shape[dim] // heads.shape[dim]
     return heads if groups == 1 else heads.repeat_interleave(groups, dim)
 
 
 def is_parallel(device: torch.device) -> bool:
-    """Whether the entries of a clip are attended from at once; a processor does one after the other, in its cache."""
+    """Whether entries of a clip are attended from at once. A CPU does them in turn, to stay in its cache."""
     return device.type == "cuda"
 
 
 class Pass:
     """One pass through a tower: a ragged list of entries, each of which is one frame of one stream.
 
-    A live frame is one entry; a frame of each of S cameras, S entries; a clip of T frames, T entries of one stream, in
-    order of time. Tokens come from the tower as [E, T, D], [E, rows, columns, D] or end to end as [sum of T, D] or
-    [1, sum of T, D]. Packed they are [1, M, D], the active tokens of one entry after those of another.
+    A live frame is one entry. One frame from each of S cameras is S entries. A clip of T frames is T entries of one
+    stream, in time order. Tokens come from the tower as [E, T, D], [E, rows, columns, D] or end to end as [sum of T, D]
+    or [1, sum of T, D]. Packed they are [1, M, D], the active tokens of one entry after another.
 
     Args:
-        plan: of the tower.
-        states: of each entry's stream.
-        grids: rows and columns of patches of each entry.
-        order: of each entry, as `Anatomy.order` has it.
-        asked: numbers of the blocks whose output is wanted of all tokens.
-        gaps: of each entry, whether frames are missing before it.
+        plan: the tower's.
+        states: the stream state of each entry.
+        grids: (rows, columns) of patches of each entry.
+        order: for each entry, as in `Anatomy.order`.
+        asked: indices of the blocks whose output is wanted for all tokens.
+        gaps: for each entry, whether frames are missing before it.
         nameless: its streams are clips that end with the call.
-        kernels: those of the tower, that outlive the pass.
+        kernels: the tower's, which outlive the pass.
     """
 
     def __init__(
@@ -191,47 +196,47 @@ class Pass:
         self.asked = asked
         self.nameless = nameless
         self.kernels = kernels or Kernels(plan.config.kernels)
-        self.entered: set[str] = set()  # methods of the tower
+        self.entered: set[str] = set()  # methods of the tower called so far
         self.due: dict[int, KeyFrame | None] = {}  # by id of a state, why its next entry must be a key frame
-        self.surprises: list[torch.Tensor] | None = None  # [N] of each entry, where they are known beforehand
+        self.surprises: list[torch.Tensor] | None = None  # [N] of each entry, if known in advance
         self.gaps = gaps or [False] * len(states)
         last = {id(state): entry for entry, state in enumerate(states)}
-        # Of each entry, whether another of its stream comes after it.
+        # For each entry, whether another one of its stream follows.
         self.followed = [last[id(state)] != entry for entry, state in enumerate(states)]
         self.patches = [rows * columns for rows, columns in grids]  # of each entry
         others = plan.anatomy.prefix + plan.anatomy.suffix
         self.counts = [others + count for count in self.patches]  # of tokens
         self.projected: torch.Tensor | None = None
         self.pixels: torch.Tensor | None = None  # [S, N, values of a patch]
-        self.colours: list[torch.Tensor] | None = None  # [1, N, 3] of each entry, the means of its patches
-        # By argument, the last block's: for all tokens, for the packed ones.
+        self.colours: list[torch.Tensor] | None = None  # [1, N, 3] of each entry, patch means
+        # By argument name, in the last block: the value for all tokens, and for packed ones.
         self.positions: dict[str, tuple[Any, Any]] = {}
-        self.blocks = 0  # that it went through so far
-        self.last_shown: tuple[torch.Tensor, torch.Tensor] | None = None  # by `shown`, and packed
-        self.versions: dict[Hashable, list[torch.Tensor]] = {}  # of caches, as each entry left them
-        self.attention: list[torch.Tensor | None] = [None] * len(states)  # [N] of each entry, that its patches got
+        self.blocks = 0  # number of blocks run so far
+        self.last_shown: tuple[torch.Tensor, torch.Tensor] | None = None  # result of `shown`, and its packed tokens
+        self.versions: dict[Hashable, list[torch.Tensor]] = {}  # caches as each entry left them
+        self.attention: list[torch.Tensor | None] = [None] * len(states)  # [N] of each entry, received by its patches
         self.finite = [True] * len(states)
         self.reports: list[FrameReport | None] = [None] * len(states)
-        # Of each entry, tokens that turn to their next version, and those versions' packed rows; see `reuse.nearest`.
+        # For each entry, tokens that switch to their next version, and its packed rows; see `reuse.nearest`.
         self.early: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(states)
-        self.table: torch.Tensor | None = None  # by `_table`, where entries of a stream are attended from at once
-        self.going_on: list[StreamState] = []  # whose caches it finds something in
-        self.whole: list[bool] = []  # of each entry, whether all its tokens are encoded
-        self.padded = False  # some rows of the batch are no tokens
+        self.table: torch.Tensor | None = None  # from `_table`, if entries of a stream are attended from at once
+        self.going_on: list[StreamState] = []  # streams with caches from earlier passes
+        self.whole: list[bool] = []  # for each entry, whether all its tokens are encoded
+        self.padded = False  # some rows of the batch are padding
         self.partial = False  # some of its rows are not encoded
         self.packed = False  # the residual stream holds active tokens only
-        self.measured = False  # what is partial goes through `kernels`
-        self.rounded = False  # what is packed is multiplied in bfloat16
-        self.part: bool | None = None  # whether the entries at hand are whole; None: some may be, and some not
-        self.unmeasured: Hashable = None  # its size, if the crossover is to be measured after it
-        self.first_block: tuple[torch.Tensor, Callable] | None = None  # of what is unmeasured: its tokens, and itself
+        self.measured = False  # partial products go through `kernels`
+        self.rounded = False  # packed tokens are multiplied in bfloat16
+        self.part: bool | None = None  # whether the current entries are whole; None: mixed
+        self.unmeasured: Hashable = None  # size of this pass, if its crossover is to be measured
+        self.first_block: tuple[torch.Tensor, Callable] | None = None  # for that measurement: its tokens, and the block
 
     def select(self, active: list[torch.Tensor | None], tokens: torch.Tensor) -> None:
-        """Take each stream's active tokens among all of `tokens`: int32 rows of its T, or None for all of them."""
+        """Set each entry's active tokens among `tokens`: int32 rows of its T, or None for all of them."""
         self.shape = tokens.shape
         self.rounded = self._rounds(tokens)
         self.whole = [rows is None for rows in active]
-        width = tokens.shape[1:-1].numel()  # rows of `tokens` from one stream to the next, if they are a batch
+        width = tokens.shape[1:-1].numel()  # rows per entry, if `tokens` is a batch
         is_batch = tokens.ndim > 2 and len(tokens) == len(self.counts)
         self.starts = [stream * width if is_batch else sum(self.counts[:stream]) for stream in range(len(self.counts))]
         self.padded = is_batch and any(count != width for count in self.counts)
@@ -249,7 +254,7 @@ class Pass:
         self.offsets = [0, *itertools.accumulate(self.lengths)]
         self.index = torch.cat([chosen + start for start, chosen in zip(self.starts, self.rows, strict=True)])
         self.cu_seqlens = torch.tensor(self.offsets, dtype=torch.int32, device=device)
-        # What each entry brings into the caches: its own rows, and those that come early.
+        # What each entry writes to the caches: its own rows, and next versions used early.
         self.into = [
             rows if early is None else torch.cat((rows, early[0]))
             for rows, early in zip(self.rows, self.early, strict=True)
@@ -261,7 +266,7 @@ class Pass:
 
     @contextmanager
     def only(self, whole: bool) -> Iterator[None]:
-        """A block that deals with those entries alone that are whole, or with those that are not."""
+        """Restrict the block to entries that are encoded whole, or to those that are not."""
         self.part = whole
         try:
             yield
@@ -269,7 +274,7 @@ class Pass:
             self.part = None
 
     def rounds(self) -> list[list[int]]:
-        """Numbers of entries that may be gated at once: the first of every stream, then the second, and so on."""
+        """Indices of entries that may be gated together: the first of every stream, then the second, and so on."""
         rounds: list[list[int]] = []
         turns: Counter[int] = Counter()
         for entry, state in enumerate(self.states):
@@ -280,7 +285,7 @@ class Pass:
         return rounds
 
     def complete(self) -> None:
-        """Let the next frame of every stream rely on its last one here, unless that held NaN or Inf."""
+        """Let the next frame of every stream use its last one here, unless that held NaN or Inf."""
         for state, finite in zip(self.states, self.finite, strict=True):
             state.key_frame_due = None if finite else "nonfinite"
 
@@ -288,11 +293,11 @@ class Pass:
         return self.plan.config.precision == "bfloat16" and tokens.dtype == torch.float32
 
     def chooses(self, tokens: torch.Tensor) -> bool:
-        """Whether products of such tokens go through `kernels`."""
+        """Whether products of these tokens go through `kernels`."""
         return self.plan.config.kernels != "torch" and is_choice(tokens)
 
     def runs(self, rows: int) -> list[tuple[bool, int]]:
-        """Of so many rows, those of all tokens or of the active ones: how many in turn are of whole frames and not."""
+        """Split rows, of all tokens or of active ones, into runs: (whole, number of rows) for consecutive entries."""
         if rows == self.index.numel():
             lengths = self.lengths
         else:
@@ -302,29 +307,30 @@ class Pass:
         return [(whole, sum(length for _, length in of)) for whole, of in streams]
 
     def pack(self, tokens: torch.Tensor) -> torch.Tensor:
-        """All tokens -> [1, M, D]"""
+        """All tokens -> [1, M, D]."""
         return gather_rows(tokens.flatten(0, -2)[None], self.index, self.cu_seqlens, self.index.numel())[None]
 
     def shown(self, name: Hashable, tokens: torch.Tensor) -> torch.Tensor:
-        """Packed tokens among all others in the cache `name`, or padded where nothing is kept; see `repacked`."""
+        """Packed tokens merged into the cache `name`, or padded if nothing is cached; see `repacked`."""
         everything = self.pad(tokens) if self.plan.config.arch == "active" else self.restored(name)
         self.last_shown = everything, tokens
         return everything
 
     def repacked(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The packed tokens behind `tokens`, if they are those that were shown."""
+        """The packed tokens behind `tokens`, if these are the ones last returned by `shown`."""
         everything, packed = self.last_shown or (None, None)
         return packed if tokens is everything else tokens
 
     def pack_positions(self, name: str, pack: Callable[[Any, Callable], Any], value: Any) -> Any:
-        """The value of one of `Anatomy.positions`, for the packed tokens."""
+        """The value of one of `Anatomy.positions` for the packed tokens."""
         if name not in self.positions or self.positions[name][0] is not value:
             self.positions[name] = value, pack(value, self._take)
         return self.positions[name][1]
 
     def _take(self, table: torch.Tensor | None, fill: float) -> torch.Tensor:
-        """The rows of packed tokens, of a table for one entry or for all, with rows for the prefix or without; of None,
-        their numbers among all tokens of their entry.
+        """The packed tokens' rows of a table for one entry or all, with or without rows for the prefix.
+
+        For None, their indices among all tokens of their entry.
         """
         if table is None:
             return torch.cat(self.rows)
@@ -337,7 +343,7 @@ class Pass:
         return table[self.index if len(table) == rows else torch.cat(self.rows)]
 
     def heads(self, heads: torch.Tensor) -> list[torch.Tensor]:
-        """Queries, keys or values of all streams as [1, heads, rows, head_dim] of each."""
+        """Queries, keys or values of all streams as [1, heads, rows, head_dim] each."""
         lengths = self.lengths if self.packed else self.counts
         if lengths == [heads.shape[2]]:
             return [heads]
@@ -346,7 +352,7 @@ class Pass:
         return list(heads.split(lengths, 2))
 
     def brought(self, values: torch.Tensor, dim: int) -> list[torch.Tensor]:
-        """Of packed values, rows along `dim`, those that each entry brings into the caches."""
+        """From packed values with rows along `dim`, those that each entry writes to the caches."""
         if len(self.lengths) == 1 and self.early[0] is None:
             return [values]
         parts = list(values.split(self.lengths, dim))
@@ -356,7 +362,7 @@ class Pass:
         return parts
 
     def store(self, name: Hashable, tokens: torch.Tensor, blend: float = 1.0) -> None:
-        """Bring the cache `name` up to date with every entry in turn, of all tokens, or [1, M, D] in a partial pass."""
+        """Update the cache `name` with every entry in turn, from all tokens, or from [1, M, D] in a partial pass."""
         if not self.partial:
             for state, fresh in zip(self.states, split(tokens, self.counts), strict=True):
                 state.put(name, fresh)
@@ -376,7 +382,7 @@ class Pass:
         self.versions[name] = versions
 
     def store_heads(self, layer: int, entry: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Bring a block's cached keys and values up to date with what one entry brings, [1, heads, rows, head_dim]."""
+        """Update a block's cached keys and values with one entry's, [1, heads, rows, head_dim]."""
         state, active = self.states[entry], self.active[entry] if self.partial else None
         if self.rounded and key.dtype == torch.float32:
             key, value = key.bfloat16(), value.bfloat16()
@@ -389,8 +395,9 @@ class Pass:
             scatter_kv_(*caches, *rows, self.into[entry], self.ends[entry])
 
     def _table(self, device: torch.device) -> torch.Tensor:
-        """Where each entry's tokens have their keys and values, [E, T] int32: in the caches of the streams that go on,
-        one after the other, and behind them among the packed rows.
+        """Where the keys and values of each entry's tokens are, [E, T] int32.
+
+        Rows count through the caches of the continuing streams, one after another, then through the packed rows.
         """
         tokens, first = self.counts[0], self.rounds()[0]
         self.going_on = [self.states[entry] for entry in first if not self.whole[entry]]
@@ -406,8 +413,9 @@ class Pass:
     def attend_versions(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
     ) -> torch.Tensor:
-        """Attention of packed queries to what each entry's stream holds by then, all [1, heads, M, head_dim]; leaves a
-        block's cached keys and values as the last entry of each stream has them.
+        """Attention of packed queries to what each entry's stream holds at that time, all [1, heads, M, head_dim].
+
+        Leaves the block's cached keys and values as the last entry of each stream has them.
         """
         rows = []
         for name, fresh in (("key", key), ("value", value)):
@@ -423,22 +431,20 @@ class Pass:
         return attended
 
     def add_attention(self, attention: list[torch.Tensor], first: int = 0) -> None:
-        """Add what the patches of streams from `first` on got of the pooled output's attention, [N] each."""
+        """Add the pooled output's attention to the patches of entries from `first` on, [N] each."""
         for stream, paid in enumerate(attention, first):
             before = self.attention[stream]
             self.attention[stream] = paid if before is None else before + paid
 
     def add_cls_attention(self, query: torch.Tensor, keys: torch.Tensor, scaling: float, first: int = 0) -> None:
-        """Add the attention of CLS, query [S, heads, head_dim], to keys [S, heads, T, head_dim] of streams from `first`
-        on.
-        """
+        """Add CLS attention, query [S, heads, head_dim], to keys [S, heads, T, head_dim] of entries from `first` on."""
         keys = for_each_query(keys, query, 1)
         self.add_attention(list(cls_attention(query, keys, scaling, self.plan.anatomy.prefix)), first)
 
     def restored(self, name: Hashable) -> torch.Tensor:
-        """The cache `name` as each entry left it, in the shape that the tower's tokens came in, zeros as padding.
+        """The cache `name` as each entry left it, in the shape of the tower's tokens, padded with zeros.
 
-        A copy: the caller may keep what it gets, and the caches go on changing.
+        This is a copy: callers may keep it while the caches change.
         """
         caches = self.versions.pop(name)
         if not self.padded:
@@ -449,7 +455,7 @@ class Pass:
         return tokens
 
     def pad(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[1, M, D] -> [S, longest, D], zeros past each stream's own."""
+        """[1, M, D] -> [S, longest, D], padded with zeros."""
         return nn.utils.rnn.pad_sequence(tokens[0].split(self.lengths), batch_first=True)
 
 
@@ -458,22 +464,22 @@ Result = TypeVar("Result")
 
 
 def within(variable: ContextVar, value: Any, work: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
-    """Call `work` where `variable` has `value`; nothing needs to be put back, which an interrupt could prevent."""
+    """Call `work` with `variable` set to `value`; an interrupt leaves nothing to restore."""
     context = copy_context()
     context.run(variable.set, value)
     return context.run(work, *args, **kwargs)
 
 
 class Unrecordable(Exception):
-    """Why a pass cannot be made of work that is recorded once."""
+    """Why a pass cannot be recorded."""
 
 
 class StaticPass(Pass):
-    """A partial pass whose shapes are known before it; how many of its tokens are whose, only the device knows.
+    """A partial pass whose shapes are known in advance; only the device knows which tokens belong to which stream.
 
     Args:
-        slab: of `states`, whose frames come as a batch of one size.
-        gate: (this pass, all tokens in front of the first block) -> the tokens to go on with, after `take`.
+        slab: of `states`, whose frames form a batch of one size.
+        gate: function (this pass, all tokens in front of the first block) -> the tokens to continue with, after `take`.
     """
 
     def __init__(
@@ -487,11 +493,11 @@ class StaticPass(Pass):
         super().__init__(plan, states, grids)
         self.slab = slab
         self.gate = gate
-        self.seen: torch.Tensor | None = None  # [S, N], the attention that the patches got
+        self.seen: torch.Tensor | None = None  # [S, N], attention received by the patches
         self.mask: torch.Tensor | None = None  # by `same_stream`
 
     def take(self, index: torch.Tensor, cu_seqlens: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Take the patches `index` of all streams, rows of [S * N], and every stream's prefix among all of `tokens`."""
+        """Select the patches `index` of all streams, rows of [S * N], and every stream's prefix among `tokens`."""
         prefix, streams, patches = self.plan.anatomy.prefix, len(self.states), self.patches[0]
         self.shape = tokens.shape
         self.rounded = self._rounds(tokens)
@@ -518,12 +524,12 @@ class StaticPass(Pass):
             cache[:, : len(own)] = tokens[0][self.cu_seqlens[:-1, None] + own]
 
     def store_all_heads(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Bring a block's cached keys and values up to date, [1, heads, M, head_dim]."""
+        """Update a block's cached keys and values, [1, heads, M, head_dim]."""
         caches = self.slab.caches["key", layer], self.slab.caches["value", layer]
         scatter_kv_(*caches, key[0].transpose(0, 1), value[0].transpose(0, 1), self.index, self.cu_seqlens)
 
     def restored(self, name: Hashable) -> torch.Tensor:
-        return self.slab.caches[name].view(self.shape)  # what becomes the output is copied as a whole
+        return self.slab.caches[name].view(self.shape)  # the output is copied as a whole
 
     def add_attention(self, attention: list[torch.Tensor], first: int = 0) -> None:
         paid = torch.stack(attention)

@@ -1,4 +1,4 @@
-"""Pooling heads: of every stream's own tokens, and SigLIP's in a cheaper way that is equal up to rounding."""
+"""Pooling heads, on every stream's own tokens; SigLIP's in a cheaper form that is equal up to rounding."""
 
 import functools
 import itertools
@@ -18,8 +18,10 @@ from .passes import Pass
 
 
 class FoldedHead(NamedTuple):
-    """What `attention_pool` multiplies by, in float32 or wider: scores are tokens times probe [heads, D], and the
-    weighted sums of tokens go through value_weight [heads, head_dim, D] and value_bias [D].
+    """The weights of `attention_pool`, in float32 or wider.
+
+    Scores are tokens times probe [heads, D]. Weighted sums of tokens go through value_weight [heads, head_dim, D] and
+    value_bias [D].
     """
 
     probe: torch.Tensor
@@ -30,9 +32,9 @@ class FoldedHead(NamedTuple):
 def fold_head(head: nn.Module) -> FoldedHead:
     """SigLIP's pooling head without projecting every token to a key and a value.
 
-    The one query is a constant q, so a score q (W x + b) is (q W) x plus a constant that the softmax drops; and the
-    weighted sum of projected values is the projection of the weighted sum of tokens. What is left per token is two
-    products with a [heads, D] matrix.
+    The single query q is constant, so a score q (W x + b) is (q W) x plus a constant that the softmax drops; and the
+    weighted sum of projected values is the projection of the weighted sum of tokens. This leaves two products with a
+    [heads, D] matrix per token.
     """
     attention = head.attention
     dim, heads = attention.embed_dim, attention.num_heads
@@ -47,14 +49,14 @@ def fold_head(head: nn.Module) -> FoldedHead:
 def attention_pool(
     head: nn.Module, folded: FoldedHead, tokens: torch.Tensor, lengths: list[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """SigLIP's pooling head, [S, N, D] -> [S, D]; scores and sums are kept in float32 or wider.
+    """SigLIP's pooling head, [S, N, D] -> [S, D], with scores and sums in float32 or wider.
 
     Args:
-        folded: of `head`'s weights as they are.
-        lengths: how many tokens of each stream count, from the left; None means all.
+        folded: from the current weights of `head`.
+        lengths: number of tokens of each stream that count, from the left; None for all.
 
     Returns:
-        the pooled tokens, and the attention that each token got, the mean of all heads: [S, N].
+        the pooled tokens, and the attention that each token received, mean over heads, [S, N].
     """
     out_proj = head.attention.out_proj
     tokens = tokens.to(folded.probe.dtype)
@@ -69,7 +71,7 @@ def attention_pool(
     weights = scores.softmax(2)
     mixed = weights @ tokens  # [S, heads, D]
     values = torch.einsum("shd,hkd->shk", mixed, folded.value_weight).flatten(1) + folded.value_bias
-    pooled = out_proj.forward(values.to(out_proj.weight.dtype))  # attention does not run its hooks either
+    pooled = out_proj.forward(values.to(out_proj.weight.dtype))  # nn.MultiheadAttention skips its hooks too
     return pooled + head.mlp(head.layernorm(pooled)), weights.mean(1)
 
 
@@ -82,10 +84,10 @@ def pool(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Pooled [S, D] of the tokens [S, T, D] behind the last block.
+    """Pooled [S, D] from the tokens [S, T, D] after the last block.
 
     Args:
-        distilled: the pooling head for partial frames, where they have one of their own.
+        distilled: the pooling head for partial frames, if they have their own.
         forward: the method of the tower's head.
         args, kwargs: its arguments after the tokens.
     """
@@ -118,8 +120,9 @@ def _pool(
     lengths: list[int] | None,
     first: int,
 ) -> torch.Tensor:
-    """Pooled [S, D] of all tokens [S, T, D] of the streams from `first` on, by a head whose forward is given, with the
-    arguments after the tokens.
+    """Pooled [S, D] from all tokens [S, T, D] of the streams from `first` on.
+
+    `forward` is the head's, with the arguments after the tokens bound.
     """
     if is_foldable(head) and _is_plain(head, forward.func, tokens):
         folded = derived(head, (head, "folded"), lambda: fold_head(head))
@@ -135,9 +138,9 @@ def _pool(
 
 
 def _is_plain(head: nn.Module, forward: Callable, tokens: torch.Tensor) -> bool:
-    """Whether SigLIP's head, whose forward is given, computes the same where it does not call its attention."""
+    """Whether SigLIP's head, with this forward, computes the same without calling its attention module."""
     attention, out_proj = head.attention, head.attention.out_proj
-    # Attention never calls its last linear layer, in front of which the engine stands: it reads the weights.
+    # Attention reads the weights of its last linear layer and never calls it, so the engine's method is looked through.
     method = getattr(out_proj.forward, "args", (out_proj.forward,))[-1]
     return (
         getattr(forward, "__func__", None) is type(head).forward

@@ -1,4 +1,4 @@
-"""From pixels to patches: only those with new pixels are projected, where finding them is cheap."""
+"""From pixels to patches: only patches with new pixels are projected, where finding them is cheap."""
 
 from collections.abc import Callable
 
@@ -14,12 +14,12 @@ from .kernels import is_plain
 from .passes import Pass
 from .state import LastFrame, StreamState, copy_into
 
-FEW_ROWS = 512  # from here on reading the weights takes none of the time, and torch's own product is as fast
-DENSE_PROJECTION = 0.75  # of the patches; above it, picking out the changed ones gains nothing
+FEW_ROWS = 512  # above this, reading the weights is negligible, and torch's product is as fast
+DENSE_PROJECTION = 0.75  # share of patches above which picking out the changed ones gains nothing
 
 
 def patch_windows(convolution: nn.Conv2d | nn.Conv3d, pixels: torch.Tensor) -> torch.Tensor:
-    """The windows that the convolution sees, one row a patch: [S, C, H, W] -> [S, N, C * height * width].
+    """The convolution's windows, one row a patch: [S, C, H, W] -> [S, N, C * height * width].
 
     Those of a clip [S, C, T, H, W] are tubelets, [S, N, C * frames * height * width].
     """
@@ -39,8 +39,8 @@ def patch_windows(convolution: nn.Conv2d | nn.Conv3d, pixels: torch.Tensor) -> t
 def project_windows(convolution: nn.Conv2d | nn.Conv3d, windows: torch.Tensor) -> torch.Tensor:
     """The convolution as a matrix product: `patch_windows` [*, values of a window] -> [*, D].
 
-    The rows are contiguous, which is the order that the gate and the blocks read; a convolution leaves the channels
-    outermost. Not by what is the fastest here, as which patches are encoded would hang on that.
+    Rows are contiguous, in the order that the gate and the blocks read; a convolution leaves channels outermost. The
+    kernel is fixed rather than the fastest, because the choice of patches would depend on it.
     """
     weight = convolution.weight.flatten(1)
     if windows.numel() <= FEW_ROWS * windows.shape[-1] and row_kernels_serve(windows):
@@ -49,19 +49,19 @@ def project_windows(convolution: nn.Conv2d | nn.Conv3d, windows: torch.Tensor) -
 
 
 def changed(before: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-    """The patches, int32 rows, any bit of whose pixels [1, N, values] differs between two frames."""
+    """The patches, int32 rows, whose pixels [1, N, values] differ in any bit between two frames."""
     words = torch.int64 if windows.shape[2] * windows.element_size() % 8 == 0 else torch.uint8
     return (before.view(words) != windows.view(words)).any(2)[0].nonzero()[:, 0].int()
 
 
 def note_colours(current: Pass, convolution: nn.Module, windows: list[torch.Tensor]) -> None:
-    """Keep the mean red, green and blue of the patches of each entry, [1, N, values], if the gate reads them."""
+    """Keep the mean red, green and blue of each entry's patches, [1, N, values], if the gate reads them."""
     if current.plan.config.cut_light is not None and convolution.in_channels == 3:
         current.colours = [own.unflatten(2, (3, -1)).mean(3, dtype=torch.float32) for own in windows]
 
 
 def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
-    """What the tower's projection gives of the frames' pixels; kept for the gate, and the pixels too if it reads them.
+    """The projection of the frames' pixels; it is kept for the gate, as are the pixels if the gate reads them.
 
     Args:
         forward: the projection's own.
@@ -81,16 +81,16 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
         current.projected = forward(pixels)
         return current.projected
     if pixels.device.type == "cpu":
-        weights = derived(projection, "projection", object)  # another object for other weights
+        weights = derived(projection, "projection", object)  # a new object when the weights change
         found: dict[int, torch.Tensor] = {}  # by entry
         for state in dict.fromkeys(current.states):
             own = [entry for entry, of in enumerate(current.states) if of is state]
             projected = _project_changed(projection, weights, state, [windows[entry] for entry in own])
             found |= zip(own, projected, strict=True)
         rows = [found[entry] for entry in range(len(windows))]
-    else:  # it would be waited for, and loses little by projecting all
+    else:  # finding changes would sync, and projecting all costs little
         rows = [project_windows(projection, own) for own in windows]
-    # A hook may change it in place; and it may be the first of the hidden states, which the next frame must not change.
+    # A hook may change it in place, and it may be the first hidden state, which the next frame must not change.
     shared = len(rows) == 1 and not projection._forward_hooks and not current.asked
     projected = rows[0] if shared else torch.cat(rows)
     counts = [length // size for length, size in zip(pixels.shape[2:], projection.kernel_size, strict=True)]
@@ -101,11 +101,10 @@ def project(current: Pass, derived: Derived, forward: Callable, pixels: torch.Te
 def _project_changed(
     projection: nn.Conv2d | nn.Conv3d, weights: object, state: StreamState, frames: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """A stream's next frames, patches [1, N, values] each, projected to [1, N, D]; those with the pixels of the frame
-    before were already.
+    """Project a stream's next frames, patches [1, N, values] each, to [1, N, D], reusing those with unchanged pixels.
 
     Args:
-        weights: stands for those of the projection.
+        weights: identifies the projection's weights.
     """
     last, state.last_frame = state.last_frame, None
     if last is None or last.windows.shape != frames[0].shape or last.windows.dtype != frames[0].dtype:

@@ -1,4 +1,4 @@
-"""Which version of a patch serves it in a frame that does not encode it."""
+"""Which version of a patch serves a frame that does not encode it."""
 
 import itertools
 
@@ -8,22 +8,22 @@ from neuroflow_kernels import ema_surprise_
 
 from .passes import Pass
 
-Turn = tuple[torch.Tensor, torch.Tensor]  # tokens of an entry, and the packed rows that serve them from there on
+Turn = tuple[torch.Tensor, torch.Tensor]  # tokens of an entry, and the packed rows that serve them from then on
 
 
 def nearest(current: Pass, signals: list[torch.Tensor], rows: list[torch.Tensor | None]) -> list[Turn | None]:
-    """The patches of each entry whose next version in the pass is nearer in content than their last.
+    """Find patches whose next version in the pass is nearer in content than their last; it serves them from there on.
 
-    From there on they are served by it. A cut lets nothing through, and nor does a frame with NaN or Inf.
+    Nothing passes a cut, or a frame with NaN or Inf.
 
     Args:
-        current: gated, against what each patch was when it was last encoded.
+        current: gated, against what each patch was at its last encoding.
         signals: [1, N, D] of each entry, in row-major order of its grid.
-        rows: its active tokens, as `Gate` has them.
+        rows: each entry's active tokens, as from `Gate`.
 
     Returns:
-        of each entry the tokens that turn to their next version, [K] int32 rows of its own, and those versions, [K]
-        rows of the packed tokens; None: none does.
+        for each entry, the tokens that switch to their next version, [K] int32 rows of its own, and the packed rows of
+        those versions, [K]; None if none does.
     """
     lengths = [count if own is None else own.numel() for count, own in zip(current.counts, rows, strict=True)]
     starts = list(itertools.accumulate(lengths, initial=0))
@@ -42,7 +42,7 @@ def _turn(
     starts: list[int],
     turns: list[Turn | None],
 ) -> None:
-    """`nearest` of the T entries of one stream."""
+    """`nearest` for the T entries of one stream."""
     prefix, suffix = current.plan.anatomy.prefix, current.plan.anatomy.suffix
     reports = [current.reports[entry] for entry in entries]
     active = torch.stack([report.active.flatten() for report in reports])  # [T, N]
@@ -53,7 +53,7 @@ def _turn(
         report.key_frame == "cut" or not current.finite[entry] for entry, report in zip(entries, reports, strict=True)
     ]
     closed = torch.tensor([*opaque, True], device=device)
-    # [T, N], the entry after this one that encodes a patch or lets nothing through; T: none.
+    # [T, N], the next entry that encodes the patch or lets nothing through; T: none.
     event = torch.where(active | closed[:-1, None], time, count).flip(0).cummin(0).values.flip(0)
     following = torch.cat((event[1:], torch.full_like(event[:1], count)))
     distance = torch.full_like(surprise, torch.inf)  # to the next version
@@ -73,7 +73,7 @@ def _turn(
         slots[number, patches] = packed
         content[0, patches] = h[0, patches]
     nearer = ~active & ~closed[following] & (distance < surprise)
-    # Which have turned since they were last encoded need not turn again.
+    # A patch that has switched since its last encoding need not switch again.
     turned, encoded = (torch.where(of, time, -1).cummax(0).values for of in (nearer, active))
     turned = torch.cat((torch.full_like(turned[:1], -1), turned[:-1]))
     numbers, patches = (nearer & (turned <= encoded)).nonzero().unbind(1)

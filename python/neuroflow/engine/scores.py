@@ -1,6 +1,6 @@
-"""What a stream's surprise becomes before the rule reads it, and which patches are encoded, or left, regardless.
+"""How a stream's surprise becomes a score, and which patches are encoded or left whatever their score.
 
-Every function takes patches in row-major order of their grid (rows, columns), one stream's or [S, N] of several.
+All functions take patches in row-major order of their grid (rows, columns), of one stream or, as [S, N], of several.
 """
 
 import math
@@ -10,27 +10,27 @@ import torch.nn.functional as F
 
 from ..adapters.anatomy import Grid
 
-MOST_SURPRISE = 2.0  # of a patch without NaN or Inf
-LEAST_LIGHT = 1e-4  # a variance of brightness that is noise, in units of normalised pixels
-LEAST_COLOUR = 0.01  # a variance of colours that is noise, in that of brightness
+MOST_SURPRISE = 2.0  # for a patch without NaN or Inf
+LEAST_LIGHT = 1e-4  # variance of brightness that counts as noise, in units of normalised pixels
+LEAST_COLOUR = 0.01  # variance of colour that counts as noise, relative to that of brightness
 AROUND_WEIGHT = 0.8
 FRAME_WEIGHT = 0.5
 
 
 def staleness(surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor | None, grid: Grid) -> torch.Tensor:
-    """How far what the caches hold of a patch has probably drifted, weighted by how much the pooled output reads it.
+    """Estimate how far a patch's caches have drifted, weighted by how much the pooled output reads the patch.
 
     A patch's keys, values and output drift with its own content, with that of the patches around it and with the rest
     of the frame: (sqrt(surprise) + 0.8 sqrt(mean surprise of the 3 x 3 patches around) + 0.5 sqrt(mean surprise of the
-    frame))^2. The square root of the frames since it was encoded weighs this, as what goes on changing is stale again
-    at once; and so does the square root of the attention that the pooled output pays the patch, so that tokens go where
-    they change the result. In a frame where nothing changed nothing is stale. Form and weights were found on real
+    frame))^2. This is weighted by the square root of its age in frames, since a patch that keeps changing is stale
+    again at once, and by the square root of the attention that the pooled output pays to it, so that tokens go where
+    they change the result. In a frame where nothing changed, nothing is stale. Form and weights were found on real
     footage, at equal tokens (bench/results/studies/scores.md).
 
     Args:
         surprise: [S, N] float32, infinite at patches with NaN.
-        age: [S, N], whole frames between this one and the one that last encoded a patch.
-        attention: [S, N] of mean 1, or None where nothing is known of it.
+        age: [S, N], number of frames between this one and the one that last encoded a patch.
+        attention: [S, N] with mean 1, or None if unknown.
 
     Returns:
         [S, N] float32.
@@ -43,18 +43,18 @@ def staleness(surprise: torch.Tensor, age: torch.Tensor, attention: torch.Tensor
 
 
 def without_common_motion(surprise: torch.Tensor) -> torch.Tensor:
-    """Surprise [S, N] above its frame's mean, so that a moving camera, which surprises everywhere, is not all change.
+    """Surprise [S, N] above its frame's mean, so that a moving camera does not make every patch active.
 
-    Source: Schmitt 2026, motion normalisation. What a camera's motion changes is then served stale.
+    Source: Schmitt 2026, motion normalisation. What the camera's motion changes is then served stale.
     """
     return (surprise - surprise.clamp_max(MOST_SURPRISE).mean(1, keepdim=True)).clamp_min(0)
 
 
 def dilated(index: torch.Tensor, grid: Grid, rings: int) -> torch.Tensor:
-    """The patches `index` (ascending int32) and those up to `rings` patches from one of them, diagonally too."""
+    """The patches `index` (ascending int32) and those up to `rings` patches away, diagonally too."""
     active = torch.zeros(grid, device=index.device)
     active.view(-1)[index] = 1
-    # Further than from edge to edge is no further.
+    # Growing by more than the grid changes nothing.
     down, right = (min(rings, patches - 1) for patches in grid)
     grown = F.max_pool2d(active[None, None], (2 * down + 1, 1), stride=1, padding=(down, 0))
     grown = F.max_pool2d(grown, (1, 2 * right + 1), stride=1, padding=(0, right))
@@ -62,10 +62,10 @@ def dilated(index: torch.Tensor, grid: Grid, rings: int) -> torch.Tensor:
 
 
 def due(age: torch.Tensor, max_age: int) -> torch.Tensor:
-    """The patches that are encoded so that none waits `max_age` frames, bool [S, N]: the oldest half-way there.
+    """The patches to encode so that none waits `max_age` frames, bool [S, N]: the oldest, once half-way there.
 
-    Never more than 2 N / max_age of them, where waiting for the limit itself would end in a burst of all that a key
-    frame encoded; and none for as long as the score reaches them earlier.
+    At most 2 N / max_age of them in a frame, where waiting for the limit would end in a burst of all patches that a key
+    frame encoded; none as long as the score reaches them earlier.
     """
     oldest = age.argsort(descending=True, stable=True)[:, : math.ceil(2 * age.shape[1] / max_age)]
     return torch.zeros_like(age, dtype=torch.bool).scatter(1, oldest, True) & (age >= max_age // 2)
@@ -78,9 +78,9 @@ def is_cut(
 
     Args:
         surprise: [S, N].
-        active: [S], how many of the N patches the rule chose.
-        share: a cut has more than this share of its patches active; None: whatever the share.
-        mean_surprise: a cut has a mean surprise above this; None: whatever the mean. It also works under a budget.
+        active: [S], number of the N patches that the rule chose.
+        share: a cut has more than this share of its patches active; None ignores the share.
+        mean_surprise: a cut has a mean surprise above this, which also works under a budget; None ignores the mean.
 
     Returns:
         [S] bool.
@@ -94,15 +94,14 @@ def is_cut(
 
 
 def light_change(colours: torch.Tensor, held: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-    """How much the light of what a frame does not encode has changed since that was encoded.
+    """How much the light on the patches that a frame does not encode has changed since each was encoded.
 
-    Contrast is the deviation of the patches' brightness, saturation their mean distance from grey; the change is that
-    of whichever changed more, as the absolute logarithm of its ratio. What moves in a part of the picture changes
-    neither in the rest.
+    Contrast is the standard deviation of the patches' brightness, saturation their mean distance from grey. The change
+    is the absolute log ratio of whichever changed more. Motion in one part of the picture affects neither in the rest.
 
     Args:
         colours: mean red, green and blue of each patch, [S, N, 3] float32.
-        held: the same as of the last encoding of each.
+        held: the same at each patch's last encoding.
         active: bool [S, N].
 
     Returns:
@@ -122,13 +121,13 @@ def light_change(colours: torch.Tensor, held: torch.Tensor, active: torch.Tensor
 
 
 def cls_attention(query: torch.Tensor, keys: torch.Tensor, scaling: float, prefix: int) -> torch.Tensor:
-    """The attention that CLS pays each patch, the mean of all heads.
+    """The attention that CLS pays to each patch, mean over heads.
 
     Args:
         query: [S, heads, head_dim], of CLS.
         keys: [S, heads, T, head_dim].
-        scaling: of the products.
-        prefix: how many of the T are no patches.
+        scaling: factor on the products.
+        prefix: number of the T tokens that are not patches.
 
     Returns:
         [S, N] float32.

@@ -1,4 +1,4 @@
-"""What one stream carries from frame to frame, alone or beside others in memory."""
+"""What one stream carries from frame to frame, in memory of its own or next to other streams'."""
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -15,8 +15,9 @@ PATCHES = ("age", "active", "surprise", "attention")  # attributes of a state, o
 
 
 class LastFrame(NamedTuple):
-    """The last frame as it came in: pixels of its patches [1, N, values], their projection [1, N, D], and what stands
-    for the weights that projected them.
+    """The last frame's input, and a key of the weights that projected it.
+
+    Its patches' pixels are [1, N, values], their projection [1, N, D].
     """
 
     windows: torch.Tensor | None
@@ -25,7 +26,7 @@ class LastFrame(NamedTuple):
 
 
 def copy_into(held: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
-    """`value` in the memory of `held`, or in new memory that later frames can update, in inference mode or not."""
+    """Copy `value` into `held`, or into new memory that later frames can update, in inference mode or not."""
     if held is None:
         with torch.inference_mode(False):
             held = torch.empty(value.shape, dtype=value.dtype, device=value.device)
@@ -35,42 +36,42 @@ def copy_into(held: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
 class StreamState:
     """What one stream carries from frame to frame.
 
-    `tensors` holds the reference and the caches, each [1, rows, D]. All tensors stay where they are until the stream
+    `tensors` holds the reference and the caches, each [1, rows, D]. All tensors keep their addresses until the stream
     starts over, so that recorded work finds them.
     """
 
     def __init__(self, name: Hashable) -> None:
         self.name = name
-        # Why its next frame must be a key frame; "failed" while one is being encoded, in case that it fails half-way.
+        # Why its next frame must be a key frame; "failed" while one is being encoded, in case it fails half-way.
         self.key_frame_due: KeyFrame | None = "first"
         self.signature: tuple | None = None
-        self.conditions: Hashable = None  # what else of the model its tensors go by
+        self.conditions: Hashable = None  # what else its tensors depend on, in the model
         self.grid: Grid = (0, 0)
         self.tensors: dict[Hashable, torch.Tensor] = {}
-        self.hidden: frozenset[int] = frozenset()  # numbers of the blocks whose output it keeps
+        self.hidden: frozenset[int] = frozenset()  # indices of the blocks whose output it keeps
         self.age: torch.Tensor | None = None  # [N], frames since a patch was last encoded
         self.last_frame: LastFrame | None = None
-        self.attention: torch.Tensor | None = None  # [N] of mean 1, what the pooled output paid each patch
+        self.attention: torch.Tensor | None = None  # [N] with mean 1, the pooled output's attention to each patch
         self.active: torch.Tensor | None = None  # [N] bool, of the last frame
         self.surprise: torch.Tensor | None = None  # [N] float32, of the last frame
-        self.skipped: torch.Tensor | None = None  # [1] float64, the shares of all frames added up
+        self.skipped: torch.Tensor | None = None  # [1] float64, sum of all frames' shares
         self.frames = 0
         self.key_frames = 0
         self.since_key_frame = 0
         self.nonfinite = 0
-        self.frame_id: int | None = None  # of the last frame, where the caller numbers them
-        self.used = 0.0  # when, in seconds of a clock that only goes on
-        self.state_bytes = 0  # what `held` holds, as of the last frame
-        self.slab: Slab | None = None  # where its tensors lie, if beside those of other streams
-        self.last_pass: Hashable = None  # what kind of pass the last was
-        self.run = Run()  # its last key frames, as long as too much changes from each to the next
+        self.frame_id: int | None = None  # of the last frame, if the caller numbers frames
+        self.used = 0.0  # time of last use, on a monotonic clock
+        self.state_bytes = 0  # size of `held`, as of the last frame
+        self.slab: Slab | None = None  # where its tensors are, if stored with other streams'
+        self.last_pass: Hashable = None  # kind of its last pass
+        self.run = Run()  # its last key frames, while too much changes between them
 
     @property
     def patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
     def start_over(self, signature: tuple, grid: Grid, device: torch.device) -> None:
-        """Make room for a key frame of another size, dtype or device, or after a failure."""
+        """Allocate for a key frame of another size, dtype or device, or after a failure."""
         patches = torch.zeros(grid[0] * grid[1], dtype=torch.float32, device=device)
         skipped = torch.zeros(1, dtype=torch.float64) if self.skipped is None else self.skipped
         fresh = {"signature": signature, "grid": grid, "tensors": {}, "slab": None, "attention": None}
@@ -78,24 +79,24 @@ class StreamState:
         fresh["active"] = copy_into(None, patches.bool())
         fresh["surprise"] = copy_into(None, patches)
         fresh["skipped"] = copy_into(None, skipped.to(device))
-        vars(self).update(fresh)  # in one step, for other threads that look, and for what comes after an interrupt
+        vars(self).update(fresh)  # in one step, for other threads and in case of an interrupt
 
     def forget(self, due: KeyFrame) -> None:
-        """Drop all that the next frame could rely on, which is a key frame for the reason given."""
+        """Drop everything the next frame could use; it is then a key frame for the reason given."""
         self.key_frame_due = due
         self.tensors.clear()
         self.slab = self.attention = self.last_frame = None
 
     def put(self, name: Hashable, value: torch.Tensor) -> None:
-        """Replace a cache in full; value [1, rows, D]."""
+        """Replace a whole cache by value [1, rows, D]."""
         self.tensors[name] = copy_into(self.tensors.get(name), value)
 
     def note_attention(self, attention: torch.Tensor) -> None:
-        """Keep what the patches got of the pooled output's attention, [N] of any scale, for the next frame's gate."""
+        """Keep the pooled output's attention to the patches, [N] on any scale, for the next frame's gate."""
         self.attention = copy_into(self.attention, (attention / attention.mean()).float())
 
     def account(self, active: torch.Tensor | None, surprise: torch.Tensor | None, finite: bool) -> None:
-        """Note that a frame encodes the patches `active`, int32 rows, None for all, as a key frame; surprise: [N]."""
+        """Record that a frame encodes the patches `active`, int32 rows, or None for a key frame; surprise: [N]."""
         key_frame = active is None
         self.active.fill_(key_frame)
         if key_frame:
@@ -117,9 +118,9 @@ class StreamState:
 
 
 class Slab:
-    """The tensors of several streams of one size side by side, so that one launch serves them all.
+    """The tensors of several streams of one size, stored side by side so that one launch serves all of them.
 
-    Each stream goes on with its part of them. `caches` has every stream's `tensors`, [S, rows, D]; the rest is [S, N].
+    Each stream keeps using its part. `caches` holds every stream's `tensors`, [S, rows, D]; the rest is [S, N].
     """
 
     def __init__(self, states: list[StreamState]) -> None:
@@ -136,7 +137,7 @@ class Slab:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """A block that changes nothing here for good."""
+        """Restore all tensors at the end of the block."""
         named = [self.age, self.active, self.surprise, self.attention, self.skipped]
         tensors = [tensor for tensor in (*self.caches.values(), *named) if tensor is not None]
         before = [tensor.clone() for tensor in tensors]

@@ -11,10 +11,10 @@ from .state import StreamState
 
 
 def give_back_memory() -> None:
-    """Return free pages of the heap to the system.
+    """Return free heap pages to the system.
 
-    Streams come and go among the short-lived tensors of a pass. The holes that this leaves would add up to more than
-    all of the streams hold.
+    Stream state is allocated among the short-lived tensors of a pass. The holes it leaves would otherwise add up to
+    more memory than all streams hold.
     """
     if sys.platform == "linux":
         with suppress(AttributeError):  # a libc without it
@@ -22,13 +22,13 @@ def give_back_memory() -> None:
 
 
 class Hold:
-    """What one thread has to itself in a `StreamCache`, or waits for, until it releases `running`.
+    """What one thread holds exclusively in a `StreamCache`, or waits for, until it releases `running`.
 
-    A lock, since its release is one call that no interrupt can leave half done.
+    `running` is a lock because its release is a single call, which an interrupt cannot leave half done.
     """
 
     def __init__(self) -> None:
-        self.names: frozenset[Hashable] | None = frozenset()  # None: all there are, and passes of none too
+        self.names: frozenset[Hashable] | None = frozenset()  # None: all streams, and passes without any
         self.thread = threading.get_ident()
         self.running = threading.Lock()
         self.running.acquire()
@@ -38,20 +38,28 @@ class Hold:
 
 
 class StreamCache:
-    """The streams of one patched model, within limits; threads may use them at once.
+    """The streams of one patched model, held within limits; safe to use from several threads.
 
-    A stream opens with its first frame. Beyond a limit the least recently used streams are closed, which is what
-    `reset_cache(model, stream)` does by hand: their memory is given back, and a frame that comes for one after all is
-    its first. Streams of the pass at hand are never closed.
+    A stream opens with its first frame. When a limit is reached, the least recently used streams are closed, as by
+    `reset_cache(model, stream)`: their memory is freed, and a later frame counts as their first. Streams in the current
+    pass are never closed.
 
     Args:
-        max_streams: how many are kept; None sets no limit.
-        max_bytes: what all of them may hold. Room for a new stream, or a larger size, is made before its frame is
-            encoded, going by the size of the others.
-        idle_seconds: one that was not used for this long is closed with the next frame of any.
+        max_streams: number of streams to keep, above 0. None sets no limit.
+        max_bytes: memory that all streams may hold, in bytes, above 0. Room for a new stream or a larger size is made
+            before its frame is encoded, estimated from the size of the others. None sets no limit.
+        idle_seconds: seconds after which an unused stream is closed, at the next frame of any stream. None never does.
 
     Raises:
         ValueError: a limit that is not above 0.
+
+    Example:
+        >>> streams = neuroflow.StreamCache(max_streams=2)
+        >>> model = neuroflow.enable_cache(model, streams=streams)
+        >>> for camera in ("cam-1", "cam-2", "cam-3"):
+        ...     output = neuroflow.stream(model, camera)(pixel_values=frame)
+        >>> [name for name, _ in streams.items()]
+        ['cam-2', 'cam-3']
     """
 
     def __init__(
@@ -64,9 +72,9 @@ class StreamCache:
         self.max_streams = max_streams
         self.max_bytes = max_bytes
         self.idle_seconds = idle_seconds
-        self._states: dict[Hashable, StreamState] = {}  # the least recently used first
-        self._holds: list[Hold] = []  # in the order of their arrival
-        self._lock = threading.RLock()  # of what is above, for moments
+        self._states: dict[Hashable, StreamState] = {}  # least recently used first
+        self._holds: list[Hold] = []  # in order of arrival
+        self._lock = threading.RLock()  # guards both, briefly
         _caches.add(self)
 
     def __getitem__(self, name: Hashable) -> StreamState:
@@ -79,24 +87,26 @@ class StreamCache:
         return len(self._states)
 
     def items(self) -> list[tuple[Hashable, StreamState]]:
+        """(name, state) of each open stream, least recently used first."""
         with self._lock:
             return list(self._states.items())
 
     @property
     def state_bytes(self) -> int:
+        """Memory that all streams hold, in bytes."""
         return sum(state.state_bytes for _, state in self.items())
 
     @property
     def limit_bytes(self) -> int | None:
-        """What all streams together can come to hold: `max_bytes`, or `max_streams` of the largest; None: anything."""
+        """Upper bound on the memory of all streams: `max_bytes`, or `max_streams` times the largest. None: no bound."""
         if self.max_bytes is not None or self.max_streams is None:
             return self.max_bytes
         return self.max_streams * max((state.state_bytes for _, state in self.items()), default=0)
 
     def wait(self, hold: Hold, names: Iterable[Hashable] | None) -> None:
-        """Have streams to oneself, None: all, once those are through who asked for any of them before."""
+        """Hold streams exclusively (None: all), once every thread that asked for one of them earlier is done."""
         with self._lock:
-            # What this thread held before, it lost to an interrupt.
+            # Whatever this thread still holds was left behind by an interrupt.
             self._holds = [each for each in self._holds if each.running.locked() and each.thread != hold.thread]
             hold.names = None if names is None else frozenset(names)
             ahead = [each for each in self._holds if hold.excludes(each)]
@@ -107,7 +117,7 @@ class StreamCache:
 
     @contextmanager
     def held(self, names: Iterable[Hashable] | None) -> Iterator[None]:
-        """A block that has streams to itself, None: all; for work that is no pass."""
+        """Hold streams exclusively for a block that is not a pass; None: all of them."""
         hold = Hold()
         try:
             self.wait(hold, names)
@@ -116,9 +126,10 @@ class StreamCache:
             hold.running.release()
 
     def take(self, hold: Hold, patches: Mapping[Hashable, int]) -> dict[Hashable, StreamState]:
-        """The states of streams for one pass of so many patches of each, new ones where there are none.
+        """The states of the streams for one pass, given the number of patches of each; new ones are created.
 
-        Waits while another thread encodes a frame of one of them. `keep` ends what begins here, if the pass succeeds.
+        Waits while another thread encodes a frame of one of them. `keep` completes what begins here if the pass
+        succeeds.
 
         Raises:
             ValueError: more names than `max_streams`, or streams too large for `max_bytes`.
@@ -131,10 +142,10 @@ class StreamCache:
         return states
 
     def keep(self, states: Iterable[StreamState]) -> None:
-        """Take in the streams of a pass.
+        """Store the streams of a pass.
 
         Raises:
-            ValueError: they are too large for `max_bytes`, and gone.
+            ValueError: they are too large for `max_bytes`; they are dropped.
         """
         with self._lock:
             opened = any(state.name not in self._states for state in states)
@@ -143,10 +154,10 @@ class StreamCache:
             give_back_memory()
 
     def put(self, states: list[StreamState]) -> None:
-        """Take in streams that were encoded elsewhere, in place of those of the same names.
+        """Store streams that were encoded elsewhere, replacing those of the same name.
 
         Raises:
-            ValueError: they are beyond the limits; nothing is replaced.
+            ValueError: they exceed the limits; nothing is replaced.
         """
         self._check_count(len(states))
         with self.held([state.name for state in states]), self._lock:
@@ -158,14 +169,14 @@ class StreamCache:
         give_back_memory()
 
     def clear(self) -> None:
-        """Forget all streams, which the caller has to itself."""
+        """Forget all streams; the caller holds them exclusively."""
         with self._lock:
             for name in list(self._states):
                 self._forget(name)
         give_back_memory()
 
     def close(self, names: Iterable[Hashable]) -> None:
-        """Forget streams, each once no thread encodes a frame of it."""
+        """Forget streams, each as soon as no thread encodes a frame of it."""
         for name in list(names):
             with self.held([name]), self._lock:
                 if name in self._states:
@@ -174,14 +185,16 @@ class StreamCache:
 
     def _check_count(self, count: int) -> None:
         if self.max_streams is not None and count > self.max_streams:
-            raise ValueError(f"max_streams is {self.max_streams}; accepted is at least the {count} that come together")
+            raise ValueError(
+                f"max_streams is {self.max_streams}; accepted is at least {count}, the streams of one call"
+            )
 
     def _check_bytes(self, states: Iterable[StreamState]) -> None:
         own = [_bytes_of(state) for state in states]
         if self.max_bytes is not None and sum(own) > self.max_bytes:
             raise ValueError(
-                f"max_bytes is {self.max_bytes}; accepted is at least the {sum(own)} of the {len(own)} stream(s) that "
-                "come together"
+                f"max_bytes is {self.max_bytes}; accepted is at least {sum(own)}, the size of the {len(own)} "
+                "stream(s) of one call"
             )
 
     def _make_room(self, states: Iterable[StreamState], patches: Mapping[Hashable, int]) -> None:
@@ -231,7 +244,7 @@ class StreamCache:
             self._forget(name)
 
     def _forget(self, name: Hashable) -> None:
-        self._states.pop(name).slab = None  # so that graphs which use it give their memory back too
+        self._states.pop(name).slab = None  # so that graphs that use it free their memory too
 
 
 def _bytes_of(state: StreamState) -> int:
@@ -242,7 +255,7 @@ _caches: weakref.WeakSet[StreamCache] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """The other threads are gone, and with them whoever would release what they hold."""
+    """The other threads do not exist in the child, so nobody would release what they hold."""
     for cache in _caches:
         cache._lock = threading.RLock()
         cache._holds = [hold for hold in cache._holds if hold.thread == threading.get_ident()]

@@ -1,11 +1,11 @@
-"""How many threads a call on the CPU runs on: no more than there are cores left for it.
+"""How many threads a call on the CPU runs on: no more than there are free cores.
 
-The threads of torch wait for each other hundreds of times in a frame. Where one of them shares its core with another
-process, all wait at each of these points until the scheduler lets it run again, and a frame takes a hundred times as
-long. On as many threads as there are free cores it takes about what its work does.
+Torch's threads wait for each other hundreds of times in a frame. If one of them shares its core with another process,
+all of them wait at each of these points until the scheduler runs it again, and a frame takes a hundred times as long.
+With no more threads than free cores it takes about as long as its work.
 
-That others use cores is no reason by itself: a decoder may do so while no frame is encoded. So a call is watched now
-and then on all threads, for whether they had to wait for a core.
+Busy cores alone are no reason: a decoder may use them while no frame is encoded. So now and then a call on all threads
+is watched for whether they had to wait for a core.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ import torch
 
 from neuroflow_kernels.cores import ROOT, own_cores, quota
 
-INTERVAL = 0.25  # seconds from one reading to the next, at least
-AGAIN, LONGEST = 5.0, 60.0  # seconds until a call that had to wait is repeated, twice as long each time
-WAITED = 0.3  # of a call's time, from which on its threads were kept from their cores
+INTERVAL = 0.25  # minimum time between readings, in seconds
+AGAIN, LONGEST = 5.0, 60.0  # seconds until all threads are tried again after a wait, doubling up to the second
+WAITED = 0.3  # total waiting time of its threads, relative to a call's duration, that counts as contention
 BUSY = (0, 1, 2, 5, 6, 7)  # columns of /proc/stat: user, nice, system, irq, softirq and steal, not idle and iowait
 Result = TypeVar("Result")
 
 
 class Cores(NamedTuple):
-    """What there is to run on, in cores: those this process may use, its cgroup's quota, and what others use."""
+    """The cores available: those this process may use, its cgroup's quota, and what others use."""
 
     own: int
     quota: float
@@ -53,7 +53,7 @@ class Cores(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Seconds, by the clock, that cores were busy with anything, and that this process ran; `busy` None: unknown."""
+    """Seconds that cores were busy with anything, and that this process ran, at a time; `busy` None: unknown."""
 
     at: float
     cores: frozenset[int]
@@ -67,7 +67,7 @@ class Reading(NamedTuple):
 
 
 def busy_seconds(cores: Iterable[int], root: Path = ROOT) -> float | None:
-    """What some cores ran of all processes since the machine started; None where /proc/stat does not say.
+    """What all processes ran on some cores since boot; None if /proc/stat does not say.
 
     Args:
         cores: their numbers.
@@ -83,20 +83,20 @@ def busy_seconds(cores: Iterable[int], root: Path = ROOT) -> float | None:
 
 
 def waited_seconds(root: Path = ROOT) -> float | None:
-    """What all threads of this process have waited for a core since they started; None where the kernel does not say.
+    """How long all threads of this process have waited for a core since they started; None if the kernel does not say.
 
     Args:
         root: the directory that holds `proc`.
     """
     waited = 0
     for path in root.glob("proc/self/task/*/schedstat"):
-        with contextlib.suppress(OSError, LookupError, ValueError):  # a thread may end meanwhile
-            waited += int(path.read_text().split()[1])  # nanoseconds; before it those that the thread ran
+        with contextlib.suppress(OSError, LookupError, ValueError):  # a thread may end in between
+            waited += int(path.read_text().split()[1])  # nanoseconds waited; the first column is nanoseconds run
     return waited / 1e9 or None
 
 
 class Rivals:
-    """Whether other processes keep the threads of this one from their cores, as calls on all threads have shown.
+    """Whether other processes keep this one's threads from their cores, as observed in calls on all threads.
 
     Args:
         root: the directory that holds `proc`.
@@ -107,7 +107,7 @@ class Rivals:
         self.forget()
 
     def forget(self) -> None:
-        """Nobody else uses a core."""
+        """No other process uses a core."""
         self.waiting = False
         self._until, self._again = 0.0, AGAIN
 
@@ -115,7 +115,7 @@ class Rivals:
         return time.monotonic() < self._until
 
     def watch(self, work: Callable[[], Result]) -> Result:
-        """Call `work`, and note whether its threads had to wait."""
+        """Call `work`, and record whether its threads had to wait."""
         before, start = waited_seconds(self.root), time.monotonic()
         result = work()
         after, end = waited_seconds(self.root), time.monotonic()
@@ -126,9 +126,9 @@ class Rivals:
 
 
 class Meter:
-    """Reads, at most every `INTERVAL`, what other processes leave of the cores; several threads may ask at once.
+    """Reads, at most every `INTERVAL`, how many cores other processes use; several threads may ask at once.
 
-    Whoever starts to compute after a reading is known from the next one on.
+    A process that starts to compute after a reading is seen at the next one.
 
     Args:
         root: the directory that holds `proc` and `sys`.
@@ -140,14 +140,14 @@ class Meter:
         self._cores = Cores(len(self._last.cores), quota(root), 0.0)
 
     def read(self) -> Cores:
-        """What was found over the last interval that is complete."""
+        """The result for the last complete interval."""
         last = self._last
         if time.monotonic() - last.at < INTERVAL:
             return self._cores
         now = Reading.now(self.root)
         others = 0.0
         if last.busy is not None and now.busy is not None and last.cores == now.cores:
-            used = now.busy - last.busy - max(now.process - last.process, 0)  # below 0 in a process that was forked
+            used = now.busy - last.busy - max(now.process - last.process, 0)  # negative in a forked process
             others = min(max(used / (now.at - last.at), 0.0), len(now.cores))
         self._cores = Cores(len(now.cores), quota(self.root), others)
         self._last = now
@@ -155,13 +155,13 @@ class Meter:
 
 
 meter, rivals = Meter(), Rivals()
-# The setting of torch belongs to a thread; one that is new begins with what any other has set last.
+# Torch's setting is per thread; a new thread starts with what any other has set last.
 _seen = threading.local()
-_lowered: dict[int, tuple[int, int]] = {}  # by thread that is in a call on fewer: its user's number, and that
+_lowered: dict[int, tuple[int, int]] = {}  # by thread in a call on fewer threads: the user's number, and the lower one
 
 
 def _own_threads() -> int:
-    """The number of threads that the user of this one has set for it, or has left to torch."""
+    """The number of threads that the user has set for this one, or has left to torch."""
     number = torch.get_num_threads()
     if not hasattr(_seen, "before"):
         _seen.before = True
@@ -177,21 +177,22 @@ def on_free_cores(
     *args: Any,
     **kwargs: Any,
 ) -> Result:
-    """Call `work`, on a CPU with no more of torch's threads than there are free cores.
+    """Call `work`, on a CPU with no more torch threads than there are free cores.
 
-    Afterwards torch has as many for this Python thread as before, or as `work` has set. A thread whose first call comes
-    while others are in theirs, and that has as few threads as they run on, is taken to have them from those.
+    Afterwards torch has as many threads for this Python thread as before, or as `work` has set. A thread whose first
+    call comes while others are in theirs, and that has as few threads as they run on, is assumed to have inherited that
+    number.
 
     Args:
-        warn_once: takes a message and what it is about, of which it says one alone.
+        warn_once: takes a message and its subject, and gives one message per subject.
         device: where `work` computes.
-        work: called with the rest.
+        work: called with the remaining arguments.
     """
     if device.type != "cpu":
         return work(*args, **kwargs)
     own, cores = _own_threads(), meter.read()
     granted, chosen = min(own, cores.granted), min(own, cores.free)
-    if chosen < own and not isbuiltin(torch.set_num_threads):  # vLLM, say, has tied its threads to cores
+    if chosen < own and not isbuiltin(torch.set_num_threads):  # vLLM, for example, has pinned its threads to cores
         return work(*args, **kwargs)
     if chosen == granted:
         rivals.forget()
@@ -201,16 +202,16 @@ def on_free_cores(
         chosen = granted
     if chosen < own:
         warn_once(
-            f"frames run on {chosen} thread(s) instead of torch's {own} while {cores}, as a thread that shares its "
-            "core keeps all others waiting; leave the process more cores for more, or set "
-            f"OMP_NUM_THREADS={chosen} for what it runs beside frames too",
+            f"frames run on {chosen} thread(s) instead of torch's {own} while {cores}, since a thread that shares its "
+            "core keeps all others waiting; give the process more cores, or set "
+            f"OMP_NUM_THREADS={chosen} for its other work too",
             "threads",
         )
     return _on(chosen, own, work, *args, **kwargs)
 
 
 def _on(chosen: int, own: int, work: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
-    """Call `work` on so many threads; `own` are the user's."""
+    """Call `work` on `chosen` threads; `own` is the user's number."""
     if chosen == own == torch.get_num_threads():
         return work(*args, **kwargs)
     now, thread = own, threading.get_ident()
@@ -221,6 +222,6 @@ def _on(chosen: int, own: int, work: Callable[..., Result], /, *args: Any, **kwa
     finally:
         try:
             now = torch.get_num_threads()
-        finally:  # a call that no interrupt can come before
+        finally:  # runs even if an interrupt comes first
             torch.set_num_threads(own if now == chosen else now)
             _lowered.pop(thread, None)

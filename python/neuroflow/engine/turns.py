@@ -1,26 +1,26 @@
-"""Key frames in a row, and whether they are frames of several scenes that come in turn."""
+"""Consecutive key frames, and whether they are frames of several alternating scenes."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-SAMPLE = 32  # patches that stand for a frame
+SAMPLE = 32  # patches sampled from a frame
 MOST_SCENES = 4
-IN_TURN = 8  # frames in a row that find their scene so many frames before; a film does not cut that often
-LONG = 30  # key frames in a row; a film does not cut that often either
+IN_TURN = 8  # consecutive frames that match the one a fixed distance back; films do not cut that often
+LONG = 30  # consecutive key frames; films do not cut that often either
 
 
 class Run(NamedTuple):
-    """Frames in a row that had too little in common with the one before to skip any patch.
+    """Consecutive frames that had too little in common with the one before to skip any patch.
 
-    A value, never changed, so that threads may race to replace it.
+    An immutable value, so that threads may race to replace it.
 
     Args:
-        length: how many.
-        samples: a few patches [<= SAMPLE, D] of each of the last ones, of length 1, the latest first.
-        nearer: for 2 to MOST_SCENES frames apart, how many in a row, up to the last, were at most half as far from that
-            one as from the one before.
+        length: number of frames.
+        samples: a few patches [<= SAMPLE, D] of each of the last frames, normalised to length 1, latest first.
+        nearer: for distances of 2 to MOST_SCENES frames, the number of consecutive frames, up to the last, that were at
+            most half as far from the frame at that distance as from the one before.
     """
 
     length: int = 0
@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
     @property
     def scenes(self) -> int | None:
-        """How many scenes the frames show in turn; None where they do not."""
+        """Number of scenes that alternate; None if they do not."""
         return next((apart for apart, count in enumerate(self.nearer, 2) if count >= IN_TURN), None)
 
     def extended(self, patches: torch.Tensor) -> "Run":

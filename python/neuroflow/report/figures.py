@@ -12,16 +12,16 @@ from ..video.results import Record
 
 @dataclass(frozen=True)
 class Stages:
-    """Where a frame's time went, in milliseconds; frames that go through the model together share theirs equally.
+    """Where a frame's time went, in milliseconds; frames encoded in one call share its time equally.
 
     Attributes:
-        decode: until the source gave the frame; a live one is waited for.
+        decode: time until the source gave the frame, including the wait for a live one.
         preprocess: from the frame to the model's input.
-        wait: of the loop, for that input: both of the former where they were not done ahead.
+        wait: time the loop waited for that input; equals the two above if they were not done ahead.
         encode: in the patched model.
-        dense: in the unpatched model, None without a comparison.
+        dense: in the unpatched model; None without a comparison.
         write: results, overlay and stills.
-        total: of the loop, from the last frame's end to this one's.
+        total: of the loop, from the end of the last frame to the end of this one.
     """
 
     decode: float

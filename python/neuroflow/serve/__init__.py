@@ -1,1 +1,1 @@
-"""Past one process: a service for live cameras, recordings by the thousand, and towers inside vLLM."""
+"""Serving: live cameras over HTTP, archives of recordings, and vision towers inside vLLM."""

@@ -1,4 +1,4 @@
-"""The service over HTTP: its routes, and what bounds a request."""
+"""The service over HTTP: its routes, and the limits on a request."""
 
 import asyncio
 import base64
@@ -27,9 +27,9 @@ from .service import Answer, Full, Past, Service, StreamStatus
 
 MAX_BODY = 16 * 2**20
 MAX_PIXELS = 33_177_600  # 8K
-MAX_FRAMES = 64  # of one request
-BODY_SECONDS = 30.0  # in which a request's body has to arrive
-BODIES = 512 * 2**20  # what all bodies that are arriving may hold
+MAX_FRAMES = 64  # in one request
+BODY_SECONDS = 30.0  # time in which a request's body has to arrive
+BODIES = 512 * 2**20  # bytes of all bodies being received
 PICTURES = ("image/jpeg", "image/png", "image/webp")
 VIDEOS = ("video/mp4", "video/webm", "video/x-matroska")
 NPY = "application/x-npy"
@@ -40,19 +40,21 @@ Stream = Annotated[
     str,
     Path(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$",
-        description="1 to 128 letters, digits, and . _ : - behind the first",
+        description="1 to 128 characters: letters and digits, and . _ : - after the first",
     ),
 ]
 Number = Annotated[
     int | None,
     Query(
-        ge=0, lt=2**53, description="The client's count: a repeated number is not encoded again, a gap is a key frame"
+        ge=0,
+        lt=2**53,
+        description="Frame number, counted by the client: a repeated one is not encoded again, a gap makes a key frame",
     ),
 ]
 
 
 class Frame(BaseModel):
-    """What came of a frame; `service.Answer` says what each is."""
+    """The result for one frame; `service.Answer` documents the fields."""
 
     frame: int
     embedding: list[float | None]
@@ -66,13 +68,13 @@ class Frame(BaseModel):
 
 
 class StreamFrame(Frame):
-    """The same with the name of its stream."""
+    """The result for one frame, with the name of its stream."""
 
     stream: str
 
 
 class Clip(BaseModel):
-    """What came of several frames of a stream."""
+    """The results for several frames of a stream."""
 
     stream: str
     frames: list[Frame]
@@ -90,7 +92,7 @@ class OpenStream(BaseModel):
 
 
 class OpenStreamDetail(OpenStream):
-    """An open stream with its last frame's patches, and its last frames, the oldest first."""
+    """An open stream, with the patches of its last frame and its recent frames, oldest first."""
 
     grid: list[int]
     active: list[list[int]]
@@ -105,12 +107,12 @@ class Streams(BaseModel):
 
 
 class Arriving:
-    """The bytes of all bodies that are arriving, kept below a limit.
+    """Limits on the bodies that are being received.
 
     Args:
-        max_body: bytes of one.
-        seconds: in which one has to arrive.
-        most: bytes of all of them.
+        max_body: maximum size of one body, in bytes.
+        seconds: time in which a body has to arrive.
+        most: maximum size of all bodies together, in bytes.
     """
 
     def __init__(self, max_body: int, seconds: float = BODY_SECONDS, most: int = BODIES) -> None:
@@ -119,10 +121,10 @@ class Arriving:
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytes]:
-        """A request's body, which counts until the block ends.
+        """Read a request's body, which counts until the block ends.
 
         Raises:
-            HTTPException: it is too large, too slow, or too much arrives already.
+            HTTPException: it is too large or too slow, or too much is arriving already.
         """
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max_body:
@@ -138,10 +140,10 @@ class Arriving:
                         if own > self._max_body:
                             raise self._too_large()
                         if self._held > self._most:
-                            raise HTTPException(503, "too much arrives at once; try again", {"Retry-After": "1"})
+                            raise HTTPException(503, "too many requests are arriving; try again", {"Retry-After": "1"})
                         chunks.append(chunk)
             except ClientDisconnect:
-                raise HTTPException(400, "the client has gone before all of the body came") from None
+                raise HTTPException(400, "the client disconnected before the body was complete") from None
             except TimeoutError:
                 raise HTTPException(408, f"the body took more than {self._seconds:g} seconds; send it faster") from None
             yield b"".join(chunks)
@@ -163,12 +165,25 @@ def create_app(
     """The service as an ASGI application, which starts and stops it.
 
     Args:
-        service: not yet started.
-        token: what a client has to send as `Authorization: Bearer`. None takes anybody who names this machine
-            localhost, which a page from elsewhere in a browser here does not.
-        max_body: bytes of a request's body.
-        max_pixels: of a picture or a frame of a video.
-        max_frames: of one request.
+        service: a service that is not yet started.
+        token: token that clients must send as `Authorization: Bearer`. None accepts any client that addresses this
+            machine as localhost, which rules out pages from other sites in a local browser.
+        max_body: maximum size of a request's body, in bytes.
+        max_pixels: maximum number of pixels in an image or a video frame.
+        max_frames: maximum number of frames in a request.
+
+    Returns:
+        the application.
+
+    Example:
+        >>> from neuroflow.serve.app import create_app
+        >>> from neuroflow.serve.service import Service
+        >>> from neuroflow.video.preprocess import Preprocessor
+        >>> streams = neuroflow.StreamCache(max_streams=64)
+        >>> model = neuroflow.enable_cache(model, streams=streams)
+        >>> app = create_app(Service(model, Preprocessor(32, 32), streams))
+        >>> app.title
+        'NeuroFlow'
     """
 
     @contextlib.asynccontextmanager
@@ -185,7 +200,7 @@ def create_app(
 
     app = FastAPI(
         title="NeuroFlow",
-        description="Frames of cameras to embeddings, at the cost of what changed.",
+        description="Embeddings of camera frames, at the cost of what changed.",
         lifespan=lifespan,
     )
     if token is None:
@@ -240,8 +255,10 @@ def create_app(
 
     @app.post("/v1/streams/{stream}/clips", response_model=Clip, **guarded)
     async def post_clip(stream: Stream, request: Request, frame: Number = None) -> Response:
-        """Encode a stream's next frames in one pass: pictures in order as multipart/form-data, a short video, or the
-        model's input as npy, [T, 3, height, width].
+        """Encode a stream's next frames in one pass.
+
+        They are sent as images in order (multipart/form-data), as a short video, or as the model's input in npy,
+        [T, 3, height, width].
         """
         async with arriving.body(request) as body:
             kind = media_type(request.headers.get("content-type", ""))
@@ -267,7 +284,7 @@ def create_app(
 
     @app.get("/v1/streams/{stream}", response_model=OpenStreamDetail, **guarded)
     async def get_stream(stream: Stream) -> Response:
-        """One stream: its last frame's patches, and its last frames."""
+        """One stream: the patches of its last frame, and its recent frames."""
         with open_stream(stream):
             status = service.status(stream)
         surprise = status.summary.surprise
@@ -283,8 +300,9 @@ def create_app(
 
     @app.get("/v1/streams/{stream}/picture", response_class=Response, **guarded)
     async def get_picture(stream: Stream) -> Response:
-        """What the model saw of a stream last, as JPEG. It is kept for who looks at it: the first is that of the frame
-        after this was asked for, and until then the answer is 204.
+        """The model's last input from a stream, as JPEG.
+
+        Images are kept only while somebody asks for them: the answer is 204 until the next frame after a first request.
         """
         with open_stream(stream):
             shown = service.picture(stream)
@@ -302,21 +320,21 @@ def create_app(
 
     @app.get("/metrics", response_class=Response, **guarded)
     async def get_metrics(by: Annotated[str | None, Query(pattern="^stream$")] = None) -> Response:
-        """For Prometheus; `?by=stream` has each stream by itself as well."""
+        """Metrics for Prometheus; `?by=stream` adds metrics for each stream."""
         summaries = {status.stream: status.summary for status in service.streams()}
         text = service.metrics.text(summaries, service.state_bytes, by == "stream")
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/healthz")
     async def get_health() -> dict[str, str]:
-        """200 while the process lives."""
+        """200 while the process is alive."""
         return {"status": "alive"}
 
     @app.get("/readyz")
     async def get_readiness() -> dict[str, str]:
-        """200 while frames are taken."""
+        """200 while the service accepts frames."""
         if not service.running:
-            raise HTTPException(503, "no frames are taken: the service starts or stops", {"Retry-After": "1"})
+            raise HTTPException(503, "the service is starting or stopping", {"Retry-After": "1"})
         return {"status": "ready"}
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -327,7 +345,7 @@ def create_app(
 
 
 def page_policy(page: str) -> str:
-    """A Content-Security-Policy under which the page runs its own script, asks this server, and nothing else."""
+    """A Content-Security-Policy that lets the page run its own script and contact this server, and nothing else."""
     script = page.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
@@ -337,31 +355,31 @@ def page_policy(page: str) -> str:
 
 
 def media_type(header: str) -> str:
-    """Of a Content-Type header, without its parameters."""
+    """The media type in a Content-Type header, without parameters."""
     return header.partition(";")[0].strip().lower()
 
 
 async def parts(request: Request, body: bytes, most: int) -> list[bytes]:
-    """The pictures of a form, in order.
+    """The images in a form, in order.
 
     Raises:
-        HTTPException: it is none, or holds none or too many.
+        HTTPException: it is not a form, or holds no images or too many.
     """
-    request._body = body  # what is read of it already, for Starlette's parser
+    request._body = body  # already read; Starlette's parser takes it from here
     async with request.form(max_files=most, max_fields=0) as form:
         files = [value for _, value in form.multi_items() if not isinstance(value, str)]
         if not files:
-            raise HTTPException(400, "the form holds no file; send pictures in order, each as a file")
+            raise HTTPException(400, "the form holds no file; send images in order, each as a file")
         return [await file.read() for file in files]
 
 
 @contextlib.contextmanager
 def open_stream(stream: str) -> Iterator[None]:
-    """A block that fails with a KeyError where a stream is not open, which becomes the answer."""
+    """Answer 404 if the block raises KeyError because a stream is not open."""
     try:
         yield
     except KeyError:
-        raise HTTPException(404, f"stream {stream} is not open; GET /v1/streams names those that are") from None
+        raise HTTPException(404, f"stream {stream} is not open; GET /v1/streams lists those that are") from None
 
 
 def fields(answer: Answer) -> dict[str, Any]:
@@ -369,12 +387,12 @@ def fields(answer: Answer) -> dict[str, Any]:
 
 
 def finite(values: list[float]) -> list[float | None]:
-    """With None, which is JSON's null, for NaN and Inf, which JSON does not have."""
+    """Values with None (null) in place of NaN and Inf, which JSON does not have."""
     return values if math.isfinite(sum(values)) else [value if math.isfinite(value) else None for value in values]
 
 
 def npy(embeddings: np.ndarray, answers: list[Answer], stream: str) -> Response:
-    """Embeddings [D] or [T, D] as npy; the rest stands in the headers, one value a frame."""
+    """Embeddings [D] or [T, D] as npy; the other fields are in headers, one value per frame."""
     file = io.BytesIO()
     np.save(file, embeddings)
     headers = {"X-NeuroFlow-Stream": stream}

@@ -1,10 +1,9 @@
-"""Many recordings through a model, in this process or by Ray Data: a Parquet file of each, and a table of all.
+"""Encode many recordings, in this process or with Ray Data: a Parquet file for each, and a table of all.
 
-What is done is what lies in the directory: a file of frames that is whole and was made with the same settings of a
-source of the same size is kept, whoever made it. Ray Data's own checkpoint (`CheckpointConfig`) is not used, as in Ray
-2.60 it filters only behind readers of files and only in front of Ray's writers, which write a file by block and not by
-row; takes what failed for done; knows neither the settings nor whether the file is still there; and does nothing
-without Ray.
+The state is in the directory: a complete file of frames that was made with the same settings, from a source of the same
+size, is kept, whoever made it. Ray Data's own checkpoint (`CheckpointConfig`) is not used. As of Ray 2.60 it filters
+only behind file readers and in front of Ray's writers, which write a file per block, not per row; it counts failures as
+done; it knows neither the settings nor whether the file still exists; and it does nothing without Ray.
 """
 
 import contextlib
@@ -45,28 +44,28 @@ PINNED, SUMMARY = "archive.json", "summary.parquet"
 ABOUT, STOPPED = (
     b"neuroflow",
     b"neuroflow.stopped",
-)  # metadata of a file: what it is made of; why it ends early, or null
-ROWS = 4096  # frames of a row group
-LEAST = 512  # frames of a part of a video
-TRIES = 3  # of a video whose worker dies
-DIED = f"its worker died {TRIES} times, as for want of memory or by a damaged file; --resume tries again"
-OBJECT_STORE = 200 * 2**20  # bytes; nothing large goes between the workers
+)  # metadata of a file: its origin; why it ends early, or null
+ROWS = 4096  # frames in a row group
+LEAST = 512  # minimum number of frames in a part
+TRIES = 3  # for a recording whose worker dies
+DIED = f"its worker died {TRIES} times, perhaps out of memory or from a damaged file; --resume tries again"
+OBJECT_STORE = 200 * 2**20  # bytes; workers exchange nothing large
 
 Load = Callable[[], tuple[PreTrainedModel, Preprocessor]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of the table of all videos.
+    """A row of the table of all recordings.
 
-    Attributes:
-        path: of the video, absolute.
-        bytes: its size, or that of the images of a directory.
-        frames: how many were encoded.
-        skipped: mean share of their patches that were not, 0 to 1; None without a frame.
-        key_frames: how many were encoded in full, from nothing.
-        output: the name of the file of frames; None where there is none.
-        error: why there is none, or why it ends before the video does; None: neither.
+    Args:
+        path: absolute path of the recording.
+        bytes: its size, or the total size of a directory's images.
+        frames: number of encoded frames.
+        skipped: mean share of patches that were not encoded, 0 to 1; None without frames.
+        key_frames: number of frames encoded in full.
+        output: name of the file of frames; None if there is none.
+        error: why there is no file, or why it ends before the recording does; None if neither.
     """
 
     path: str
@@ -83,8 +82,8 @@ class Video:
     """A recording.
 
     Args:
-        path: a file, or a directory of images; absolute, without links.
-        bytes: its size, or that of the images.
+        path: a file or a directory of images; absolute, without links.
+        bytes: its size, or the total size of the images.
     """
 
     path: Path
@@ -92,7 +91,7 @@ class Video:
 
     @classmethod
     def at(cls, path: Path) -> "Video":
-        """What lies there; of 0 bytes where it cannot be looked at, which who reads it will say."""
+        """The recording at a path; 0 bytes if it cannot be read, which is reported when it is encoded."""
         with contextlib.suppress(OSError):
             files = images_in(path) if path.is_dir() else [path]
             return cls(path, sum(file.stat().st_size for file in files))
@@ -100,19 +99,26 @@ class Video:
 
     @property
     def text(self) -> str:
-        """The path, with what is no UTF-8 in it escaped."""
+        """The path, with bytes that are not UTF-8 escaped."""
         return os.fsencode(self.path).decode(errors="backslashreplace")
 
     @property
     def name(self) -> str:
-        """What its files are called: its own name, cut where it is long, and a hash of the whole path."""
+        """Stem of its output's name: its own name, shortened, and a hash of the full path."""
         stem = os.fsencode(self.path.stem).decode(errors="replace")[:60]
         return f"{stem}-{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The frames of a video from `begin`, where a shot begins, and `why`, up to `end`; None: up to the last."""
+    """A stretch of a recording.
+
+    Args:
+        video: the recording.
+        begin: its first frame, where a shot begins.
+        end: the frame after its last; None: to the end of the recording.
+        why: the reason for the key frame at `begin`.
+    """
 
     video: Video
     begin: int = 0
@@ -128,17 +134,17 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """What every worker is told.
+    """What every worker needs to know.
 
     Args:
-        out: the directory that files are written to.
-        load: gives the tower, unpatched, and what prepares its input; called once in every worker.
+        out: directory that files are written to.
+        load: returns the unpatched tower and its preprocessor; called once in every worker.
         config: how the tower is patched.
-        classes: what its embeddings are told apart as, if anything.
-        stride: encode every so many frames.
-        clip: how many frames go through the model in one call.
-        max_pixels: frames of more are refused.
-        settings: all of this, of JSON's types, that what is continued must have in common.
+        classes: classes to name each frame by; None for none.
+        stride: encode every `stride`-th frame.
+        clip: frames in one call of the model.
+        max_pixels: maximum number of pixels in a frame.
+        settings: everything, as JSON types, that a continued archive must share.
     """
 
     out: Path
@@ -151,13 +157,13 @@ class Encoding:
     settings: dict[str, Any]
 
     def about(self, part: Part) -> dict[str, Any]:
-        """What the file of a part says of where it comes from."""
+        """The origin of a part, as recorded in its file."""
         about = {"source": str(part.video.path), "source_bytes": part.video.bytes, **self.settings}
         place = {"begin": part.begin, "end": part.end, "why": part.why}
         return about if part == Part(part.video) else about | place
 
     def row(self, part: Part) -> Row | None:
-        """The row of what is done; None: it is not."""
+        """The row of a finished part; None if it is not finished."""
         path = self.out / part.output
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -165,7 +171,7 @@ class Encoding:
                     return None
                 stopped = from_json(file.metadata.metadata[STOPPED])
                 columns = file.read(["skipped", "key_frame"])
-        # A file of another writer, or a damaged one, fails in as many ways as there are.
+        # A damaged file, or one by another writer, can raise anything.
         except Exception:
             return None
         skipped, key_frames = (column.to_numpy() for column in columns.columns)
@@ -181,10 +187,10 @@ class Encoding:
 
 
 class Encoder:
-    """A worker: a patched model that videos go through, on one thread, so that no bit depends on how many there are.
+    """A worker: a patched model that encodes on one thread, so that results do not depend on the number of workers.
 
     Raises:
-        ValueError: a configuration that does not fit the model; and what `Encoding.load` raises.
+        ValueError: a configuration that the model does not support, or whatever `Encoding.load` raises.
     """
 
     def __init__(self, encoding: Encoding) -> None:
@@ -194,17 +200,17 @@ class Encoder:
         neuroflow.enable_cache(self._model, encoding.config)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """A part as Ray's rows have it, see `_item` -> the same with `error`, which is empty where it is done."""
+        """Encode a part given as a Ray row (see `_item`); returns it with `error`, empty if it is done."""
         part = _part(item)
         done = self._encoding.row(part) is not None
         return item | {"error": "" if done else _failure(part.video, self._try, part) or ""}
 
     def encode(self, part: Part) -> str | None:
-        """Write the file of a part, and return in one line why it cannot be done; None: it is."""
+        """Write the file of a part. Returns a one-line error, or None."""
         return _failure(part.video, self._encode, part)
 
     def _try(self, part: Part) -> None:
-        """As `_encode`, unless that was tried before, and the workers died: Ray would try again without end."""
+        """Like `_encode`, but give up on a part whose workers keep dying: Ray would retry forever."""
         tries = self._encoding.out / f"{part.output}.tries"
         with writing(tries), tries.open("ab") as file:
             file.write(b".")
@@ -230,10 +236,10 @@ class Encoder:
 
 
 def _failure(video: Video, work: Callable[..., None], *args: Any) -> str | None:
-    """Call `work`, and return in one line why it cannot be done; None: it is."""
+    """Call `work`. Returns a one-line error, or None."""
     try:
         work(*args)
-    # What an untrusted file makes of a decoder is not foreseen, and is that video's fault alone.
+    # An untrusted file can make a decoder raise anything; only this recording fails.
     except Exception as error:
         own = isinstance(error, SourceError | JournalError | OSError)
         message = str(error) if own else f"{video.text}: {type(error).__name__}: {error}"
@@ -257,45 +263,53 @@ def archive(
     by_shot: bool = False,
     resume: bool = False,
 ) -> list[Row]:
-    """Encode recordings, each as a stream of its own, and write a Parquet file of the frames of each.
+    """Encode recordings, each as its own stream, and write a Parquet file of frames for each.
 
-    `out` gets a file for each video, NAME-HASH.parquet, with a row for each frame: its number in the source, its time
-    in seconds, the share of patches that were skipped, how many were active, whether it is a key frame and why, its
-    class where the model has classes, and its embedding, [D] float32. SUMMARY has a row for each video. A video that
-    cannot be read has no file, and its row says why.
+    `out` gets NAME-HASH.parquet for each recording, with a row for each frame: its number in the source, time in
+    seconds, share of patches skipped, number of active patches, whether it is a key frame and why, its class if the
+    model has classes, and its embedding, [D] float32. SUMMARY has a row for each recording. A recording that cannot be
+    read has no file; its row says why.
 
-    What is written depends neither on the clock nor on who encodes what: for that, every worker computes on one thread,
-    the configuration is made `reproducible`, and a video is encoded shot by shot, see `Shots`. Processors of another
-    kind round otherwise.
+    The output depends neither on timing nor on which worker encodes what: every worker computes on one thread, the
+    configuration is made `reproducible`, and recordings are encoded shot by shot, see `Shots`. Another kind of
+    processor rounds differently.
 
     Args:
-        sources: files, directories of images, directories in which both are searched for, and patterns of glob.
-        out: a directory, made where there is none; of a cluster, one that all machines share.
-        load: gives the tower, unpatched, and what prepares its input; called once in every worker, so picklable.
-        config: how it is patched; the default is `NeuroFlowConfig()`.
-        settings: what `load` stands for, of JSON's types: an archive made with others is not continued.
-        classes: what the embeddings are told apart as, if anything.
-        stride: encode every so many frames.
-        clip: how many frames go through the model in one call.
-        max_pixels: frames of more pixels are refused.
-        ray: "local" starts Ray on this machine, "auto" or an address joins a cluster, and where this process has joined
-            one already, that is used. None: everything happens in this process, on one thread.
-        workers: of Ray, each of which takes a core, and holds a model.
-        gpus: that each of them takes as well, a part of one too.
-        by_shot: share long videos out to several workers, which changes nothing in what is written.
-        resume: go on with the archive in `out`: what is there and fits is kept, what failed is tried again.
+        sources: files, directories of images, directories to search for both, and glob patterns.
+        out: output directory, created if missing; on a cluster, one that all machines share.
+        load: returns the unpatched tower and its preprocessor. Called once in every worker, so it must be picklable.
+        config: how the tower is patched; `NeuroFlowConfig()` by default.
+        settings: what `load` depends on, as JSON types. An archive made with other settings is not continued.
+        classes: classes to name each frame by; None for none.
+        stride: encode every `stride`-th frame, 1 or more.
+        clip: frames in one call of the model, 1 or more.
+        max_pixels: maximum number of pixels in a frame.
+        ray: "local" starts Ray on this machine; "auto" or an address joins a cluster. If this process has joined one
+            already, that is used. None: encode in this process, on one thread.
+        workers: number of Ray workers, each with a core and a model.
+        gpus: GPUs for each worker; may be a fraction.
+        by_shot: split long recordings between workers. The output stays the same.
+        resume: continue the archive in `out`: keep what is there and fits, retry what failed.
 
     Returns:
-        the rows of `sources`, in the order of their paths.
+        the rows of `sources`, ordered by path.
 
     Raises:
-        ValueError: a source that is not there; workers or by_shot without Ray; or a configuration that does not fit.
-        JournalError: `out` holds an archive, and `resume` is not given, or it was made with other settings.
+        ValueError: a source does not exist; workers or by_shot without ray; or a configuration that the model does not
+            support.
+        JournalError: `out` holds an archive and `resume` is not given, or it was made with other settings.
         OutputError: `out` cannot be written, or another run is writing it.
+
+    Example:
+        >>> from neuroflow.serve.archive import archive
+        >>> from neuroflow.video.preprocess import Preprocessor
+        >>> rows = archive(["recordings/"], "embeddings/", lambda: (model, Preprocessor(224, 224)))  # doctest: +SKIP
+        >>> [row.error for row in rows if row.error]  # doctest: +SKIP
+        []
     """
     if ray is None and (workers != 1 or by_shot):
         name, value = ("by_shot", True) if by_shot else ("workers", workers)
-        raise ValueError(f"{name} is {value} without ray; give that too, as 'local'")
+        raise ValueError(f"{name} is {value} without ray; also give ray, such as 'local'")
     config, out = (config or neuroflow.NeuroFlowConfig()).reproducible(), Path(out)
     videos = find_videos(sources)
     pinned = {**(settings or {}), "stride": stride, "clip": clip, **dataclasses.asdict(config)}
@@ -331,12 +345,25 @@ def archive(
 
 
 def find_videos(sources: Iterable[str | Path]) -> list[Video]:
-    """The recordings that sources stand for, each once, in the order of their paths, 2 before 10.
+    """Find the recordings that sources stand for, each once, ordered by path in natural order.
 
-    A directory is one of images where it holds some and no video; else it is searched, what is hidden left out.
+    A directory counts as a directory of images if it holds images and no video. Otherwise it is searched, without
+    hidden files.
+
+    Args:
+        sources: files, directories and glob patterns.
+
+    Returns:
+        the recordings.
 
     Raises:
-        ValueError: a source that is not there, or in which there is no video.
+        ValueError: a source does not exist, or holds no video.
+
+    Example:
+        >>> from neuroflow.serve.archive import find_videos
+        >>> find_videos(["missing.mp4"])
+        Traceback (most recent call last):
+        ValueError: missing.mp4: no such file or directory; give one, or a pattern that something matches
     """
     found: dict[Path, None] = {}
     for source in sources:
@@ -360,13 +387,13 @@ def _inside(directory: Path) -> Iterator[Path]:
 
 
 def _pin(path: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Note what an archive is made with, or see that what is continued was made with the same."""
+    """Record an archive's settings, or check that a continued archive has the same."""
     if not path.exists():
         with replacing(path) as partial:
             partial.write_text(to_json({"settings": settings}, indent=1) + "\n")
         return
     if not resume:
-        raise JournalError(f"{path}: there is an archive already; --resume goes on with it, or give another --out")
+        raise JournalError(f"{path}: there is an archive already; --resume continues it, or give another --out")
     with continuing(path):
         require_same(path, from_json(path.read_bytes())["settings"], settings, "give another --out")
 
@@ -386,13 +413,13 @@ def _in_process(encoding: Encoding, videos: list[Video], bar: tqdm) -> dict[Vide
 
 @contextlib.contextmanager
 def _ray(address: str, workers: int) -> Iterator[None]:
-    """Ray, quiet and without reaching out, for as long as the block lasts, or as it was."""
+    """Run Ray for the duration of the block, quietly and without telemetry, or use the running one."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     import ray.data
 
-    # Workers that die are said in the end, by video.
+    # Dead workers are reported at the end, by recording.
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if ray.is_initialized():
@@ -419,14 +446,14 @@ def _ray(address: str, workers: int) -> Iterator[None]:
 
 
 def _import_path() -> list[str]:
-    """Where a worker elsewhere finds this package when it runs from a checkout, before what it has by itself."""
+    """Paths that let a worker on another machine import this package from a checkout, before its own paths."""
     roots = {Path(package.__file__).resolve().parents[1] for package in (neuroflow, neuroflow_kernels)}
     own = [str(root) for root in sorted(roots) if "site-packages" not in root.parts]
     return own + list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
 
 
 def _trial(encoding: Encoding) -> tuple[Preprocessor, list[str]]:
-    """What prepares the model's input, and the warnings that came of loading both in a worker."""
+    """Load and patch the model in a worker; its preprocessor, and the warnings this gave."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         model, preprocess = encoding.load()
@@ -435,11 +462,11 @@ def _trial(encoding: Encoding) -> tuple[Preprocessor, list[str]]:
 
 
 def _split(encoding: Encoding, preprocess: Preprocessor, video: Video, workers: int) -> list[Part]:
-    """A long video in parts of about the same length, one for each worker at most, at the begin of shots."""
+    """Split a long recording at shots into parts of similar length, at most one for each worker."""
     torch.set_num_threads(1)
     last, found = 0, []
     with contextlib.ExitStack() as stack:
-        # What cannot be read is not split, and says so where it is encoded.
+        # A recording that cannot be read is not split; encoding it reports why.
         stack.enter_context(contextlib.suppress(SourceError, OSError))
         source = stack.enter_context(contextlib.closing(Source(str(video.path), max_pixels=encoding.max_pixels)))
         if source.frame_count is not None and source.frame_count < 2 * LEAST * encoding.stride:
@@ -467,18 +494,20 @@ def _by_ray(
         raise ValueError(str(error.cause)) from None
     for message in messages:
         warnings.warn(message, stacklevel=4)
-    # The largest first, so that none is left over in the end.
+    # Largest first, so that no large one is left for the end.
     parts = {video: [Part(video)] for video in sorted(videos, key=lambda video: video.bytes, reverse=True)}
     if by_shot:
         split = ray.remote(max_retries=0)(_split)
         asked = {video: split.remote(encoding, preprocess, video, workers) for video in parts}
         for video, answer in asked.items():
-            with contextlib.suppress(ray.exceptions.RayError):  # what kills a worker will do so again, and is said then
+            with contextlib.suppress(
+                ray.exceptions.RayError
+            ):  # whatever killed the worker will do so again, and is reported then
                 parts[video] = ray.get(answer)
     items = [_item(part) for own in parts.values() for part in own]
-    data = ray.data.from_items(items, override_num_blocks=len(items))  # one by one, to whoever is free
+    data = ray.data.from_items(items, override_num_blocks=len(items))  # one at a time, to whichever worker is free
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
-    data.context.max_errored_blocks = -1  # what is lost on the way is missing in the end, and no more
+    data.context.max_errored_blocks = -1  # lost items are found missing at the end
     answers = data.map(
         Encoder,
         fn_constructor_args=(encoding,),
@@ -500,7 +529,7 @@ def _by_ray(
 
 
 def _item(part: Part) -> dict[str, Any]:
-    """A part as a row of Ray's, which knows no surrogates and no None."""
+    """A part as a Ray row, which supports neither surrogates nor None."""
     place = {"begin": part.begin, "end": -1 if part.end is None else part.end, "why": part.why}
     return {"path": os.fsencode(part.video.path), "bytes": part.video.bytes, **place}
 
@@ -511,12 +540,12 @@ def _part(item: dict[str, Any]) -> Part:
 
 
 def _tables(encoded: Iterable[Encoded], part: Part) -> Iterator[pyarrow.Table]:
-    """The frames, ROWS at a time.
+    """The frames as tables, ROWS at a time.
 
     Raises:
-        JournalError: NaN or Inf in an embedding.
+        JournalError: an embedding with NaN or Inf.
     """
-    # What was decoded for a frame is let go at once.
+    # Drop each decoded frame at once.
     kept = ((one.record, one.key_frame, one.embedding) for one in encoded)
     while batch := list(itertools.islice(kept, ROWS)):
         records, reasons, embeddings = zip(*batch, strict=True)
@@ -524,7 +553,7 @@ def _tables(encoded: Iterable[Encoded], part: Part) -> Iterator[pyarrow.Table]:
         if not np.isfinite(embedding).all():
             (number, *_) = np.flatnonzero(~np.isfinite(embedding).all(1))
             frame = records[number].frame
-            raise JournalError(f"{part.video.path}: the embedding of frame {frame} holds NaN or Inf; see the model")
+            raise JournalError(f"{part.video.path}: the embedding of frame {frame} holds NaN or Inf; check the model")
         columns = {
             "frame": pyarrow.array([record.frame for record in records], pyarrow.int64()),
             "time_s": pyarrow.array([record.time_s for record in records], pyarrow.float64()),
@@ -538,7 +567,7 @@ def _tables(encoded: Iterable[Encoded], part: Part) -> Iterator[pyarrow.Table]:
 
 
 def _join(encoding: Encoding, video: Video, parts: list[Part]) -> None:
-    """Write the file of a video from those of its parts, as it would be without them."""
+    """Write the file of a recording from its parts, identical to one written in one piece."""
     with contextlib.ExitStack() as stack:
         stopped = None
 
@@ -548,7 +577,7 @@ def _join(encoding: Encoding, video: Video, parts: list[Part]) -> None:
             for part in parts:
                 file = stack.enter_context(pyarrow.parquet.ParquetFile(encoding.out / part.output))
                 for batch in file.iter_batches(ROWS):
-                    # Anew, as what is read has metadata of its own.
+                    # Built again, since what is read has its own metadata.
                     columns = dict(zip(batch.schema.names, batch.columns, strict=True))
                     vectors = columns.pop("embedding").flatten().to_numpy()
                     table = parquet_table(columns, vectors.reshape(len(batch), -1))
@@ -566,7 +595,7 @@ def _join(encoding: Encoding, video: Video, parts: list[Part]) -> None:
 
 
 def _write(encoding: Encoding, part: Part, tables: Iterable[pyarrow.Table], stopped: Callable[[], str | None]) -> None:
-    """Write the file of a part, a row group of each table, as a whole or not at all; `stopped` is asked after the last.
+    """Write the file of a part atomically, with a row group for each table; `stopped` is called after the last.
 
     Raises:
         OutputError: it cannot be written, or another process is writing it.
@@ -582,11 +611,11 @@ def _write(encoding: Encoding, part: Part, tables: Iterable[pyarrow.Table], stop
 
 
 def _failed(video: Video, error: str | None) -> Row:
-    return Row(video.text, video.bytes, 0, None, 0, None, error or f"{video.text}: what was written of it is gone")
+    return Row(video.text, video.bytes, 0, None, 0, None, error or f"{video.text}: its output has disappeared")
 
 
 def _read_summary(path: Path) -> dict[str, Row]:
-    """The rows of an earlier run by path; none where it did not come to its end."""
+    """The rows of an earlier run by path; none if it did not finish."""
     with contextlib.suppress(Exception):
         return {row["path"]: Row(**row) for row in pyarrow.parquet.read_table(path).to_pylist()}
     return {}

@@ -1,4 +1,4 @@
-"""From the bodies of requests to what a model takes, bounded in memory and in what can be reached from them."""
+"""Decode request bodies to the model's input, bounded in memory and in what they can reach."""
 
 import dataclasses
 import io
@@ -18,29 +18,29 @@ from ..video.source import Frame
 
 PICTURES = "a JPEG, PNG or WebP picture"
 VIDEOS = "a video in MP4, WebM or Matroska"
-# Chunks that say what a PNG's pixels are and which way is up. Others may hold text or profiles that are a few bytes
-# here and gigabytes when they are unpacked, or further pictures of an animation.
+# Chunks with a PNG's pixels and orientation. Others may hold text or profiles that unpack from a few bytes to
+# gigabytes, or the further images of an animation.
 PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"cICP", b"sBIT", b"eXIf", b"IDAT", b"IEND"}
-# Each scan of a progressive JPEG takes as long as a pass over its pixels, however few bytes it has; encoders make 10.
+# Each scan of a progressive JPEG costs a pass over all pixels, however few bytes it has; encoders make about 10.
 MAX_SCANS = 64
-MAX_PARTS = 20_000  # chunks, segments or boxes of a file; looking at one takes longer here than in a decoder
+MAX_PARTS = 20_000  # chunks, segments or boxes in a file; visiting one is slower here than in a decoder
 VIDEO_DECODERS = "h264,hevc,av1,libdav1d,vp8,vp9,libvpx,libvpx-vp9,mpeg4,mjpeg"
-# FFmpeg makes gigabytes of a few bytes that claim that a video has many samples, or tracks with nothing in them.
+# FFmpeg allocates gigabytes for a few bytes that claim many samples, or many empty tracks.
 MAX_SAMPLES = 1_000_000
-MAX_DESCRIPTION = 256 * 2**10  # bytes of a video that are not its frames; a clip of a few seconds has 4,000
+MAX_DESCRIPTION = 256 * 2**10  # bytes of a video other than frames; a clip of a few seconds has about 4,000
 COUNTED = re.compile(rb"(?:stsz|stz2)....(?:....)(....)|trun....(....)|(cmov)", re.DOTALL)
 SEGMENT, CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
 BLOCKS = (b"\xa3", b"\xa0", b"\xec")  # SimpleBlock, BlockGroup and Void
-ALIGNMENT = 128  # FFmpeg takes pictures to be wider than they are, by less than this
+ALIGNMENT = 128  # FFmpeg rounds widths up, by less than this
 
 _own = threading.local()
 
 
 class BodyError(ValueError):
-    """A body that is not accepted. The message is one line that says what is.
+    """A body that is not accepted. The message is one line and says what is.
 
     Attributes:
-        status: as HTTP has it: 400 damaged, 413 too large, 415 of another type, 422 of another shape.
+        status: HTTP status: 400 damaged, 413 too large, 415 another type, 422 another shape.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -49,15 +49,15 @@ class BodyError(ValueError):
 
 
 def picture(body: bytes, preprocess: Preprocessor, max_pixels: int) -> torch.Tensor:
-    """A JPEG, PNG or WebP, told apart by content, as `Source` and `preprocess` make it of a file.
+    """Decode a JPEG, PNG or WebP, recognised by its content, as `Source` and `preprocess` do for a file.
 
-    May be called in several threads at once: each prepares with a preprocessor of its own. Of an animated PNG it is
-    the picture that is shown where animations are not; one in WebP is refused.
+    Safe to call from several threads: each uses its own copy of the preprocessor. An animated PNG gives its still
+    image; an animated WebP is refused.
 
     Args:
         body: the file's content.
-        preprocess: what makes frames the model's input.
-        max_pixels: pictures of more pixels (height x width) are refused, before they are decoded.
+        preprocess: turns frames into the model's input.
+        max_pixels: images with more pixels (height x width) are refused before they are decoded.
 
     Returns:
         [1, 3, height, width] float32.
@@ -81,15 +81,15 @@ def picture(body: bytes, preprocess: Preprocessor, max_pixels: int) -> torch.Ten
 
 
 def array(body: bytes, shape: tuple[int, int, int], clip: int | None = None) -> torch.Tensor:
-    """Frames as the model takes them, in NumPy's format: float32 or float16 in either order of bytes and of axes.
+    """Read frames in NumPy's format: float32 or float16, in any byte or axis order.
 
     Args:
         body: what `numpy.save` writes.
-        shape: 3, height and width that the model takes.
-        clip: how many frames of [T, 3, height, width] are accepted; None for one, [3, height, width] or with T = 1.
+        shape: 3, height and width of the model's input.
+        clip: maximum T of [T, 3, height, width]; None for a single frame, [3, height, width] or T = 1.
 
     Returns:
-        [T, 3, height, width] float32, T = 1 without `clip`. Values are not looked at.
+        [T, 3, height, width] float32, T = 1 without `clip`. Values are not checked.
 
     Raises:
         BodyError: 400, 413, 415 or 422.
@@ -97,17 +97,17 @@ def array(body: bytes, shape: tuple[int, int, int], clip: int | None = None) -> 
     sides = ", ".join(str(side) for side in shape)
     accepted = f"float32 or float16 of [{'T, ' if clip else ''}{sides}] in NumPy's format"
     if not body.startswith(np.lib.format.MAGIC_PREFIX):
-        raise BodyError(415, f"the body is no array; accepted is {accepted}")
+        raise BodyError(415, f"the body is not an array; accepted is {accepted}")
     file = io.BytesIO(body)
     try:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         claimed, by_columns, dtype = read(file)
-    # A header is a Python literal, which fails in as many ways as there are to write one.
+    # The header is a Python literal, so parsing it can raise almost anything.
     except Exception:
         raise BodyError(400, f"the array's header cannot be read; accepted is {accepted}") from None
     if dtype.newbyteorder("=") not in (np.float32, np.float16):
-        raise BodyError(422, f"the array is of {str(dtype)[:40]}; accepted is {accepted}")
+        raise BodyError(422, f"the array is {str(dtype)[:40]}; accepted is {accepted}")
     frames = claimed if clip or len(claimed) == 4 else (1, *claimed)
     if len(frames) != 4 or frames[1:] != shape or frames[0] < 1 or (clip is None and frames[0] > 1):
         found = ", ".join(str(side) for side in claimed[:6])
@@ -122,16 +122,16 @@ def array(body: bytes, shape: tuple[int, int, int], clip: int | None = None) -> 
 
 
 def video(body: bytes, preprocess: Preprocessor, max_pixels: int, most: int) -> torch.Tensor:
-    """Every frame of a short MP4, WebM or Matroska, told apart by content, as `Source` and `preprocess` make them.
+    """Decode every frame of a short MP4, WebM or Matroska, recognised by its content, as `Source` and `preprocess` do.
 
-    May be called in several threads at once: each prepares with a preprocessor of its own. A decoder holds up to 17
-    pictures of `max_pixels` at a time.
+    Safe to call from several threads: each uses its own copy of the preprocessor. A decoder holds up to 17 pictures of
+    `max_pixels` at a time.
 
     Args:
         body: the file's content.
-        preprocess: what makes frames the model's input.
-        max_pixels: videos with frames of more pixels (height x width) are refused, before they are decoded.
-        most: videos of more frames are refused.
+        preprocess: turns frames into the model's input.
+        max_pixels: videos with more pixels per frame (height x width) are refused before they are decoded.
+        most: maximum number of frames.
 
     Returns:
         [T, 3, height, width] float32, T at most `most`.
@@ -144,7 +144,7 @@ def video(body: bytes, preprocess: Preprocessor, max_pixels: int, most: int) -> 
     elif body.startswith(b"\x1a\x45\xdf\xa3"):
         container_format, check = "matroska", _check_elements
     else:
-        raise BodyError(415, f"the body is no video that is known here; accepted is {VIDEOS}")
+        raise BodyError(415, f"the body is not a known kind of video; accepted is {VIDEOS}")
     prepared = []
     try:
         check(body)
@@ -162,7 +162,7 @@ def video(body: bytes, preprocess: Preprocessor, max_pixels: int, most: int) -> 
 
 
 def _still(body: bytes) -> tuple[str, int, int, bytes]:
-    """The decoder of a picture, its width and height, and the part of the body that the decoder is to see."""
+    """The decoder for an image, its width and height, and the part of the body to decode."""
     try:
         if body.startswith(b"\xff\xd8\xff"):
             return "mjpeg", *_jpeg_size(body), body
@@ -172,7 +172,7 @@ def _still(body: bytes) -> tuple[str, int, int, bytes]:
             return "webp", *_webp_size(body), body
     except (IndexError, struct.error, zlib.error):
         raise _damaged("picture", None) from None
-    raise BodyError(415, f"the body is no picture that is known here; accepted is {PICTURES}")
+    raise BodyError(415, f"the body is not a known kind of picture; accepted is {PICTURES}")
 
 
 def _jpeg_size(body: bytes) -> tuple[int, int]:
@@ -196,7 +196,7 @@ def _jpeg_size(body: bytes) -> tuple[int, int]:
 
 
 def _png_pixels(body: bytes) -> bytes:
-    """A PNG without what is not needed for its pixels."""
+    """A PNG without the chunks that its pixels do not need."""
     kept, pixels, place = [body[:8]], [], 8
     for _ in range(MAX_PARTS):
         size, name = struct.unpack_from(">I4s", body, place)
@@ -214,7 +214,7 @@ def _png_pixels(body: bytes) -> bytes:
 
 
 def _check_unpacked(packed: bytes, width: int, height: int) -> None:
-    """FFmpeg goes on unpacking when it has all pixels, which takes seconds for each megabyte of zeros."""
+    """FFmpeg keeps unpacking after it has all pixels, which takes seconds for each megabyte of zeros."""
     most = (8 * width + 16) * height  # four channels of 16 bits, and a byte for each row of each pass
     unpacker, unpacked = zlib.decompressobj(), 0
     for begin in range(0, len(packed), 2**16):
@@ -242,7 +242,7 @@ def _webp_size(body: bytes) -> tuple[int, int]:
 
 
 def _check_boxes(body: bytes) -> None:
-    """Refuse an MP4 that claims more than a short video has. Raises struct.error or IndexError for a damaged one."""
+    """Refuse an MP4 that claims more than a short video has. Raises struct.error or IndexError if damaged."""
     place = described = samples = 0
     for _ in range(MAX_PARTS):
         if place == len(body):
@@ -263,11 +263,11 @@ def _check_boxes(body: bytes) -> None:
                 samples += MAX_SAMPLES + 1 if packed else int.from_bytes(found[1] or found[2], "big")
         place += size
     if place != len(body) or samples > MAX_SAMPLES:
-        raise BodyError(413, "the video has more samples or data beside its frames than a short one; send it in parts")
+        raise BodyError(413, "the video has more samples or metadata than a short one; send it in parts")
 
 
 def _check_elements(body: bytes) -> None:
-    """Refuse a Matroska that describes more than a short video has. Raises IndexError for a damaged one."""
+    """Refuse a Matroska that describes more than a short video has. Raises IndexError if damaged."""
     place = described = 0
     for _ in range(MAX_PARTS):
         if place == len(body):
@@ -277,7 +277,7 @@ def _check_elements(body: bytes) -> None:
         length = 9 - body[place].bit_length()
         unknown = (1 << 7 * length) - 1
         size, place = int.from_bytes(body[place : place + length], "big") & unknown, place + length
-        if name in (SEGMENT, CLUSTER):  # whose end may be unknown
+        if name in (SEGMENT, CLUSTER):  # whose size may be unknown
             continue
         if size == unknown or place + size > len(body):
             raise IndexError("it is cut off")
@@ -285,11 +285,11 @@ def _check_elements(body: bytes) -> None:
             described += size
         place += size
     if place != len(body) or described > MAX_DESCRIPTION:
-        raise BodyError(413, "the video has more data beside its frames than a short one; send it in parts")
+        raise BodyError(413, "the video has more metadata than a short one; send it in parts")
 
 
 def _frames(body: bytes, container_format: str, max_pixels: int) -> Iterator[Frame]:
-    # Nothing else can be opened from inside, and nothing but common video is decoded.
+    # The file cannot open anything else, and only common video codecs are decoded.
     options = {
         "protocol_whitelist": "none",
         "codec_whitelist": VIDEO_DECODERS,
@@ -297,7 +297,7 @@ def _frames(body: bytes, container_format: str, max_pixels: int) -> Iterator[Fra
     }
     with av.open(io.BytesIO(body), format=container_format, options=options) as container:
         if not container.streams.video:
-            raise BodyError(415, f"the body has no video in it; accepted is {VIDEOS}")
+            raise BodyError(415, f"the body holds no video; accepted is {VIDEOS}")
         stream = container.streams.video[0]
         _check_pixels("video", stream.width, stream.height, max_pixels)
         stream.codec_context.options = options
@@ -314,7 +314,7 @@ def _check_pixels(what: str, width: int, height: int, max_pixels: int) -> None:
 
 def _prepared(frame: Frame, preprocess: Preprocessor, max_pixels: int) -> torch.Tensor:
     left, top, right, bottom = preprocess.region(frame.size)
-    # A sliver whose short side is resized as asked is of a size that has nothing to do with its own.
+    # Resizing the short side of a sliver can make it far larger than it was.
     grown = preprocess.height * preprocess.width / ((right - left) * (bottom - top))
     height, width = frame.size
     if height * width * grown > max_pixels:

@@ -1,20 +1,21 @@
-"""The service on Ray Serve: replicas of one application, and a stream's frames all go to the same one.
+"""The service on Ray Serve: replicas of one application, with all frames of a stream going to the same replica.
 
   serve run neuroflow.serve.ray_app:app model=google/siglip2-base-patch16-224
   serve run serve.yaml
 
-Routes and answers are those of `neuroflow serve`. `routing.StreamRouter` finds the replica by the header x-session-id,
-or without one by the stream in the path. Where replicas come, go or die, some streams move; a stream that moves begins
-with a key frame at its new replica, which knows nothing of it, and is as before from then on. For the same reason
-nothing is kept when a replica stops: it answers what it has taken, and its streams begin anew elsewhere.
+Routes and answers are those of `neuroflow serve`. `routing.StreamRouter` chooses the replica by the header
+x-session-id, or by the stream in the path. When replicas come, go or die, some streams move. A stream that moves starts
+over with a key frame at its new replica, which has no state for it, and then continues as before. For the same reason a
+replica saves nothing when it stops: it answers what it has accepted, and its streams start over elsewhere.
 
-What a replica had under way when it died is answered 500, or in rare cases not at all, as Ray hands the request on
-without its body. Clients send a frame again that was not answered within a few seconds, with its number as `frame`.
+Requests that a replica was working on when it died get a 500, or in rare cases no answer, because Ray passes the
+request on without its body. Clients should resend a frame that was not answered within a few seconds, with its number
+as `frame`.
 
-GET /v1/streams and /metrics are of all replicas, and say which. A stream that moved is listed where it is now.
+GET /v1/streams and /metrics cover all replicas and name them. A stream that moved is listed where it is now.
 
-NEUROFLOW_TOKEN is read where the application is built, and goes to every replica. Without it only clients that call the
-proxy localhost are answered, as by `neuroflow serve`.
+NEUROFLOW_TOKEN is read when the application is built, and passed to every replica. Without it only clients that address
+the proxy as localhost are answered, as in `neuroflow serve`.
 """
 
 import argparse
@@ -44,44 +45,44 @@ from . import routing
 from .app import MAX_BODY, MAX_PIXELS, OpenStream, create_app, summary
 from .service import Answer, Service
 
-TARGET = 8  # requests of a replica, waiting ones included, above which another one is added
-REPLICA_SECONDS = 5.0  # in which every replica has to say what it holds
+TARGET = 8  # requests per replica, waiting ones included, above which another replica is added
+REPLICA_SECONDS = 5.0  # time in which every replica has to report
 
-# Proxies get the class itself, and so do not import neuroflow, nor torch.
+# Proxies get the class by value, and so import neither neuroflow nor torch.
 cloudpickle.register_pickle_by_value(routing)
 
 
 class Settings(BaseModel):
-    """What `app` takes, as `key=value` behind `serve run`, or below `args` in a file for it. All have defaults.
+    """Arguments of `app`, given as `key=value` to `serve run`, or under `args` in its file. All have defaults.
 
-    Paths of models and weights are those of the machines on which replicas run; the settings in `config` are read once.
+    Paths of models and weights are those of the machines that replicas run on; the `config` file is read once.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = Field(
         default_factory=lambda: os.environ.get("NEUROFLOW_MODEL"),
-        description="Hugging Face id or directory; else NEUROFLOW_MODEL, else the package's own",
+        description="Hugging Face id or directory; else NEUROFLOW_MODEL, else the model in the package",
     )
     config: Path | None = Field(
         default_factory=lambda: os.environ.get("NEUROFLOW_CONFIG"),
         validate_default=True,
-        description="file of NeuroFlowConfig.save or `neuroflow calibrate`; else NEUROFLOW_CONFIG, else the defaults",
+        description="file written by NeuroFlowConfig.save or `calibrate`; else NEUROFLOW_CONFIG, else the defaults",
     )
-    weights: Path | None = Field(None, description="file of `neuroflow distill`")
-    size: tuple[int, int] | None = Field(None, description="input width and height, as 448 or 640x384")
-    device: str = Field("cpu", description="cpu, or cuda, of which each replica then takes one")
+    weights: Path | None = Field(None, description="file written by `neuroflow distill`")
+    size: tuple[int, int] | None = Field(None, description="input width and height, such as 448 or 640x384")
+    device: str = Field("cpu", description="cpu, or cuda for one GPU per replica")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_streams: PositiveInt = Field(64, description="open streams of a replica")
-    max_bytes: PositiveInt | None = Field(None, description="what they may hold together")
-    idle_seconds: PositiveFloat = Field(300.0, description="one that sent nothing for so long makes room for a new one")
-    window_ms: PositiveFloat = Field(5.0, description="how long a frame waits for those of other streams")
-    most: PositiveInt = Field(16, description="frames in a pass")
-    queue: PositiveInt = Field(64, description="requests that wait at a replica; more are answered 503")
+    max_streams: PositiveInt = Field(64, description="maximum number of open streams per replica")
+    max_bytes: PositiveInt | None = Field(None, description="maximum memory of their state, in bytes")
+    idle_seconds: PositiveFloat = Field(300.0, description="idle time after which a stream makes room for a new one")
+    window_ms: PositiveFloat = Field(5.0, description="time a frame waits for those of other streams")
+    most: PositiveInt = Field(16, description="maximum number of frames in a pass")
+    queue: PositiveInt = Field(64, description="requests that may wait at a replica; more get a 503")
     min_replicas: PositiveInt = 1
-    max_replicas: PositiveInt = Field(4, description="at most, while many requests wait")
-    max_body: PositiveInt = Field(MAX_BODY, description="bytes of a request")
-    max_pixels: PositiveInt = Field(MAX_PIXELS, description="of a picture")
+    max_replicas: PositiveInt = Field(4, description="maximum, while many requests wait")
+    max_body: PositiveInt = Field(MAX_BODY, description="maximum size of a request, in bytes")
+    max_pixels: PositiveInt = Field(MAX_PIXELS, description="maximum number of pixels in an image")
 
     @field_validator("size", mode="before")
     @classmethod
@@ -93,7 +94,7 @@ class Settings(BaseModel):
 
 
 class LocatedStream(OpenStream):
-    """An open stream, and the replica that has it."""
+    """An open stream, and the replica that holds it."""
 
     replica: str
 
@@ -105,7 +106,7 @@ class LocatedStreams(BaseModel):
 
 
 @serve.deployment(
-    # A dead replica is found by the next check; until then its streams are served elsewhere, but it is not replaced.
+    # The next check finds a dead replica; until then its streams are served elsewhere, but it is not replaced.
     health_check_period_s=1.0,
     request_router_config=RequestRouterConfig(
         request_router_class=routing.StreamRouter,
@@ -114,12 +115,12 @@ class LocatedStreams(BaseModel):
 )
 @serve.ingress()
 class Encoder:
-    """A replica: the service with a model of its own.
+    """A replica: the service with its own model.
 
     Args:
-        settings: of `app`.
+        settings: the arguments of `app`.
         config: which patches are encoded.
-        token: what clients have to send.
+        token: token that clients must send.
     """
 
     def __init__(self, settings: Settings, config: neuroflow.NeuroFlowConfig, token: str | None) -> None:
@@ -144,12 +145,12 @@ class Encoder:
         async def get_streams() -> Response:
             """All open streams, of all replicas."""
             held = itertools.chain(*await self._everywhere("own_streams"))
-            # One that has moved is still open where it was, until it is idle for too long.
+            # A stream that moved stays open in its old place until it has been idle for too long.
             latest = {each["stream"]: each for each in sorted(held, key=lambda each: -each["idle_seconds"])}
             return JSONResponse({"streams": [latest[name] for name in sorted(latest)]})
 
         async def get_metrics(by: Annotated[str | None, Query(pattern="^stream$")] = None) -> Response:
-            """For Prometheus, of all replicas; `?by=stream` has each stream by itself as well."""
+            """Metrics of all replicas for Prometheus; `?by=stream` adds metrics for each stream."""
             text = labelled(dict(await self._everywhere("own_metrics", by == "stream")))
             return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -158,16 +159,21 @@ class Encoder:
         return app
 
     async def encode(self, stream: str, pixels: np.ndarray, frame: int | None = None) -> list[Answer]:
-        """The next frames of a stream, for other deployments: `handle.options(session_id=stream).encode.remote(...)`.
+        """Encode the next frames of a stream, for other deployments.
+
+        Call it through a handle: `handle.options(session_id=stream).encode.remote(...)`.
 
         Args:
             stream: its name, and the session's.
             pixels: the model's input, [T, 3, height, width], float32 or float16.
-            frame: number of the first, as of `Service.encode`.
+            frame: number of the first frame, as in `Service.encode`.
+
+        Returns:
+            an answer for each frame.
 
         Raises:
-            Full: no room now.
-            ValueError: `pixels` is of another shape.
+            Full: no room right now.
+            ValueError: `pixels` has another shape.
         """
         size = (3, self._preprocess.height, self._preprocess.width)
         if pixels.ndim != 4 or not len(pixels) or pixels.shape[1:] != size:
@@ -180,21 +186,21 @@ class Encoder:
         return [{**summary(status), "replica": self._replica} for status in self._service.streams()]
 
     async def own_metrics(self, by_stream: bool) -> tuple[str, bytes]:
-        """This replica and its metrics."""
+        """This replica's name and metrics."""
         summaries = {status.stream: status.summary for status in self._service.streams()}
         return self._replica, self._service.metrics.text(summaries, self._service.state_bytes, by_stream)
 
     async def check_health(self) -> None:
-        """Ray replaces a replica that raises.
+        """Ray replaces a replica whose check raises.
 
         Raises:
-            RuntimeError: it takes no frames any more.
+            RuntimeError: it no longer accepts frames.
         """
         if not self._service.running:
-            raise RuntimeError("the service has ended; the replica is to be replaced")
+            raise RuntimeError("the service has ended; replace this replica")
 
     async def _everywhere(self, method: str, *arguments: object) -> list[Any]:
-        """What `method` gives on every replica that lives."""
+        """The results of `method` from all live replicas."""
         replica = serve.get_replica_context()
         handle = serve.get_deployment_handle(replica.deployment, replica.app_name)
         response = handle.broadcast(method, *arguments)
@@ -211,13 +217,21 @@ class Encoder:
 
 
 def app(args: Settings) -> serve.Application:
-    """The application, for `serve run` and `serve.run`.
+    """Build the application, for `serve run` and `serve.run`.
 
     Args:
-        args: of which Ray makes Settings.
+        args: the settings; Ray makes them from key=value arguments.
+
+    Returns:
+        the application.
 
     Raises:
         CommandError: settings that cannot be read.
+
+    Example:
+        >>> from ray import serve  # doctest: +SKIP
+        >>> from neuroflow.serve.ray_app import Settings, app  # doctest: +SKIP
+        >>> handle = serve.run(app(Settings(model="./my-vit", max_replicas=8)))  # doctest: +SKIP
     """
     config = gate_config(argparse.Namespace(preset=None, config=args.config, weights=args.weights))
     deployment = Encoder.options(
@@ -226,8 +240,8 @@ def app(args: Settings) -> serve.Application:
             "max_replicas": args.max_replicas,
             "target_ongoing_requests": TARGET,
         },
-        # What waits in the service is under way for Ray, so that it is the service that refuses, and says why. What
-        # arrives faster than Ray hands it on is bounded too.
+        # Requests that wait in the service count as ongoing for Ray, so it is the service that refuses them, with a
+        # reason. What arrives faster than Ray passes it on is bounded too.
         max_ongoing_requests=2 * args.queue,
         max_queued_requests=args.max_replicas * args.queue,
         ray_actor_options={"num_cpus": 1, "num_gpus": int(args.device.startswith("cuda"))},
@@ -236,14 +250,14 @@ def app(args: Settings) -> serve.Application:
 
 
 def replace(app: FastAPI, path: str, endpoint: Any, **settings: Any) -> None:
-    """Answer GET of a path by another endpoint, to the same clients."""
+    """Serve GET requests for a path from another endpoint, with the same access rules."""
     [route] = [route for route in app.routes if isinstance(route, APIRoute) and route.path == path]
     app.routes.remove(route)
     app.get(path, dependencies=route.dependencies, **settings)(endpoint)
 
 
 class Families(Collector):
-    """Metrics that are given."""
+    """A collector of given metrics."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families
@@ -253,7 +267,7 @@ class Families(Collector):
 
 
 def labelled(texts: dict[str, bytes]) -> bytes:
-    """The metrics of several replicas, by their names, as one text in which each value says its replica's."""
+    """Merge the metrics of several replicas into one text, in which each value is labelled with its replica."""
     families: dict[str, Metric] = {}
     for replica, text in texts.items():
         for family in text_string_to_metric_families(text.decode()):

@@ -1,4 +1,4 @@
-"""Which replica a request goes to. Ray's proxies run this, and need nothing of neuroflow for it."""
+"""Choose the replica for a request. Runs in Ray's proxies, and needs nothing else from neuroflow."""
 
 import pickle
 import re
@@ -10,11 +10,11 @@ STREAM = re.compile(r"/v1/streams/([^/]+)")
 
 
 class StreamRouter(ConsistentHashRouter):
-    """Requests of one session go to one replica, at a place on a ring that depends on nothing but the two names.
+    """Route requests of one session to one replica, by consistent hashing of the two names.
 
-    The session is what the header `x-session-id` or `handle.options(session_id=)` says, or else the stream in the
-    path. Where a replica has no room its requests wait, as another one would begin their streams anew. One that died
-    is passed over before Ray has taken it off the ring; that needs `num_fallback_replicas` of 1 or more.
+    The session comes from the header `x-session-id`, from `handle.options(session_id=)`, or else from the stream in the
+    path. If the replica has no room the request waits, since another replica would have to start the stream over. A
+    dead replica is skipped before Ray takes it off the ring; this needs `num_fallback_replicas` of 1 or more.
     """
 
     async def choose_replicas(
@@ -29,8 +29,8 @@ class StreamRouter(ConsistentHashRouter):
 
 
 def stream_of(request: PendingRequest) -> str:
-    """The stream that a request's path names, "" for none."""
-    # What Ray's proxy on this machine has pickled a moment ago.
+    """The stream named in a request's path; "" if none."""
+    # Pickled a moment ago by Ray's proxy on this machine.
     path = pickle.loads(request.args[0]).asgi_scope["path"]
     found = STREAM.search(path)
     return found[1] if found else ""

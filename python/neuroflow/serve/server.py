@@ -1,4 +1,4 @@
-"""The service on a socket: uvicorn, with limits on how long a connection may keep it waiting, and on how many do."""
+"""The service on a socket: uvicorn, with limits on slow connections and on their number."""
 
 import asyncio
 import functools
@@ -17,22 +17,22 @@ except ImportError:  # on Windows, which does not count open files as Unix does
     resource = None
 
 CONNECTIONS = 1024
-HEADER_SECONDS = 10.0  # from a connection's beginning, or the first byte of a further request, to the end of its header
+HEADER_SECONDS = 10.0  # from the connection's start, or a later request's first byte, to the end of the header
 HEADER_BYTES = 16 * 2**10
-ANSWER_SECONDS = 30.0  # in which a client takes what waits to be sent
-KEPT_SECONDS = 60  # for which a connection is kept after an answer
-STOP_SECONDS = 30  # in which requests that have arrived are answered
-LAST_SECONDS = 2.0  # of these, for bodies that are still arriving
-OTHER_FILES = 256  # that are open beside connections
+ANSWER_SECONDS = 30.0  # time in which a client has to read its answer
+KEPT_SECONDS = 60  # time that a connection is kept open after an answer
+STOP_SECONDS = 30  # time to answer requests that have arrived
+LAST_SECONDS = 2.0  # of these, for bodies still arriving
+OTHER_FILES = 256  # files that are open besides connections
 
 
 class Connection(H11Protocol):
-    """One connection, which is closed when its client is too slow, or when there are too many that wait for clients.
+    """One connection, closed if its client is too slow or if too many connections wait for their clients.
 
     Args:
-        most: connections at a time. One more closes a sixteenth of them: first those that never had an answer, of these
-            first those that have waited longest for a request of their client's, header and body. It is closed itself
-            where all others wait for their answers.
+        most: maximum number of connections. One more closes a sixteenth of them: first those that never got an answer,
+            then, among equals, those that have waited longest for their client's request, header and body. If all
+            others are waiting for the server, the new one is closed itself.
         arguments: uvicorn's.
     """
 
@@ -40,8 +40,8 @@ class Connection(H11Protocol):
         super().__init__(**arguments)
         self._most = most
         self._deadline: asyncio.TimerHandle | None = None
-        self._since = 0.0  # when it was opened, answered, or had the header of its request
-        self._answered = False  # once at least
+        self._since = 0.0  # when it was opened, answered, or got a complete header
+        self._answered = False  # at least once
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Start the clock, and make room."""
@@ -63,17 +63,17 @@ class Connection(H11Protocol):
 
     @property
     def waits_for_client(self) -> bool:
-        """No request has arrived whole that is not answered."""
+        """Whether no complete request is waiting for its answer."""
         return not self._answering or self.cycle.more_body
 
     def data_received(self, data: bytes) -> None:
-        """Give a header that has begun its time, and what is sent after an early answer."""
+        """Start the clock for a new header, or for data after an early answer."""
         super().data_received(data)
         if not self._answering and self._deadline is None:
             self._allow(HEADER_SECONDS)
 
     def handle_events(self) -> None:
-        """Stop the clock when a header is whole; how long the body may take is up to the application."""
+        """Stop the clock when the header is complete; the application limits the time of the body."""
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
@@ -81,30 +81,30 @@ class Connection(H11Protocol):
             self._stop_clock()
 
     def on_response_complete(self) -> None:
-        """Note that it was, and when."""
+        """Record when the answer was sent."""
         self._since, self._answered = self.loop.time(), True
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """Give a client that does not read a while."""
+        """Give a client that does not read some time."""
         super().pause_writing()
         self._stop_clock()
         self._allow(ANSWER_SECONDS)
 
     def resume_writing(self) -> None:
-        """It reads."""
+        """The client reads again."""
         super().resume_writing()
         self._stop_clock()
         if not self._answering:
             self._allow(HEADER_SECONDS)
 
     def shutdown(self) -> None:
-        """Answer what has arrived."""
+        """Answer complete requests; abort the others after LAST_SECONDS."""
         super().shutdown()
         self.loop.call_later(LAST_SECONDS, self._abort_if_it_waits)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close, whether or not all was sent."""
+        """Close, even if not everything was sent."""
         self.transport.abort()
 
     def _abort_if_it_waits(self) -> None:
@@ -125,7 +125,7 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Says where it listens once it does."""
+    """A uvicorn server that prints its address once it listens."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
@@ -136,11 +136,18 @@ class Server(uvicorn.Server):
 
 
 def serve(app: FastAPI, listener: socket.socket) -> int:
-    """Serve an application until SIGINT or SIGTERM, answer what has arrived by then, and return the exit code.
+    """Serve an application until SIGINT or SIGTERM, and answer what has arrived by then.
 
     Args:
         app: an ASGI application.
-        listener: of `listening`; where it listens is said on stderr.
+        listener: a socket from `listening`; its address is printed to stderr.
+
+    Returns:
+        the exit code.
+
+    Example:
+        >>> from neuroflow.serve.server import listening, serve
+        >>> serve(app, listening("127.0.0.1", 8000))  # doctest: +SKIP
     """
     with listener:
         server(app, connections()).run([listener])
@@ -148,7 +155,7 @@ def serve(app: FastAPI, listener: socket.socket) -> int:
 
 
 def server(app: FastAPI, most: int) -> Server:
-    """What serves an application on at most so many connections, to be given sockets that listen."""
+    """A server for an application, with a maximum number of connections; give it listening sockets."""
     config = uvicorn.Config(
         app,
         loop="asyncio",
@@ -167,17 +174,29 @@ def server(app: FastAPI, most: int) -> Server:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens on a name or an address, on a free port where that is 0.
+    """Open a socket that listens on a host name or address.
+
+    Args:
+        host: name or address.
+        port: TCP port; 0 picks a free one.
+
+    Returns:
+        the socket.
 
     Raises:
-        OSError: it cannot.
+        OSError: the address cannot be used.
+
+    Example:
+        >>> from neuroflow.serve.server import listening
+        >>> with listening("127.0.0.1", 0) as listener:
+        ...     port = listener.getsockname()[1]
     """
     family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
     return socket.create_server(address[:2], family=family, backlog=CONNECTIONS)
 
 
 def connections() -> int:
-    """How many connections there may be, once as many files as may be are allowed to be open."""
+    """The maximum number of connections, after raising the limit on open files as far as allowed."""
     if resource is None:
         return CONNECTIONS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""Frames of many streams through one patched model: those that arrive together go through it in one pass."""
+"""Frames of many streams through one patched model; frames that arrive together share a pass."""
 
 import asyncio
 import collections
@@ -25,19 +25,19 @@ from ..files import writing
 from ..video.preprocess import Preprocessor
 from .metrics import Metrics
 
-HISTORY = 300  # frames of a stream that are remembered for whoever looks at it
-WATCHED = 10.0  # seconds for which a picture of a stream's frames is kept after somebody asked for it
-DECODERS = 2  # threads that decode, beside the model's
+HISTORY = 300  # recent frames remembered for each stream
+WATCHED = 10.0  # seconds for which images of a stream are kept after a request for one
+DECODERS = 2  # threads that decode, besides the model's
 
 log = logging.getLogger("neuroflow.serve")
 Decode = Callable[[], torch.Tensor]
 
 
 class Full(Exception):
-    """No room for this now. The message is one line and says what to do.
+    """No room right now. The message is one line and says what to do.
 
     Attributes:
-        retry_after: seconds after which to try again.
+        retry_after: seconds to wait before the next try.
     """
 
     def __init__(self, message: str, retry_after: float) -> None:
@@ -50,18 +50,18 @@ class Full(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one frame.
+    """The result for one frame.
 
     Attributes:
         frame: its number in the stream.
         embedding: [D] float32.
         skipped: share of its patches that were not encoded, 0 to 1.
-        active: how many were.
-        patches: how many it has.
-        key_frame: why it was encoded in full, as in `neuroflow.FrameReport`; None where it was not.
-        ms: of the pass that it was part of.
-        waited_ms: from its arrival until that began.
-        together: how many frames the pass had.
+        active: number of patches that were encoded.
+        patches: number of patches it has.
+        key_frame: why it was encoded in full, as in `neuroflow.FrameReport`; None if it was not.
+        ms: duration of its pass, in milliseconds.
+        waited_ms: time from its arrival to the start of the pass, in milliseconds.
+        together: number of frames in the pass.
     """
 
     frame: int
@@ -83,8 +83,8 @@ class Past:
         frame: its number in the stream.
         time: when it was answered, Unix time in seconds.
         skipped: share of its patches that were not encoded, 0 to 1.
-        ms: from its arrival to the answer.
-        key_frame: why it was encoded in full, None where it was not.
+        ms: time from its arrival to the answer, in milliseconds.
+        key_frame: why it was encoded in full; None if it was not.
     """
 
     frame: int
@@ -100,9 +100,9 @@ class StreamStatus:
 
     Attributes:
         stream: its name.
-        summary: what the model has of it.
-        idle_seconds: since its last frame was answered.
-        history: its last frames, the oldest first.
+        summary: the model's summary of it.
+        idle_seconds: seconds since its last frame was answered.
+        history: its recent frames, oldest first.
     """
 
     stream: str
@@ -124,7 +124,7 @@ class _Request:
 
 @dataclass
 class _Stream:
-    """What is known of a stream beside what the model holds."""
+    """What the service knows about a stream, besides what the model holds."""
 
     waiting: collections.deque[_Request] = field(default_factory=collections.deque)
     number: int = -1  # of its last frame
@@ -139,22 +139,36 @@ class _Stream:
 class Service:
     """A queue in front of a patched model, for one event loop.
 
-    Frames of a stream are encoded in the order in which they came. Streams take turns, and what waits of all of them
-    goes through the model together, up to `most` frames in a pass; the first waits `window_ms` for others.
+    Frames of a stream are encoded in order of arrival. Streams take turns; whatever waits is encoded together, up to
+    `most` frames in a pass. The first frame waits up to `window_ms` for others.
 
     Args:
         model: a vision tower, patched with `streams`.
-        preprocess: gives its input.
-        streams: their limits. A new stream is refused while there are `max_streams` that are not idle, so that nobody
-            can push others out by opening more.
-        window_ms: how long a frame waits for those of other streams.
-        most: how many frames a pass has, unless a single request has more.
-        queue: how many requests wait, of one stream at most a quarter of it. Nothing more is taken either while so many
-            frames wait, of clips.
-        state: a directory, which is there, where the streams are kept from `stop` to `start`.
+        preprocess: makes its input.
+        streams: the limits. While `max_streams` streams are open and none is idle, new ones are refused, so that nobody
+            can push out others by opening more.
+        window_ms: time a frame waits for those of other streams, in milliseconds.
+        most: maximum number of frames in a pass, unless a single request has more.
+        queue: maximum number of waiting requests, at most a quarter of it from one stream. Also the number of waiting
+            frames, as in clips, at which no more are accepted.
+        state: an existing directory in which streams are kept from `stop` to `start`; None keeps none.
 
     Attributes:
-        metrics: what Prometheus is told.
+        metrics: the metrics for Prometheus.
+
+    Example:
+        >>> import asyncio
+        >>> from neuroflow.serve.service import Service
+        >>> from neuroflow.video.preprocess import Preprocessor
+        >>> async def embed(frame):
+        ...     streams = neuroflow.StreamCache(max_streams=64)
+        ...     service = Service(neuroflow.enable_cache(model, streams=streams), Preprocessor(32, 32), streams)
+        ...     await service.start()
+        ...     (answer,) = await service.encode("cam-7", lambda: frame)
+        ...     await service.stop()
+        ...     return answer
+        >>> asyncio.run(embed(frame)).key_frame
+        'first'
     """
 
     def __init__(
@@ -177,7 +191,7 @@ class Service:
         self._most = most
         self._queue = queue
         self._state = None if state is None else state / "streams.safetensors"
-        self._streams: dict[str, _Stream] = {}  # whose turn it is first
+        self._streams: dict[str, _Stream] = {}  # the one whose turn is next comes first
         self._queued = 0
         self._ready = asyncio.Event()
         self._stopping = False
@@ -187,24 +201,24 @@ class Service:
 
     @property
     def running(self) -> bool:
-        """It takes frames."""
+        """Whether the service accepts frames."""
         return self._task is not None and not self._task.done() and not self._stopping
 
     async def start(self) -> None:
-        """Take up the streams that an earlier service has left, run the model once, and begin."""
+        """Load the streams that an earlier service saved, warm up the model, and begin."""
         await asyncio.get_running_loop().run_in_executor(self._encoder, self._warm_up)
         if self._state is not None and self._state.exists():
             try:
                 neuroflow.load_state(self._model, self._state)
             except ValueError as error:
-                warnings.warn(f"{error}; all streams begin anew", stacklevel=2)
+                warnings.warn(f"{error}; all streams start over", stacklevel=2)
         for name, summary in neuroflow.summary(self._model).streams.items():
             number = summary.frames - 1 if summary.frame_id is None else summary.frame_id
             self._streams[str(name)] = _Stream(number=number)
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Answer what waits, take nothing more, and keep the streams where they are to be kept.
+        """Answer waiting requests, accept no more, and save the streams if there is a `state` directory.
 
         Raises:
             OutputError: the streams cannot be written.
@@ -223,15 +237,17 @@ class Service:
         """Encode the next frames of a stream.
 
         Args:
-            stream: its name; a new one is opened.
-            decode: gives [T, 3, H, W] float32, the model's input; called in another thread.
-            frame: the number of the first; None for the one after the last. The numbers that were answered last are
-                answered again as they were, so that a request can be repeated; others than those that follow make a key
-                frame, as frames were lost.
+            stream: its name; an unknown one is opened.
+            decode: returns the model's input, [T, 3, H, W] float32; called in another thread.
+            frame: number of the first frame; None for the one after the last. Numbers that were just answered get the
+                same answer again, so that a request can be repeated. A gap makes a key frame, because frames were lost.
+
+        Returns:
+            an answer for each frame.
 
         Raises:
-            Full: the queue is full, as many streams as may be are open, or the service stops.
-            Exception: what `decode` or the model raises. Other requests are none the worse for it.
+            Full: the queue is full, the maximum number of streams is open, or the service is stopping.
+            Exception: whatever `decode` or the model raises. Other requests are not affected.
         """
         if not self.running:
             raise Full("the service is stopping; try again at its successor", 1.0)
@@ -245,7 +261,9 @@ class Service:
                 return of_stream.answers
         if self._queued >= self._queue or len(of_stream.waiting) >= max(self._queue // 4, 1):
             self._forget_unused(stream)
-            raise Full(f"{self._queued} requests wait, {len(of_stream.waiting)} of this stream; slow down", 1.0)
+            raise Full(
+                f"{self._queued} requests are waiting, {len(of_stream.waiting)} of them for this stream; slow down", 1.0
+            )
         request = _Request(stream, frame, time.monotonic(), loop.create_future())
         of_stream.waiting.append(request)
         self._queued += 1
@@ -254,14 +272,14 @@ class Service:
             pixels = await loop.run_in_executor(self._decoders, decode)
             frames = self._frames_waiting()
             if frames >= self._queue:
-                raise Full(f"{frames} frames wait; slow down, or send shorter clips", 1.0)
+                raise Full(f"{frames} frames are waiting; slow down, or send shorter clips", 1.0)
         except BaseException as error:
             self._take(request)
             self._forget_unused(stream)
             self._ready.set()
             if isinstance(error, Exception):
                 request.future.set_exception(error)
-                request.future.exception()  # so that it was looked at, if nobody repeats the request
+                request.future.exception()  # marks it as retrieved, in case nobody repeats the request
             else:
                 request.future.cancel()
             raise
@@ -270,7 +288,7 @@ class Service:
         return await asyncio.shield(request.future)
 
     def streams(self) -> list[StreamStatus]:
-        """All that are open, by name."""
+        """All open streams, by name."""
         now = time.monotonic()
         summaries = neuroflow.summary(self._model).streams
         return [
@@ -280,7 +298,7 @@ class Service:
         ]
 
     def status(self, stream: str) -> StreamStatus:
-        """One of them; a picture of its frames is kept from now on, for a while.
+        """The status of one stream. An image of its frames is kept from now on, for a while.
 
         Raises:
             KeyError: it is not open.
@@ -290,7 +308,7 @@ class Service:
         return by_name[stream]
 
     def picture(self, stream: str) -> np.ndarray | None:
-        """What the model saw of a stream last, [H, W, 3] uint8; None until a frame came after this was asked for.
+        """The model's last input from a stream, [H, W, 3] uint8; None until the next frame after a first call.
 
         Raises:
             KeyError: it is not open.
@@ -314,7 +332,7 @@ class Service:
 
     @property
     def state_bytes(self) -> int:
-        """What the streams hold."""
+        """Memory that the streams hold, in bytes."""
         return self._cache.state_bytes
 
     def _open(self, stream: str) -> _Stream:
@@ -328,13 +346,13 @@ class Service:
             longest, oldest = max(idle, default=(0.0, None))
             if oldest is None or longest < patience:
                 soon = min(patience - longest, 60.0)
-                raise Full(f"{most} streams are open, as many as may be; DELETE one, or raise --max-streams", soon)
-            del self._streams[oldest]  # and the cache closes it for the new one
+                raise Full(f"{most} streams are open, the maximum; DELETE one, or raise --max-streams", soon)
+            del self._streams[oldest]  # the cache then closes it to make room
         self._streams[stream] = _Stream()
         return self._streams[stream]
 
     def _forget_unused(self, *names: str) -> None:
-        """Forget streams that neither wait nor are open in the model."""
+        """Forget streams that have no waiting request and are not open in the model."""
         for name in names:
             if name in self._streams and not self._streams[name].waiting and name not in self._cache:
                 del self._streams[name]
@@ -384,11 +402,11 @@ class Service:
                 frames += count
             depth += 1
         for name in dict.fromkeys(request.stream for request in batch):
-            self._streams[name] = self._streams.pop(name)  # behind those that have waited longer
+            self._streams[name] = self._streams.pop(name)  # after those that have waited longer
         return batch
 
     def _encode(self, batch: list[_Request], begun: float) -> list[list[Answer] | Exception]:
-        """The answers to requests, or what went wrong with each; where a pass fails, each is tried alone."""
+        """The answers to requests, or the error of each; if a pass fails, each request is tried alone."""
         try:
             return self._pass(batch, begun)
         except Exception as error:
@@ -459,7 +477,7 @@ class Service:
             request.future.set_result(list(outcome))
 
     def _warm_up(self) -> None:
-        """So that the first frame of a camera does not wait for what is measured and packed at the first call."""
+        """Measure and pack kernels now, so that the first frame of a camera does not wait for it."""
         pixels = torch.zeros(1, 3, self.preprocess.height, self.preprocess.width)
         weight = next(self._model.parameters())
         pixels = pixels.to(weight.device, weight.dtype)
@@ -471,5 +489,5 @@ class Service:
 
 
 def _as_answered(summary: neuroflow.StreamSummary, report: neuroflow.FrameReport | None) -> neuroflow.StreamSummary:
-    """With the patches of the last frame that was answered, where the model is at the next one already."""
+    """The summary as of the last answered frame, since the model may already be at the next one."""
     return summary if report is None else replace(summary, active=report.active, surprise=report.surprise)

@@ -1,8 +1,8 @@
-"""Qwen2.5-VL and Qwen3-VL in vLLM, with towers that encode of a video what changes.
+"""Qwen2.5-VL and Qwen3-VL in vLLM, with vision towers that encode only what changes in a video.
 
-A video is a clip: it begins with a key frame and leaves nothing behind. One that belongs to a stream goes on where the
-stream's last video ended. What it is encoded to then depends on what came before, so that vLLM's caches must not take
-it for another with the same content: it gets an identifier of its own.
+A video is a clip: it starts with a key frame and leaves no state behind. A video that belongs to a stream continues
+where the stream's last video ended. Its features then depend on what came before, so vLLM's caches must not confuse it
+with another video of the same content: it gets an identifier of its own.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ logger = init_logger("vllm.neuroflow")
 
 STREAM = "neuroflow_stream"  # a video's field that holds the name of its stream, UTF-8 in uint8; empty: none
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
-CHUNK = re.compile(rf"({NAME.pattern})/\d+")  # an identifier that says whose next video it is
-MOST_STREAMS = 16  # where nothing else is asked for; those of a large tower take some 100 MB each
-LOGGED = 10.0  # seconds from one line to the next, at least
+CHUNK = re.compile(rf"({NAME.pattern})/\d+")  # an identifier that names the stream of a video
+MOST_STREAMS = 16  # by default; each takes some 100 MB with a large tower
+LOGGED = 10.0  # minimum time between log lines, in seconds
 
-# Of the request that a processor is at work on, and of the call that the model is: each video's stream, None: none.
+# The stream of each video, or None, in the request being processed and in the model's current call.
 _asked: ContextVar[list[str | None] | None] = ContextVar("neuroflow_vllm_asked", default=None)
 _named: ContextVar[list[str | None] | None] = ContextVar("neuroflow_vllm_named", default=None)
 _videos: ContextVar[list[str | None] | None] = ContextVar("neuroflow_vllm_videos", default=None)  # None: no videos
@@ -52,17 +52,17 @@ def _where(variable: ContextVar, value: Any) -> Iterator[None]:
 
 
 class Processor:
-    """What a processor of vLLM has to do beside its work: it knows streams by requests, and keeps their videos apart.
+    """What a vLLM processor does in addition: read streams from requests, and keep their videos apart.
 
-    A request names the stream of its videos by `mm_processor_kwargs={"stream": "cam-7"}`, or of each by an identifier
-    such as "cam-7/000123" in `multi_modal_uuids`.
+    A request names the stream of its videos by `mm_processor_kwargs={"stream": "cam-7"}`, or of each video by an
+    identifier such as "cam-7/000123" in `multi_modal_uuids`.
     """
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """As vLLM's.
+        """Like vLLM's.
 
         Raises:
-            ValueError: a name that is none; a stream where no video is, or where the ranks share out videos.
+            ValueError: an invalid name; a stream without a video; or a stream while the ranks divide videos among them.
         """
         options = dict(inputs.hf_processor_mm_kwargs)
         stream = options.pop("stream", None)
@@ -88,7 +88,7 @@ class Processor:
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         processed, names = super()._apply_hf_processor_main(mm_items, hf_kwargs), _asked.get()
-        if names is not None:  # of all videos, as nothing of theirs is cached
+        if names is not None:  # for all videos, since none is cached
             processed[STREAM] = [torch.tensor(list((name or "").encode()), dtype=torch.uint8) for name in names]
         return processed
 
@@ -102,17 +102,17 @@ class Processor:
 
 
 class Videos:
-    """What encodes the videos of one model, one after the other, and says how much of them was skipped.
+    """Encode the videos of one model, one after the other, and log how much was skipped.
 
-    Stands in front of the tower's forward: images, and whatever is recorded as CUDA graphs, run as before.
+    This replaces the tower's forward. Images, and whatever is recorded as CUDA graphs, run as before.
 
     Args:
-        tower: vLLM's, not patched.
-        config: what its videos run under.
-        streams: keeps the streams within its limits.
+        tower: vLLM's, unpatched.
+        config: the configuration for its videos.
+        streams: holds the streams within its limits.
 
     Raises:
-        ValueError: a configuration that the tower cannot have.
+        ValueError: a configuration that the tower does not support.
     """
 
     def __init__(self, tower: nn.Module, config: NeuroFlowConfig, streams: StreamCache) -> None:
@@ -127,15 +127,15 @@ class Videos:
     def encode(
         self, x: torch.Tensor, grid_thw: Any, *, encoder_metadata: dict[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """As the tower's forward: patches [sum of T * H * W, values] of videos T x H x W, end to end."""
+        """Like the tower's forward: patches [sum of T * H * W, values] of videos T x H x W, end to end."""
         names = _videos.get()
         if names is None:
             return self._as_before(x, grid_thw, encoder_metadata=encoder_metadata)
         sizes = grid_thw.tolist() if isinstance(grid_thw, torch.Tensor) else grid_thw
-        if len(names) != len(sizes):  # some of them, where ranks share out those without names
+        if len(names) != len(sizes):  # some of them, if ranks divide videos without names
             names = [None] * len(sizes)
         parts = x.split([math.prod(size) for size in sizes])
-        # Each by itself, so that none depends on what else is asked for at the time.
+        # One at a time, so that none depends on what else is requested.
         features = [self._encode_one(*each) for each in zip(parts, sizes, names, strict=True)]
         self._log()
         return features[0] if len(features) == 1 else torch.cat(features)
@@ -144,7 +144,7 @@ class Videos:
         begin = _now(x.device)
         steps, patches = size[0], math.prod(size)
         active = patches
-        if name is None and steps == 1:  # with nothing to follow
+        if name is None and steps == 1:  # nothing follows it
             features = self._as_before(x, [size])
         else:
             try:
@@ -179,7 +179,7 @@ class Videos:
 
 
 def _now(device: torch.device) -> Any:
-    """The time, or on a GPU an event, which nothing waits for."""
+    """The time, or on a GPU an event, so that nothing waits."""
     if device.type == "cpu":
         return time.perf_counter()
     event = torch.Event(device, enable_timing=True)
@@ -195,11 +195,11 @@ def _milliseconds(begin: Any, end: Any) -> float:
 
 
 def _settings(vllm_config: VllmConfig) -> tuple[NeuroFlowConfig | None, StreamCache]:
-    """What `--hf-overrides '{"neuroflow": {...}, "neuroflow_streams": {...}}'` or the file NEUROFLOW_CONFIG says.
+    """Settings from `--hf-overrides '{"neuroflow": {...}, "neuroflow_streams": {...}}'` or the file NEUROFLOW_CONFIG.
 
     Raises:
         TypeError: a limit that `StreamCache` does not have.
-        ValueError: a configuration or limits that cannot be.
+        ValueError: an invalid configuration or limit.
     """
     overrides, path = vllm_config.model_config.hf_config, os.environ.get("NEUROFLOW_CONFIG")
     fields = getattr(overrides, "neuroflow", None)
@@ -210,12 +210,12 @@ def _settings(vllm_config: VllmConfig) -> tuple[NeuroFlowConfig | None, StreamCa
         config = NeuroFlowConfig.from_fields(fields)
     else:
         config = NeuroFlowConfig() if path is None else NeuroFlowConfig.load(path)
-    # What NeuroFlow records as CUDA graphs are live frames, and vLLM has graphs of its own.
+    # NeuroFlow records CUDA graphs for live frames, and vLLM has its own.
     return dataclasses.replace(config, launch="eager"), StreamCache(**limits)
 
 
 class Model:
-    """What a model of vLLM has to do beside its work: its videos go through `Videos`."""
+    """What a vLLM model does in addition: its videos go through `Videos`."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -231,10 +231,10 @@ class Model:
             (lora is not None and lora.enable_tower_connector_lora, "enable_tower_connector_lora"),
         ):
             if given:
-                logger.warning("NeuroFlow: nothing is skipped, as the tower cannot be patched under %s", option)
+                logger.warning("NeuroFlow: nothing is skipped, because the tower cannot be patched under %s", option)
                 return None
         if vllm_config.parallel_config.tensor_parallel_size > 1:
-            config = config.reproducible()  # the ranks have to choose the same patches
+            config = config.reproducible()  # all ranks must choose the same patches
         rule = f"threshold {config.threshold}" if config.budget is None else f"budget {config.budget}"
         logger.info("NeuroFlow: videos are encoded by %s, %s; images as before", config.arch, rule)
         return Videos(self.visual, config, streams)

@@ -1,4 +1,4 @@
-"""The plugin of vLLM, which every of its processes loads: it imports no model before one is asked for."""
+"""The vLLM plugin. Every vLLM process loads it, so it imports a model only when one is asked for."""
 
 ARCHITECTURES = (
     "Qwen2_5_VLForConditionalGeneration",
@@ -8,7 +8,17 @@ ARCHITECTURES = (
 
 
 def register() -> None:
-    """Put `neuroflow.serve.vllm`'s models in the place of vLLM's own, as far as this release has them."""
+    """Replace vLLM's own models by those of `neuroflow.serve.vllm`, as far as this release of vLLM has them.
+
+    vLLM calls it through the entry point `vllm.general_plugins`.
+
+    Raises:
+        ImportError: vLLM is not installed.
+
+    Example:
+        >>> from neuroflow.serve.vllm_plugin import register
+        >>> register()  # doctest: +SKIP
+    """
     from vllm import ModelRegistry
 
     for name in ARCHITECTURES:

@@ -1,4 +1,4 @@
-"""The drawn street: scenes of known classes, and the tower that comes with the package, a small SigLIP that knows them.
+"""The drawn street: scenes of known classes, and the small SigLIP in the package that knows them.
 
 Drawing needs the `video` extra.
 """
@@ -14,11 +14,11 @@ STREET = Path(__file__).parent / "weights"
 
 
 def load_street(directory: Path = STREET) -> tuple[SiglipVisionModel, ClassHead]:
-    """The tower in `directory`, in float32 and evaluation mode, and its classes."""
+    """Load the tower in `directory`, in float32 and evaluation mode, and its classes."""
     model = SiglipVisionModel.from_pretrained(directory, dtype=torch.float32)
     return model.eval(), load_classes(directory)
 
 
 def load_classes(directory: Path = STREET) -> ClassHead:
-    """The classes of the tower in `directory`."""
+    """Load the classes of the tower in `directory`."""
     return read_classes(directory / "classes.safetensors")

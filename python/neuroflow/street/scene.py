@@ -1,4 +1,4 @@
-"""Labelled scenes that the project draws itself: one subject of a known class, on a trajectory, before a camera."""
+"""Labelled scenes that the project draws: one subject of a known class, on a trajectory, in front of a camera."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ RATE = Fraction(30)
 CLASSES = tuple(KINDS)
 TRAJECTORIES = ("local", "traversal", "arc", "oscillation", "stop-and-go")
 CAMERAS = ("static", "noise", "exposure", "pan", "cut")
-# Steps in which a subject is redrawn: of a turn of its wheels, of its turn about the vertical, and in degrees of tilt.
+# Steps at which a subject is redrawn: of a wheel's turn, of its turn about the vertical, and in degrees of tilt.
 PHASES, TURNS, DEGREES = 12, 20, 1.5
 PLANTS, SKIES = (0.06, 0.42), ((0.5, 0.68), (0.5, 0.68), (0.03, 0.14))
 SCENES_PER_SEED = 1_000_000
@@ -24,15 +24,15 @@ SCENES_PER_SEED = 1_000_000
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn: `subject` of CLASSES, `trajectory` of TRAJECTORIES, `camera` of CAMERAS, all else from `seed`.
+    """What to draw: names from CLASSES, TRAJECTORIES and CAMERAS, and a seed for the rest.
 
-    Trajectories: "local", waving, bobbing and turning within its own place; "traversal" across the picture and out of
-    it; "arc", across and up and down; "oscillation", to and fro; "stop-and-go", across with halts. Cameras: "static";
-    "noise", a static one with a noisier sensor; "exposure", whose brightness drifts; "pan"; "cut", a cut to another
-    place, where the subject goes on or one of another class appears.
+    Trajectories: "local", waving, bobbing and turning in place; "traversal", across the picture and out of it; "arc",
+    across, up and down; "oscillation", to and fro; "stop-and-go", across with halts. Cameras: "static"; "noise", static
+    with a noisier sensor; "exposure", with drifting brightness; "pan"; "cut", a cut to another place, where the subject
+    continues or one of another class appears.
 
     Raises:
-        ValueError: a name outside of those.
+        ValueError: an unknown name, or a negative seed.
     """
 
     subject: str
@@ -49,12 +49,12 @@ class Scene:
 
 
 def scenes(count: int, seed: int = 0, *, held_out: bool = False) -> list[Scene]:
-    """Scenes of every class, trajectory and camera in turn; 300 hold every combination once.
+    """Scenes of every class, trajectory and camera in turn; 300 contain every combination once.
 
-    Training and held-out scenes have no seed, and so no background, in common.
+    Training and held-out scenes share no seed, and so no background.
 
     Raises:
-        ValueError: a count below 1 or over SCENES_PER_SEED, or a negative seed.
+        ValueError: a count below 1 or above SCENES_PER_SEED, or a negative seed.
     """
     if not 1 <= count <= SCENES_PER_SEED:
         raise ValueError(f"count is {count}; accepted is 1 to {SCENES_PER_SEED}")
@@ -74,19 +74,19 @@ def scenes(count: int, seed: int = 0, *, held_out: bool = False) -> list[Scene]:
 
 
 def draw_scene(scene: Scene, frames: int = 120, size: int = 224) -> Iterator[tuple[np.ndarray, int]]:
-    """The scene's frames [size, size, 3] uint8, each with its label; the same arguments give the same frames.
+    """Draw a scene's frames [size, size, 3] uint8, each with its label; the same arguments give the same frames.
 
-    A label is an index into CLASSES, or -1 where less than half of the subject is in the picture.
+    A label is an index into CLASSES, or -1 if less than half of the subject is in view.
 
     Raises:
-        ValueError: frames below 2, or a size below 64 or odd.
+        ValueError: fewer than 2 frames, or a size below 64 or odd.
     """
     stage = Stage(scene, frames, size)
     return (stage.draw(number) for number in range(frames))
 
 
 def write_scene(path: Path, scene: Scene, frames: int = 120, size: int = 224) -> list[int]:
-    """`draw_scene` encoded as an MP4 of 30 frames a second; the labels."""
+    """Write `draw_scene` as an MP4 at 30 frames a second, and return the labels."""
     labels = []
     with VideoWriter(path, RATE) as writer:
         for image, label in draw_scene(scene, frames, size):
@@ -95,13 +95,13 @@ def write_scene(path: Path, scene: Scene, frames: int = 120, size: int = 224) ->
     return labels
 
 
-# What stirs, for a frame's number: a sprite, and its left and top in the background's pixels.
+# A moving thing: frame number -> its sprite, and its left and top in the background's pixels.
 Stirring = Callable[[int], tuple[np.ndarray, float, float]]
 
 
 @dataclass(frozen=True)
 class Motion:
-    """Where a subject is in each frame, all [frames]: its centre by the picture's size, and how it is drawn there."""
+    """A subject's centre in each frame, relative to the picture's size, and its pose there; all [frames]."""
 
     x: np.ndarray
     y: np.ndarray
@@ -112,7 +112,7 @@ class Motion:
 
 @dataclass(frozen=True)
 class Act:
-    """A background [size, width, 3], what stirs in it, and the subject that plays before it."""
+    """A background [size, width, 3], the moving things in it, and the subject in front of it."""
 
     background: np.ndarray
     stirring: list[Stirring]
@@ -122,15 +122,15 @@ class Act:
 
 
 class Stage:
-    """A scene made ready to draw any of its frames.
+    """A scene, prepared so that any frame can be drawn.
 
     Args:
-        scene: what is drawn.
-        frames: how many there are.
+        scene: what to draw.
+        frames: number of frames.
         size: height and width of a frame, in pixels.
 
     Raises:
-        ValueError: frames below 2, or a size below 64 or odd.
+        ValueError: fewer than 2 frames, or a size below 64 or odd.
     """
 
     def __init__(self, scene: Scene, frames: int = 120, size: int = 224) -> None:
@@ -184,14 +184,14 @@ class Stage:
         return picture.clip(0, 255).astype(np.uint8), label
 
     def box(self, number: int) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of the subject in frame `number`, in pixels; it may lie outside."""
+        """Left, top, right and bottom of the subject in frame `number`, in pixels; it may lie outside the frame."""
         act, moment = self._moment(number)
         height, width = self._subject(act, moment).shape[:2]
         x, y = act.motion.x[moment] * self._size, act.motion.y[moment] * self._size
         return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
     def _moment(self, number: int) -> tuple[Act, int]:
-        """The act that frame `number` belongs to, and its number there."""
+        """The act that frame `number` belongs to, and its index there."""
         return (self._acts[0], number) if number < self._cut else (self._acts[1], number - self._cut)
 
     def _subject(self, act: Act, moment: int) -> np.ndarray:
@@ -205,7 +205,7 @@ class Stage:
 
 @functools.cache
 def _grain(size: int) -> np.ndarray:
-    """Normal noise for twice a picture's pixels; a frame takes its own part of it."""
+    """Normal noise for twice a picture's pixels; each frame takes its own part of it."""
     return np.random.default_rng(0).standard_normal(2 * size * size * 3, dtype=np.float32)
 
 

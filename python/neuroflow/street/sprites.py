@@ -1,4 +1,4 @@
-"""The subjects of the drawn scenes: twelve classes, each distinct by its shape, in any paint and at any size."""
+"""The subjects of the drawn scenes: twelve classes of distinct shape, in any paint and at any size."""
 
 import colorsys
 from collections.abc import Callable
@@ -15,7 +15,7 @@ TYRE, RIM, GLASS, STEEL = (24, 24, 26), (168, 170, 174), (46, 58, 70), (90, 92, 
 
 @dataclass(frozen=True)
 class Look:
-    """What sets one subject apart from others of its class; `shape`: six numbers from 0 to 1."""
+    """What distinguishes a subject from others of its class; `shape` is six numbers from 0 to 1."""
 
     subject: str
     paint: Colour
@@ -29,10 +29,10 @@ class Kind:
 
     Attributes:
         paint: draws it, heading right, in units of its height.
-        aspect: its width by its height.
-        height: its usual height, by that of the picture.
-        flies: it keeps to the upper part of the picture.
-        stride: how far it goes in one turn of its wheels, legs or wings, by its height.
+        aspect: width / height.
+        height: usual height, relative to the picture's.
+        flies: it stays in the upper part of the picture.
+        stride: distance in one turn of its wheels, legs or wings, relative to its height.
     """
 
     paint: Callable[["Pen", Look, float], None]
@@ -43,7 +43,7 @@ class Kind:
 
 
 class Pen:
-    """Draws on a transparent image in units of its height, from the left and top."""
+    """Draws on a transparent image in units of its height, from the top left."""
 
     def __init__(self, aspect: float, height: float) -> None:
         self.width = aspect
@@ -56,7 +56,7 @@ class Pen:
         self._draw.rounded_rectangle(edges, corner * self._unit, fill=fill)
 
     def disc(self, x: float, y: float, across: float, fill: tuple, down: float | None = None) -> None:
-        """An ellipse about x, y, of the radii `across` and `down`, a circle without the latter."""
+        """An ellipse around x, y with radii `across` and `down`; a circle without the latter."""
         down = across if down is None else down
         self._draw.ellipse([edge * self._unit for edge in (x - across, y - down, x + across, y + down)], fill=fill)
 
@@ -103,13 +103,13 @@ def random_look(subject: str, random: np.random.Generator) -> Look:
 
 
 def draw_subject(look: Look, height: float, phase: float, tilt: float, turn: float) -> np.ndarray:
-    """A subject as a sprite.
+    """Draw a subject as a sprite.
 
     Args:
-        look: which one.
-        height: upright, in pixels.
+        look: its look.
+        height: height when upright, in pixels.
         phase: of its wheels, legs or wings, in turns.
-        tilt: degrees anticlockwise.
+        tilt: in degrees, anticlockwise.
         turn: cosine of its turn about the vertical; -1 heads left.
     """
     kind = KINDS[look.subject]
@@ -126,14 +126,14 @@ def draw_subject(look: Look, height: float, phase: float, tilt: float, turn: flo
 
 
 def sprite(image: Image.Image) -> np.ndarray:
-    """Colour multiplied by coverage, and coverage 0 to 1: [height, width, 4] float32, of an RGBA image."""
+    """Premultiplied colour and coverage, 0 to 1, of an RGBA image: [height, width, 4] float32."""
     small = np.asarray(image.reduce(SUPERSAMPLING), np.float32)
     coverage = small[..., 3:] / 255
     return np.concatenate([small[..., :3] * coverage, coverage], 2)
 
 
 def paste(picture: np.ndarray, sprite: np.ndarray, left: float, top: float) -> float:
-    """Lay a sprite into picture [H, W, 3] float32, at fractions of a pixel; the share of it that lies inside."""
+    """Paste a sprite into picture [H, W, 3] float32 at sub-pixel positions; returns the share of it that is inside."""
     column, row = int(np.floor(left)), int(np.floor(top))
     across, down = np.float32(left - column), np.float32(top - row)
     moved = np.pad(sprite * (1 - across), ((0, 1), (0, 1), (0, 0)))

@@ -1,1 +1,1 @@
-"""From a file, a directory or a camera to pixels, and from results to files. Needs the `video` extra."""
+"""Frames from files, directories and cameras to pixels, and results to files. Needs the `video` extra."""

@@ -1,4 +1,4 @@
-"""Preparing a model's input, in a thread of its own while the model works."""
+"""Prepare a model's input in another thread while the model works."""
 
 import collections
 import threading
@@ -18,9 +18,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A frame and the input made of it, [1, 3, height, width] float32, with the milliseconds that each took.
+    """A frame, its model input, [1, 3, height, width] float32, and the milliseconds that each took.
 
-    `region` is what of the frame is in it: left, top, right and bottom edge in the frame's pixels.
+    `region` is the part of the frame that the input shows: left, top, right and bottom edge, in the frame's pixels.
     """
 
     frame: Frame
@@ -31,7 +31,7 @@ class Prepared:
 
 
 def prepare(frames: Iterable[Frame], preprocess: Preprocessor) -> Iterator[Prepared]:
-    """Every frame as the model takes it."""
+    """Preprocess every frame."""
     start = time.perf_counter()
     for frame in frames:
         decoded = time.perf_counter()
@@ -42,15 +42,15 @@ def prepare(frames: Iterable[Frame], preprocess: Preprocessor) -> Iterator[Prepa
 
 
 class ReadAhead(Generic[Item]):
-    """Runs an iterator in a thread, up to `depth` items ahead of its one reader, which gets every item, in order.
+    """Run an iterator in a thread, up to `depth` items ahead of a single reader, which gets every item in order.
 
-    What the iterator raises reaches the reader after the items before it. The thread ends with the iterator or with the
-    `with` block, whichever comes first; one that hangs in the iterator then is given `patience` seconds, and left.
+    An error in the iterator reaches the reader after the items before it. The thread ends with the iterator or with the
+    `with` block. If it hangs in the iterator at the end of the block, it gets `patience` seconds and is then abandoned.
 
     Args:
-        items: what is iterated; nobody else may while the thread runs.
-        depth: how many items wait at most.
-        patience: seconds.
+        items: the iterator; nobody else may use it while the thread runs.
+        depth: maximum number of waiting items.
+        patience: seconds to wait for the thread at the end.
     """
 
     def __init__(self, items: Iterator[Item], *, depth: int = 3, patience: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""Labelled clips in class folders: which there are, and their frames as a model takes them."""
+"""Labelled clips in class folders, and their frames as a model takes them."""
 
 import contextlib
 import itertools
@@ -15,7 +15,7 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".web
 
 
 class Clip(NamedTuple):
-    """A labelled clip: `name` is its path below the folder, with slashes; `label` the name of its class folder."""
+    """A labelled clip: `name` is its path below the folder, with slashes; `label` is the name of its class folder."""
 
     path: Path
     name: str
@@ -23,20 +23,20 @@ class Clip(NamedTuple):
 
 
 def find_clips(folder: Path, testlist: Path | None = None) -> tuple[list[str], list[Clip]]:
-    """The classes and clips of a folder in UCF-101's layout: a folder for each class, which holds its clips.
+    """The classes and clips of a folder in UCF-101's layout: one folder for each class, with its clips.
 
-    A clip is a video file, or a directory of images; what is hidden is none.
+    A clip is a video file or a directory of images; hidden ones are ignored.
 
     Args:
         folder: holds the class folders.
-        testlist: names the clips that count, one a line, as `ClassName/clip.avi`; a number after it is passed over.
-            Every class folder is a class all the same.
+        testlist: lists the clips to use, one per line, as `ClassName/clip.avi`; a number after it is ignored. The
+            classes are still all class folders.
 
     Returns:
-        the names of all class folders, and the clips, 2 before 10 or in the order of the list.
+        the names of all class folders, and the clips, in natural order or in the order of the list.
 
     Raises:
-        ValueError: no class folder or no clip; a list that cannot be read, or names what is not there.
+        ValueError: no class folder or no clip; a list that cannot be read, or names a missing clip.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such directory; give one that holds a folder of clips for each class")
@@ -55,7 +55,7 @@ def find_clips(folder: Path, testlist: Path | None = None) -> tuple[list[str], l
         names = _read_testlist(testlist)
         absent = [name for name in names if not (folder / name).exists()]
         if absent:
-            message = f"{len(absent)} of the {len(names)} clips that it names are not in {folder}, {absent[0]} first"
+            message = f"{len(absent)} of the {len(names)} clips it lists are not in {folder}, {absent[0]} first"
             raise ValueError(f"testlist {testlist}: {message}")
     return labels, [Clip(folder / name, name, name.partition("/")[0]) for name in names]
 
@@ -81,19 +81,19 @@ def _read_testlist(testlist: Path) -> list[str]:
         if name:
             names.append(name)
     if not names:
-        raise ValueError(f"testlist {testlist}: names no clip; give lines as ClassName/clip.avi")
+        raise ValueError(f"testlist {testlist}: lists no clip; give lines such as ClassName/clip.avi")
     return list(dict.fromkeys(names))
 
 
 def read_clip(
     path: Path, preprocess: Preprocessor, frames: int = 16, stride: int = 1, max_pixels: int = MAX_PIXELS
 ) -> torch.Tensor:
-    """A clip's frames 0, stride, 2 stride, ..., `frames` of them or what there is: [T, 3, height, width] float32.
+    """Frames 0, stride, 2 stride, ... of a clip, up to `frames` of them: [T, 3, height, width] float32.
 
-    They are consecutive, not spread over the clip, as a gate compares each with the one before.
+    They are not spread over the clip, because a gate compares each frame with earlier ones.
 
     Raises:
-        SourceError: the clip cannot be decoded that far. One that is shorter is no error.
+        SourceError: the clip cannot be decoded that far. A shorter clip is not an error.
     """
     with contextlib.closing(Source(str(path), max_pixels=max_pixels)) as source:
         chosen = itertools.islice(source, 0, (frames - 1) * stride + 1, stride)

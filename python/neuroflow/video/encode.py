@@ -1,4 +1,4 @@
-"""Writing MP4 through PyAV."""
+"""Write MP4 files with PyAV."""
 
 import contextlib
 import warnings
@@ -12,21 +12,22 @@ import numpy as np
 
 from ..files import OutputError, replacing, writing
 
-TICKS = 60_000  # a second: whole numbers of them at the usual rates, NTSC's too, and no more than MPEG-4 takes
+TICKS = 60_000  # per second: whole at the usual rates, including NTSC's, and no more than MPEG-4 allows
 
 
 class VideoWriter:
-    """An MP4 of RGB frames, H.264 where PyAV's FFmpeg has libx264, else MPEG-4 with a warning.
+    """An MP4 of RGB frames: H.264 if PyAV's FFmpeg has libx264, else MPEG-4 with a warning.
 
-    Written beside `path` under a temporary name, which becomes `path` when the `with` block ends without an error and
-    at least one frame was written; otherwise nothing is left.
+    The file is written under a temporary name and becomes `path` when the `with` block ends without an error and at
+    least one frame was written; otherwise nothing is left.
 
     Args:
         path: the file to write.
-        rate: frames per second, of those that are written without a time.
+        rate: frames per second, for frames written without a time.
 
     Raises:
-        OutputError: it cannot be written, or another process is writing it. So do `write` and the end of the block.
+        OutputError: it cannot be written, or another process is writing it. `write` and the end of the block raise it
+            too.
     """
 
     def __init__(self, path: Path, rate: Fraction) -> None:
@@ -53,13 +54,13 @@ class VideoWriter:
         """Append one frame.
 
         Args:
-            image: [height, width, 3] uint8, of the first one's size, both sides even.
-            time: when it is shown, in seconds, the video beginning at that of the first; None for its turn by the rate.
+            image: [height, width, 3] uint8, the same size for all frames, both sides even.
+            time: when it is shown, in seconds, with the first frame at the start of the video; None follows the rate.
         """
         if not self._frames:
             self._stream.height, self._stream.width = image.shape[:2]
             self._begin = time or 0.0
-            # MP4 adds up how long frames are shown in the order of decoding, and would end before the last ones.
+            # MP4 adds up durations in decoding order, and would end before the last frames with B-frames.
             if time is not None and self._stream.codec_context.name == "libx264":
                 self._stream.options |= {"bf": "0"}
         if time is None:
@@ -85,7 +86,7 @@ class VideoWriter:
                     if complete:
                         self._container.mux(self._stream.encode())
             except OutputError:
-                # What cannot be written is said; but not in the place of what ended the block.
+                # Report a failed write, but not in place of the error that ended the block.
                 if complete:
                     raise
             if not complete:

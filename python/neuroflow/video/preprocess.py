@@ -1,4 +1,4 @@
-"""From frames to a model's `pixel_values`, with the model's own resizing, crop, rescaling and normalisation."""
+"""Turn frames into a model's `pixel_values`, with the model's own resizing, crop, rescaling and normalisation."""
 
 import dataclasses
 import json
@@ -17,19 +17,26 @@ from transformers.utils import cached_file
 from .source import MAX_PIXELS, Frame, SourceError
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-# Where a checkpoint says how its pictures are prepared: the file, and what they stand under in it.
+# Where a checkpoint describes its preprocessing: the file, and the key in it.
 FILES = (("processor_config.json", "image_processor"), ("preprocessor_config.json", None))
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """Resizes by area averaging, then rescales and normalises: (x * rescale - mean) / std.
+    """Resize by area averaging, then rescale and normalise: (x * rescale - mean) / std.
 
-    Without `crop` a frame is resized to height x width, whatever its own shape. With it, `resize` says what to: a short
-    side, its own shape kept, or height and width, or nothing at all; height x width are cut from the middle of that,
-    black where it is smaller.
+    Use one in each thread; it is not safe to share.
 
-    It serves one thread at a time.
+    Args:
+        height: height of the model's input, in pixels.
+        width: its width, in pixels.
+        rescale: factor on pixel values of 0 to 255.
+        mean: of red, green and blue, after rescaling.
+        std: of red, green and blue, after rescaling.
+        crop: cut height x width from the middle of the resized frame, padded with black if it is smaller. False resizes
+            every frame to height x width, whatever its shape.
+        resize: with `crop`, what to resize to first: a short side (keeping the shape), (height, width), or None for no
+            resizing.
     """
 
     height: int
@@ -43,13 +50,13 @@ class Preprocessor:
 
     @classmethod
     def from_pretrained(cls, model: str, usual: "Preprocessor") -> "Preprocessor":
-        """The settings in the `preprocessor_config.json` of a Hugging Face id or local directory.
+        """Read the settings in the `preprocessor_config.json` of a Hugging Face id or local directory.
 
-        What it leaves open is as `usual` has it; where there is no such file, that is everything, with a warning. What
-        it asks for and is not done, as padding, is a warning too.
+        Missing settings come from `usual`; if there is no file, all do, with a warning. Settings that are not
+        supported, such as padding, give a warning.
 
         Raises:
-            ValueError: the file cannot be read, or has a value that cannot be followed.
+            ValueError: the file cannot be read, or has an invalid value.
         """
         settings = _settings(model)
         if settings is None:
@@ -73,7 +80,7 @@ class Preprocessor:
         if not all(followed.values()):
             names = ", ".join(name for name, done in followed.items() if not done)
             instead = f"frames are resized to {width}x{height}, whatever their shape"
-            warnings.warn(f"{settings.path}: {names} is not followed: {instead}", stacklevel=2)
+            warnings.warn(f"{settings.path}: {names} is not supported: {instead}", stacklevel=2)
         return cls(
             height,
             width,
@@ -88,11 +95,11 @@ class Preprocessor:
         return type(self), tuple(getattr(self, each.name) for each in dataclasses.fields(self) if each.init)
 
     def resized(self, height: int, width: int) -> "Preprocessor":
-        """The same, but for frames as a whole that are resized to this."""
+        """A copy that resizes whole frames to this size, without a crop."""
         return dataclasses.replace(self, height=height, width=width, crop=False, resize=None)
 
     def region(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom edge, in its pixels, of what the model sees of a frame of a height and width."""
+        """Left, top, right and bottom edge, in pixels, of what the model sees of a frame of size (height, width)."""
         if not self.crop:
             return 0.0, 0.0, float(size[1]), float(size[0])
         height, width = self.size_before_crop(size)
@@ -101,13 +108,13 @@ class Preprocessor:
         return left * across, top * down, (left + self.width) * across, (top + self.height) * down
 
     def __call__(self, frame: Frame) -> torch.Tensor:
-        """frame -> [1, 3, height, width] float32.
+        """Turn a frame into the model's input, [1, 3, height, width] float32.
 
         Raises:
-            SourceError: a frame so long that its short side cannot be resized as asked.
+            SourceError: a frame so long that resizing its short side would make it too large.
         """
-        # In numpy, as torch would start threads of its own in every thread that prepares frames; in place, and planar
-        # before it is four times as large, as this is bound by memory.
+        # In numpy, since torch would start threads in every thread that prepares frames. In place, and planar before
+        # it grows to four times the size, since this is bound by memory.
         rgb = self._middle(frame) if self.crop else frame.rgb(self.height, self.width, self._reformatter)
         pixels = np.ascontiguousarray(rgb.transpose(2, 0, 1)).astype(np.float32)
         pixels *= np.float32(self.rescale)
@@ -116,12 +123,12 @@ class Preprocessor:
         return torch.from_numpy(pixels[None])
 
     def shown(self, pixels: torch.Tensor) -> np.ndarray:
-        """The picture that a model's input stands for: [3, height, width] -> [height, width, 3] uint8."""
+        """The image behind a model's input: [3, height, width] -> [height, width, 3] uint8."""
         rgb = pixels.float().numpy().transpose(1, 2, 0) * np.float32(self.std) + np.float32(self.mean)
         return np.nan_to_num(rgb / np.float32(self.rescale)).round().clip(0, 255).astype(np.uint8)
 
     def size_before_crop(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The height and width to which a frame of a height and width is resized."""
+        """Height and width that a frame of size (height, width) is resized to before the crop."""
         if isinstance(self.resize, int):
             return tuple(self.resize * side // min(size) for side in size)
         return self.resize or size
@@ -143,7 +150,7 @@ class Preprocessor:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a file says, by name; every method raises ValueError for what cannot be followed."""
+    """The settings in a file; every method raises ValueError for an invalid value."""
 
     path: Path
     values: dict[str, Any]
@@ -174,12 +181,12 @@ class _Settings:
         return tuple(float(each) for each in value)
 
     def keeps_shape(self, name: str) -> bool:
-        """Whether the height and width depend on the frame's."""
+        """Whether height and width depend on the frame's shape."""
         value = self.values.get(name)
         return isinstance(value, dict) and not {"height", "width"} <= value.keys()
 
     def sides(self, name: str) -> int | tuple[int, int] | None:
-        """A short side, or height and width; None where it does not say, or a long side."""
+        """A short side, or height and width; None if not given, or if only a long side is."""
         value = self.values.get(name)
         if value is None:
             return None
@@ -207,7 +214,7 @@ def _settings(model: str) -> _Settings | None:
     for name, key in FILES:
         try:
             path = Path(cached_file(model, name))
-        # There is none, or it is out of reach.
+        # It does not exist, or cannot be reached.
         except (OSError, ValueError):
             continue
         try:

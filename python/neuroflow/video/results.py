@@ -1,4 +1,4 @@
-"""Per-frame results on disk: a journal that survives a kill, and the file made of it when the run succeeds."""
+"""Per-frame results on disk: a journal that survives a kill, and the file made from it when the run succeeds."""
 
 import importlib.util
 import json
@@ -21,20 +21,21 @@ SUFFIXES = (".jsonl", ".npz", ".parquet")
 
 @dataclass(frozen=True)
 class Record:
-    """What came of one frame, besides its embedding.
+    """The result for one frame, besides its embedding.
 
     Attributes:
         frame: index in the source.
-        time_s: its time there, in seconds.
-        skipped: share of the patches that were not encoded, 0 to 1.
-        active: how many were.
-        key_frame: the frame was encoded in full, from nothing.
+        time_s: its time in the source, in seconds.
+        skipped: share of patches that were not encoded, 0 to 1.
+        active: number of patches that were encoded.
+        key_frame: whether the frame was encoded in full, without caches.
         neuroflow_ms: time in the patched model, in milliseconds.
-        dense_ms: time in the unpatched model, None without a comparison.
-        cosine: between the two models' embeddings, None without a comparison.
-        first: the frame began a run, or its continuation; it is dense for that alone, so no statistics count it.
-        predicted: the class that the embedding comes nearest to, None for a model without classes.
-        dense_predicted: that of the unpatched model, None without a comparison.
+        dense_ms: time in the unpatched model; None without a comparison.
+        cosine: between the two models' embeddings; None without a comparison.
+        first: whether it is the first frame of a run or of its continuation, which is dense for that reason alone and
+            excluded from statistics.
+        predicted: the class nearest to the embedding; None for a model without classes.
+        dense_predicted: the unpatched model's; None without a comparison.
     """
 
     frame: int
@@ -51,19 +52,19 @@ class Record:
 
 
 class Results:
-    """The results of one run, journalled frame by frame until `finish` turns them into the file asked for.
+    """The results of one run, journalled frame by frame until `finish` turns them into the requested file.
 
     Args:
         path: the file to write, .jsonl, .npz or .parquet.
-        settings: what the run was made with, of JSON's types; `stride`, which is 1 where it is not among them, says how
-            far apart the frames of a run that is continued are.
-        resume: continue the journal that an unfinished run left.
+        settings: the settings of the run, as JSON types; `stride` (1 if missing) is the distance between frames of a
+            run that is continued.
+        resume: continue the journal of an unfinished run.
 
     Attributes:
         resumed: the records of the run that is continued.
 
     Raises:
-        JournalError: a path that cannot be written, or a journal that was made with other settings or is damaged.
+        JournalError: a path that cannot be written, or a journal that is damaged or was made with other settings.
         OutputError: a path that cannot be written, or that another run is writing.
     """
 
@@ -81,18 +82,18 @@ class Results:
         self._journal = Journal(path, settings, self._take, resume=resume)
 
     def append(self, record: Record, embedding: np.ndarray) -> None:
-        """Note a frame and its embedding, [D] float32. They survive a kill once this has returned.
+        """Record a frame and its embedding, [D] float32. They survive a kill once this has returned.
 
         Raises:
-            JournalError: NaN or Inf in it, or another D than that of the frames before.
+            JournalError: an embedding with NaN or Inf, or with another D than before.
             OutputError: it cannot be written.
         """
         self._require_dimension(len(embedding))
-        # Through float32's own shortest text, which float64's would triple.
+        # As the shortest text of a float32; a float64's would be three times as long.
         self._journal.append({**asdict(record), "embedding": [float(str(value)) for value in embedding]})
 
     def finish(self) -> None:
-        """Write the file asked for in full, then remove the journal. At least one frame has been appended.
+        """Write the requested file, then remove the journal. At least one frame must have been appended.
 
         Raises:
             OutputError: it cannot be written; the journal stays.
@@ -103,24 +104,24 @@ class Results:
         self._journal.remove()
 
     def close(self) -> None:
-        """Leave the journal to be continued by a later run."""
+        """Leave the journal for a later run to continue."""
         self._journal.close()
 
     def _take(self, row: Any) -> None:
-        """A row of the run that is continued."""
+        """Read a row of the run that is continued."""
         record, embedding = _record(row), row["embedding"]
         expected = len(self.resumed) * self._stride
         if record.frame != expected:
-            raise ValueError(f"it has frame {record.frame} where {expected} is due")
+            raise ValueError(f"it has frame {record.frame} in place of {expected}")
         if not embedding or not all(type(value) is float and abs(value) <= LARGEST for value in embedding):
-            raise ValueError(f"the embedding of frame {record.frame} is no list of finite numbers")
+            raise ValueError(f"the embedding of frame {record.frame} is not a list of finite numbers")
         self._require_dimension(len(embedding))
         self.resumed.append(record)
 
     def _require_dimension(self, dimension: int) -> None:
         if dimension != (self._dimension or dimension):
-            message = f"embeddings have {self._dimension} dimensions, and the next frame's has {dimension}"
-            raise JournalError(f"{self._path}: {message}; give the model of the frames before")
+            message = f"embeddings have {self._dimension} dimensions, but the next frame's has {dimension}"
+            raise JournalError(f"{self._path}: {message}; use the model of the earlier frames")
         self._dimension = dimension
 
     def _columns(self) -> tuple[list[Record], np.ndarray]:
@@ -171,7 +172,7 @@ def _record(row: dict) -> Record:
     """The record in a journal's row.
 
     Raises:
-        ValueError: a value that none has.
+        ValueError: an invalid value.
     """
     for name, kind in get_type_hints(Record).items():
         kinds = get_args(kind) or (kind,)

@@ -1,4 +1,4 @@
-"""A recording shot by shot: each is a stream of its own, so that it does not matter who encodes it."""
+"""Encode a recording shot by shot: each shot is its own stream, so any worker can encode it."""
 
 import contextlib
 import dataclasses
@@ -16,21 +16,21 @@ from .ahead import Prepared
 from .preprocess import Preprocessor
 from .stream import STREAM, Encoded, encode_stream
 
-CUT = 0.15  # mean difference of two frames, of black to white, from which on they are of two shots
-SIDE = 16  # of the pictures that are compared: coarse, so that what moves a little makes no difference
+CUT = 0.15  # mean difference of consecutive frames, from 0 to 1 (black to white), above which a new shot begins
+SIDE = 16  # of the compared images, in pixels; coarse, so that small motion makes no difference
 
 
 class Shots:
-    """Which shot a frame belongs to, asked of every frame in order: a key for `itertools.groupby`.
+    """The shot each frame belongs to, asked in order: a key function for `itertools.groupby`.
 
     A shot begins where a frame has little in common with the one before, and where the gate would refresh all patches
-    at once, `max_age` frames after the shot's begin. Both follow from the frames alone, so that whoever begins at the
-    begin of a shot finds the shots that follow as who has seen all before.
+    at once, `max_age` frames after the shot began. Both follow from the frames alone, so a reader that starts at the
+    beginning of a shot finds the same later shots as one that has seen everything before.
 
     Args:
-        preprocess: what makes the frames' input.
+        preprocess: makes the model's input.
         config: the gate's settings.
-        why: the first frame that is asked for begins a shot.
+        why: reason given for the shot that the first frame begins.
     """
 
     def __init__(self, preprocess: Preprocessor, config: NeuroFlowConfig, why: str = "first") -> None:
@@ -41,7 +41,7 @@ class Shots:
         self._shot = 0, why
 
     def __call__(self, prepared: Prepared) -> tuple[int, str]:
-        """The number of the shot's first frame, and why it begins there: "cut", "age", or as of the first."""
+        """(index of the shot's first frame, reason it begins there: "cut", "age", or the one given for the first)."""
         picture = F.adaptive_avg_pool2d(prepared.pixels[0], SIDE) * self._scale
         if self._before is None:
             self._begin(prepared, self._shot[1])
@@ -65,7 +65,7 @@ def encode_shots(
     classes: ClassHead | None = None,
     length: int = 1,
 ) -> Iterator[Encoded]:
-    """As `encode_stream`, but that every shot begins with a key frame, from nothing, and a call of its own."""
+    """Like `encode_stream`, but every shot starts from nothing, with a key frame and its own call."""
     for (begin, why), shot in itertools.groupby(inputs, shots):
         with contextlib.suppress(KeyError):
             reset_cache(model, STREAM)

@@ -26,15 +26,15 @@ from av.video.reformatter import VideoReformatter
 
 MAX_PIXELS = 178_956_970
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-DIRECTORY_RATE = Fraction(25)  # frames per second that a directory of images stands for
-DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each try to open a dropped live source again
-STEADY = 60.0  # seconds after which one that was opened again has all of its tries before it
-# What FFmpeg may open behind an address; a playlist that calls itself a video must not reach from files to the network.
+DIRECTORY_RATE = Fraction(25)  # frames per second of a directory of images
+DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each attempt to reopen a dropped live source
+STEADY = 60.0  # seconds after which a reopened source gets all of its attempts back
+# What FFmpeg may open for an address: a playlist disguised as a video must not reach from files to the network.
 LOCAL = "file,pipe,crypto,data"
 WEB = "http,https,httpproxy,tcp,tls,crypto,data"
 NETWORK = {"http": WEB, "https": WEB, "rtsp": f"rtsp,rtp,srtp,udp,{WEB}", "rtsps": f"rtsp,rtp,srtp,udp,{WEB}"}
 
-# What PNGs are decoded to, and hardly any video.
+# Formats that PNGs decode to, and hardly any video.
 PNG_FORMATS = {"gray", "gray16be", "monob", "pal8", "rgb24", "rgb48be", "rgba", "rgba64be", "ya16be", "ya8"}
 
 T = TypeVar("T")
@@ -61,8 +61,8 @@ class Frame:
     def rgb(self, height: int, width: int, reformatter: VideoReformatter | None = None) -> np.ndarray:
         """The frame, upright, resized by area averaging: [height, width, 3] uint8.
 
-        One who resizes many frames to one size keeps a reformatter for them, in one thread: without, each frame makes
-        its own, which starts threads.
+        To resize many frames to one size, keep one reformatter per thread; without one, every frame makes its own,
+        which starts threads.
         """
         transposed, rows, columns = self._upright
         if transposed:
@@ -75,7 +75,7 @@ class Frame:
 
     @functools.cached_property
     def _upright(self) -> tuple[bool, bool, bool]:
-        """What brings the decoded picture upright: transposing it, then reversing its rows, and its columns."""
+        """How to turn the decoded picture upright: whether to transpose it, then reverse its rows, and its columns."""
         matrix = _side_data(self.picture).get(Type.DISPLAYMATRIX)
         if matrix is None:
             return False, False, False
@@ -86,27 +86,27 @@ class Frame:
 
 
 class Source:
-    """The frames of one source, in order, once.
+    """The frames of one source, in order, readable once.
 
     Files and directories give every frame. Live sources (webcam, RTSP, a network stream without an end) are read in a
-    thread and give the newest frame; the indices of frames that were passed over are missing. One that drops is opened
-    again, up to five times before it has held for a minute, with a warning each; packets of it that cannot be decoded
-    are stepped over, and a warning at the end says how many.
+    thread and give the newest frame; the indices of skipped frames are missing. A live source that drops is reopened,
+    with a warning each time, up to five times until it has held for a minute. Packets that cannot be decoded are
+    skipped, and counted in a warning at the end.
 
-    Times are in the order of presentation and rise from frame to frame. Where a container has none, they are counted by
-    its rate; those of a directory are 25 a second.
+    Times increase from frame to frame, in presentation order. If a container has none, they follow from its rate; a
+    directory counts as 25 frames a second.
 
     Args:
-        address: a video or image file, a directory (its images, those that are hidden left out, 2 before 10), a named
-            pipe, a webcam (`0`, `/dev/video0`), or an http, https, rtsp, rtsps or file URL.
-        max_pixels: frames of more pixels (height x width) are refused, before they are decoded.
-        timeout: seconds to wait for a pipe, a network or a live source, for opening and for each frame.
+        address: a video or image file, a directory of images (in natural order, without hidden files), a named pipe, a
+            webcam (`0`, `/dev/video0`), or an http, https, rtsp, rtsps or file URL.
+        max_pixels: frames with more pixels (height x width) are refused before they are decoded.
+        timeout: seconds to wait for a pipe, network or live source to open, and for each frame.
 
     Attributes:
-        live: frames are passed over rather than queued.
-        frame_count: how many frames the container announces, which is no promise; None where it does not say.
-        rate: frames per second, None for a directory.
-        stopped: what could not be decoded or read, where that ended the frames early; None where nothing did.
+        live: frames are skipped rather than queued.
+        frame_count: number of frames that the container announces, which may be wrong; None if it does not say.
+        rate: frames per second; None for a directory.
+        stopped: why frames ended early; None if they did not.
         garbled: packets of a live source that could not be decoded so far.
 
     Raises:
@@ -132,7 +132,7 @@ class Source:
             raise SourceError(f"{address}: {self.stopped or 'it holds no video frame'}; give another source")
 
     def __iter__(self) -> Iterator[Frame]:
-        # The first frame of a live source is old by the time that the caller is ready, unless it was the last as well.
+        # By the time the caller is ready the first frame of a live source is old, unless it is also the last.
         first = next(self._frames, None) if self.live else self._first
         if first is None and not self.stopped:
             first = self._first
@@ -141,8 +141,8 @@ class Source:
         yield from self._frames
 
     def close(self) -> None:
-        """Gives the file or device back; the source cannot be read any further."""
-        # A thread that hangs in a read has the generator; it gives the file back when it returns.
+        """Release the file or device; no more frames can be read."""
+        # A thread that hangs in a read holds the generator; it releases the file when it returns.
         with contextlib.suppress(ValueError):
             self._frames.close()
             if self._pipe is not None:
@@ -174,13 +174,13 @@ class Source:
         if stat.S_ISDIR(kind):
             return self._open_directory(path)
         if stat.S_ISREG(kind):
-            # "file:" takes the rest as it is. A name with a % in it is that of one image, not of a numbered series.
+            # "file:" takes the rest literally: a % in a name does not start a numbered series.
             return self._open_container(f"file:{path}", {"protocol_whitelist": LOCAL, "pattern_type": "none"})
         if stat.S_ISFIFO(kind):
             return self._open_pipe(path)
         if path.resolve().match("/dev/video*"):
             return self._open_container(str(path), {}, device="v4l2")
-        raise SourceError(f"{path}: it is no file, directory, pipe or webcam; give one of these")
+        raise SourceError(f"{path}: not a file, directory, pipe or webcam; give one of these")
 
     def _open_directory(self, path: Path) -> Iterator[Frame]:
         try:
@@ -194,7 +194,7 @@ class Source:
         return self._read_images(images)
 
     def _open_pipe(self, path: Path) -> Iterator[Frame]:
-        # So that opening does not wait for a writer, nor reading for what it writes, without looking at the clock.
+        # Non-blocking, so that neither opening nor reading waits past the time-out for a writer.
         self._pipe = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
         poll = select.poll()
         poll.register(self._pipe, select.POLLIN)
@@ -208,7 +208,7 @@ class Source:
             container = self._container(name, options, device)
             if not container.streams.video:
                 container.close()
-                raise SourceError(f"{self.address}: there is no video in it, only other streams; give another source")
+                raise SourceError(f"{self.address}: it holds no video, only other streams; give another source")
             return container
 
         try:
@@ -231,7 +231,7 @@ class Source:
 
     def _container(self, name: str, options: dict[str, str], device: str | None) -> InputContainer:
         ceiling = {"max_pixels": str(self._max_pixels)}
-        # FFmpeg decodes a frame or two to open a file, with a decoder of its own: both need the ceiling.
+        # To open a file FFmpeg decodes a frame or two with its own decoder: both need the ceiling.
         container = av.open(name, format=device, options={**options, **ceiling}, timeout=self._timeout)
         for stream in container.streams.video:
             stream.codec_context.options = ceiling
@@ -255,14 +255,14 @@ class Source:
                 yield frame
                 index += 1
         except Exception as error:
-            where = f"it cannot be decoded past frame {index}" if index else "no frame of it can be decoded"
+            where = f"it cannot be decoded past frame {index}" if index else "none of its frames can be decoded"
             self.stopped = f"{where} ({self._reason(error)})"
 
     def _read_live(self, container: InputContainer, reopen: Callable[[], InputContainer], name: str) -> Iterator[Frame]:
         frame, seen, tries = None, 0.0, 0
         while True:
             since = time.monotonic()
-            # A server says where a recording ends, a camera does not: there it is a drop as well.
+            # A server says where a recording ends; for a camera, an end is a drop too.
             ends = container.duration is not None or name.startswith("http")
             try:
                 if frame is None:
@@ -278,18 +278,18 @@ class Source:
             except Exception as error:
                 reason = self._reason(error)
             if frame is None:
-                self.stopped = f"no frame of it can be decoded ({reason})"
+                self.stopped = f"none of its frames can be decoded ({reason})"
                 return
             if time.monotonic() - since > STEADY:
                 tries = 0
             container = None
             while container is None:
                 if tries == len(DELAYS):
-                    self.stopped = f"it dropped after frame {frame.index} ({reason}), and no try to open it again held"
+                    self.stopped = f"it dropped after frame {frame.index} ({reason}), and could not be reopened"
                     return
                 delay = DELAYS[tries]
                 tries += 1
-                again = f"it is opened again in {delay:g} s, try {tries} of {len(DELAYS)}"
+                again = f"reopening in {delay:g} s, try {tries} of {len(DELAYS)}"
                 warnings.warn(f"{self.address}: it dropped after frame {frame.index} ({reason}); {again}", stacklevel=2)
                 self._due = time.monotonic() + delay + 2 * self._timeout
                 if self._closing.wait(delay):
@@ -300,19 +300,19 @@ class Source:
                     reason = self._reason(error)
 
     def _read(self, container: InputContainer, index: int = 0, begin: float | None = None) -> Iterator[Frame]:
-        """Every frame of a container, which is closed behind it. Raises what PyAV raises.
+        """Every frame of a container, which is closed at the end. Raises what PyAV raises.
 
         Args:
-            container: opened.
-            index: of the first frame.
-            begin: its time, None for what the container says.
+            container: an open container.
+            index: index of the first frame.
+            begin: time of the first frame; None for the container's.
         """
         with container:
             stream = container.streams.video[0]
             if stream.width * stream.height > self._max_pixels:
                 raise SourceError(f"{stream.width}x{stream.height} is {self._over}")
             step = float(1 / (stream.guessed_rate or stream.average_rate or DIRECTORY_RATE))
-            # AVI knows when frames are decoded, not when they are shown.
+            # AVI has decoding times, not presentation times.
             ordered = container.format.name != "avi"
             if not ordered and begin is None:
                 begin = 0.0
@@ -361,7 +361,7 @@ class Source:
         try:
             while True:
                 with change:
-                    # Its own time-out comes first where FFmpeg looks at the clock, which a device's driver may not.
+                    # FFmpeg's own time-out comes first, but a device's driver may not honour it.
                     self._due = max(self._due, time.monotonic() + 2 * self._timeout)
                     while not newest and not ended:
                         left = self._due - time.monotonic()
@@ -376,7 +376,7 @@ class Source:
         finally:
             self._closing.set()
             if self.garbled:
-                stepped = f"{self.garbled} packets could not be decoded and were stepped over"
+                stepped = f"{self.garbled} packets could not be decoded and were skipped"
                 warnings.warn(f"{self.address}: {stepped}", stacklevel=2)
 
     def _reason(self, error: Exception) -> str:
@@ -389,7 +389,7 @@ class Source:
 
 
 def every(source: Source, stride: int, begin: int = 0, end: int | None = None) -> Iterator[Frame]:
-    """The source's frames from `begin` up to `end`, at least `stride` apart: a live source has gaps of its own."""
+    """Frames from `begin` up to `end`, at least `stride` apart; a live source has gaps of its own."""
     for frame in source:
         if end is not None and frame.index >= end:
             return
@@ -399,7 +399,7 @@ def every(source: Source, stride: int, begin: int = 0, end: int | None = None) -
 
 
 def images_in(directory: Path) -> list[Path]:
-    """The images in a directory that are not hidden, as a reader counts: 2 before 10.
+    """The images in a directory, in natural order, without hidden files.
 
     Raises:
         OSError: the directory cannot be read.
@@ -409,28 +409,28 @@ def images_in(directory: Path) -> list[Path]:
 
 
 def is_hidden(path: Path) -> bool:
-    """Its name begins with a dot, as the names of what macOS leaves beside images and videos do."""
+    """Whether the name starts with a dot, like the files that macOS leaves next to images and videos."""
     return path.name.startswith(".")
 
 
 def natural_order(path: Path) -> list[tuple[list[int | str], str]]:
-    """A key to sort paths by, which takes the numbers in their names for numbers."""
+    """A sort key that compares numbers in paths as numbers, so that 2 comes before 10."""
     split = [re.split(r"(\d+)", part) for part in path.parts]
     return [([int(text) if place % 2 else text for place, text in enumerate(part)], "".join(part)) for part in split]
 
 
 def _is_endless(container: InputContainer, name: str) -> bool:
-    """Whether nothing tells where what is read over HTTP ends."""
+    """Whether nothing says where a stream read over HTTP ends."""
     if not name.startswith("http"):
         return False
-    # The length of a playlist says nothing of what it plays, and cameras make one up for their pictures.
+    # The length of a playlist says nothing about what it plays, and cameras invent one for their pictures.
     sized = container.size > 0 and container.format.name not in ("hls", "dash", "mpjpeg")
     return container.duration is None and not sized
 
 
 def _side_data(picture: av.VideoFrame) -> dict:
-    # PyAV 18 gives none of it where there is some that it does not know, such as EXIF; and the name of a colour
-    # profile, which those of PNGs have, it frees a second time. Without these two, all is well.
+    # PyAV 18 returns nothing if any side data is unknown to it, such as EXIF, and frees the name of a colour profile,
+    # which PNGs have, twice. Without these two kinds it works.
     if picture.format.name not in PNG_FORMATS:
         with contextlib.suppress(ValueError):
             return picture.side_data
@@ -445,7 +445,7 @@ def _side_data(picture: av.VideoFrame) -> dict:
 
 
 def _apart(call: Callable[[], T]) -> T:
-    """What a call returns or raises in a thread of its own: Ctrl-C need not wait until FFmpeg gives up."""
+    """Run a call in its own thread, so that Ctrl-C need not wait until FFmpeg gives up."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -23,17 +23,17 @@ STREAM = "video"
 
 @dataclass(frozen=True)
 class Encoded:
-    """What came of one frame.
+    """The result for one frame.
 
     Attributes:
         prepared: the frame and the model's input.
-        record: what is known of it besides its embedding.
+        record: what is recorded about it, besides its embedding.
         embedding: [D] float32.
         active: [rows, columns] bool, the patches that were encoded.
         surprise: [rows, columns] float32, as `FrameReport` has it.
         key_frame: why it is a key frame, as `FrameReport` has it; None: it is none.
-        wait_ms: until the input was there.
-        together: how many frames went through the model with it; its times are shares of theirs.
+        wait_ms: time spent waiting for the input, in milliseconds.
+        together: number of frames in the same call; its times are shares of theirs.
     """
 
     prepared: Prepared
@@ -53,14 +53,14 @@ def encode_stream(
     classes: ClassHead | None = None,
     length: int = 1,
 ) -> Iterator[Encoded]:
-    """What comes of each frame, all of the stream STREAM.
+    """Encode frames in order, all as the stream STREAM.
 
     Args:
         inputs: the frames.
         model: a patched tower.
-        dense: the same one unpatched, to be compared with.
-        classes: what the embeddings are told apart as, if anything.
-        length: how many frames go through each of the two in one call, behind the first, which goes alone.
+        dense: the unpatched tower to compare with; None for no comparison.
+        classes: classes to name each frame by; None for none.
+        length: frames in one call of each model, after the first frame, which goes alone.
     """
 
     def predicted(embedding: torch.Tensor | None) -> str | None:
@@ -73,7 +73,7 @@ def encode_stream(
     for number, clip in enumerate(_clips(inputs, length)):
         wait_ms = (time.perf_counter() - asked) * 1e3 / len(clip)
         pixels = torch.cat([prepared.pixels for prepared in clip]).to(model.device, model.dtype)
-        # Taking turns, so that neither always finds the processor's cache as the other left it.
+        # Alternate which comes first, so that neither always runs on a cache left by the other.
         if dense is not None and number % 2 == 0:
             reference, dense_ms = _timed_output(dense, pixels)
         with cache_context(model, STREAM):
