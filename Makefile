@@ -34,7 +34,7 @@ KERNELS := $(addprefix tests/,ops adapters/test_families.py adapters/test_timm.p
 	$(PYTHON) -m venv .venv
 	$(BIN)/$(INSTALL) --upgrade setuptools wheel
 	$(BIN)/$(INSTALL) torch
-	$(BIN)/$(INSTALL) --no-build-isolation --editable '.[video,serve,bench,test]'
+	$(BIN)/$(INSTALL) --no-build-isolation --editable '.[report,serve,bench,test]'
 	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true  # torch has a file for later Pythons
 	touch $@
 
@@ -98,7 +98,7 @@ lock:
 	$(PYTHON) -m venv --clear .venv/lock
 	.venv/lock/bin/pip install --quiet --upgrade setuptools wheel
 	.venv/lock/bin/pip install --quiet $(TORCH)
-	NEUROFLOW_BUILD=0 .venv/lock/bin/pip install --quiet --no-build-isolation --editable '.[video,serve,ray,bench,test]'
+	NEUROFLOW_BUILD=0 .venv/lock/bin/pip install --quiet --no-build-isolation --editable '.[report,serve,ray,bench,test]'
 	.venv/lock/bin/pip install --quiet --no-deps timm torchvision==0.28.0
 	echo '# Written by `make lock`.' > $(LOCK)
 	.venv/lock/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//' >> $(LOCK)

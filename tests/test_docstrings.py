@@ -9,13 +9,14 @@ import re
 import textwrap
 from types import ModuleType
 
+import neuroflow
 import pytest
 import torch
 
 import neuroflow_kernels
 from neuroflow_kernels import env
 
-PUBLIC = {neuroflow_kernels: neuroflow_kernels.__all__, env: ["describe"]}
+PUBLIC = {neuroflow: neuroflow.__all__, neuroflow_kernels: neuroflow_kernels.__all__, env: ["describe"]}
 HEADING = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example|Source): *", re.MULTILINE)
 ENTRY = re.compile(r"^    \*{0,2}(\w+): ", re.MULTILINE)
 DEPTH = 2  # of calls in which an error is looked for

@@ -129,15 +129,15 @@ def _eval_video(arguments: argparse.Namespace, page: Path | None) -> int:
     waiting = [clip for clip in clips if clip.name not in findings.done]
 
     def table() -> list[Row]:
-        """Of the clips that are named so far; none, where no clip is."""
+        """The rows of the clips classified so far; empty if there are none."""
         done = [findings.done[clip.name] for clip in clips if clip.name in findings.done]
         return tabulate(_answers(record, configs) for record in done) if done else []
 
     def facts(rows: list[Row]) -> dict[str, str]:
         return {
             "clips": f"{rows[0].clips} of {len(clips)}, {len(classes.names)} classes",
-            "frames": f"{arguments.max_frames} of each clip from its first, stride {arguments.stride}; their mean is "
-            "named",
+            "frames": f"the first {arguments.max_frames} of each clip, stride {arguments.stride}; their mean is "
+            "classified",
             "model": f"{type(model).__name__}, {preprocess.width}x{preprocess.height}, "
             + str(model.dtype).removeprefix("torch."),
             "NeuroFlow": format_common(configs),
