@@ -69,6 +69,7 @@ class Camera(threading.Thread):
         stream: its name.
         bodies: JPEGs.
         rate: frames a second, None for one as soon as the last is answered.
+        phase: when its first frame is due, in periods.
 
     Attributes:
         answers: so far.
@@ -77,16 +78,16 @@ class Camera(threading.Thread):
         failure: what ended it, None where nothing did.
     """
 
-    def __init__(self, address, stream, bodies, rate=None):
+    def __init__(self, address, stream, bodies, rate=None, phase=0.0):
         super().__init__(daemon=True)
-        self.address, self.stream, self.bodies, self.rate = address, stream, bodies, rate
+        self.address, self.stream, self.bodies, self.rate, self.phase = address, stream, bodies, rate, phase
         self.answers, self.retries, self.stopped, self.failure = [], 0, threading.Event(), None
 
     def run(self):
         try:
             connection, begun = HTTPConnection(*self.address, timeout=120), time.perf_counter()
             for number, body in enumerate(self.bodies):
-                due = begun + number / self.rate if self.rate else time.perf_counter()
+                due = begun + (number + self.phase) / self.rate if self.rate else time.perf_counter()
                 if self.stopped.wait(max(due - time.perf_counter(), 0)):
                     break
                 self.answers.append(self.send(connection, number, body, due))

@@ -1,8 +1,9 @@
 """How fast cameras are answered: `python -m bench.serve`.
 
 `neuroflow serve` runs in a process of its own, with random weights. Its clients run here, on the same machine, and take
-CPU time from it. Each camera sends a real clip as JPEGs, sampled at the highest of the rates and played back and forth
-from a different start. Every answer must arrive in order and equal what `neuroflow.encode` gives for that stream alone.
+CPU time from it. Each camera sends a real clip as JPEGs, sampled at the highest of the rates, back and forth from a
+start of its own; the cameras' frames are spread evenly over a period. Every answer must arrive in order and equal what
+`neuroflow.encode` gives for that stream alone.
 
 "latency" runs from the moment a frame was due to its answer: it includes decoding and queueing, and grows without end
 where more is asked than the machine can do. "pass" is the model's time for all frames that shared it. "alone" is one
@@ -111,7 +112,10 @@ def load(process, address, arguments, rate, sends, expected, requests):
     """A row of cameras that send these JPEGs at a rate, beside so many hostile requests; `expected` is of `alone`."""
     name = "hostile" if requests else "cameras"
     frames = len(sends[0])
-    cameras = [Camera(address, f"{name}-{rate:g}-{number}", bodies, rate) for number, bodies in enumerate(sends)]
+    cameras = [
+        Camera(address, f"{name}-{rate:g}-{number}", bodies, rate, number / len(sends))
+        for number, bodies in enumerate(sends)
+    ]
     idle = [socket.create_connection(address) for _ in range(IDLE if requests else 0)]
     before, stopped, attacked = memory(process), threading.Event(), []
     attacker = threading.Thread(
