@@ -1,10 +1,13 @@
 """An archive on one worker and on two, and with one of them or the driver killed: `python -m bench.archive`.
 
-24 drawn scenes of one length through the package's own tower, by `neuroflow archive`: in one process, on one worker of
-Ray and on two, on one thread each; then on two of which one is killed once half of the clips are done, and on two whose
-driver is killed then, and that a second command continues. Clips/s are those from when every worker has written its
-first clip to the last one, so that starting Ray and loading the model are in the seconds alone. A run counts as the
-same where every file in its directory, the table of all clips among them, has the bytes of the first run's.
+24 drawn scenes of equal length go through the package's own tower by `neuroflow archive`: in one process, on one worker of
+Ray and on two, each computing on one thread. A worker also decodes ahead in a second thread, so one worker uses more than
+one core where it may; "on one core" is everything, Ray's own processes too, held to a single core. Then half-way a worker
+is killed, and then the driver, whose work a second command continues.
+
+Clips/s are counted from when every worker has written its first clip to the last one; starting Ray and loading the model
+show in the seconds alone. A run counts as the same if every file that it wrote, the table of all clips among them, has
+the bytes of the first run's.
 """
 
 import argparse
@@ -55,9 +58,11 @@ def wait_for(condition, seconds=FAILED):
     return found
 
 
-def start(*arguments):
+def start(*arguments, cores=None):
+    """`neuroflow archive` on these cores, all where they are None."""
     command = [sys.executable, "-m", "neuroflow_cli", "archive", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pin = None if cores is None else lambda: os.sched_setaffinity(0, cores)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=pin)
 
 
 def written(out):
@@ -73,11 +78,11 @@ def kill_driver(driver):
     wait_for(lambda: not any(Path("/proc", str(pid)).exists() for pid in below))
 
 
-def measure(clips, out, count, kill=None):
+def measure(clips, out, count, kill=None, cores=None):
     """Seconds of a run, and clips a second, None where something was killed; count 0: without Ray."""
     options = ["--ray", "local", "--workers", count] if count else []
     begun = time.time()
-    driver = start(clips, "--out", out, *options)
+    driver = start(clips, "--out", out, *options, cores=cores)
     if kill:
         wait_for(lambda: len(written(out)) >= CLIPS // 2 or driver.poll() is not None)
         if kill == "worker":
@@ -103,11 +108,12 @@ def main():
     arguments = parser.parse_args()
     machine = begin(arguments.out)
     runs = {
-        "in one process": (0, None),
-        "1 worker": (1, None),
-        "2 workers": (2, None),
-        "2 workers, one killed": (2, "worker"),
-        "2 workers, driver killed, continued": (2, "driver"),
+        "in one process": {"count": 0},
+        "1 worker": {"count": 1},
+        "1 worker on one core": {"count": 1, "cores": {min(os.sched_getaffinity(0))}},
+        "2 workers": {"count": 2},
+        "2 workers, one killed": {"count": 2, "kill": "worker"},
+        "2 workers, driver killed, continued": {"count": 2, "kill": "driver"},
     }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -116,21 +122,22 @@ def main():
         for number, scene in enumerate(scenes(CLIPS)):
             write_scene(clips / f"{number}.mp4", scene, arguments.frames)
         first = None
-        for name, (count, kill) in runs.items():
+        for name, run in runs.items():
             out = Path(folder, name)
-            seconds, speed = measure(clips, out, count, kill)
+            seconds, speed = measure(clips, out, **run)
             first = first or held(out)
             same = held(out) == first
             rows.append({"run": name, "seconds": seconds, "clips_per_second": speed, "same": same})
             print(*line_of(rows[-1]), sep="  ", flush=True)
-    ratio = rows[2]["clips_per_second"] / rows[1]["clips_per_second"]
-    said = f"Two workers encode {ratio:.2f} times the clips a second of one."
+    speeds = {row["run"]: row["clips_per_second"] for row in rows}
+    ratio, free = (speeds["2 workers"] / speeds[name] for name in ("1 worker on one core", "1 worker"))
+    said = f"Two workers encode {ratio:.2f} times the clips a second of one on one core, {free:.2f} times those of one."
     print(said)
     if not all(row["same"] for row in rows):
         raise SystemExit("not all runs wrote the same")
     about, names = __doc__.partition("\n\n")[2].strip(), ["run", "seconds", "clips/s", "same"]
     text = f"# Archive\n\n{about}\n\n{table(names, map(line_of, rows))}\n\n{said}"
-    settings = {"clips": CLIPS, "frames": arguments.frames, "threads": 1, "ratio": ratio}
+    settings = {"clips": CLIPS, "frames": arguments.frames, "threads": 1, "ratio": ratio, "ratio_free": free}
     write(arguments.out, machine, settings, rows, text)
 
 
