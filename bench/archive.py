@@ -1,13 +1,13 @@
 """An archive on one worker and on two, and with one of them or the driver killed: `python -m bench.archive`.
 
-24 drawn scenes of equal length go through the package's own tower by `neuroflow archive`: in one process, on one worker of
-Ray and on two, each computing on one thread. A worker also decodes ahead in a second thread, so one worker uses more than
-one core where it may; "on one core" is everything, Ray's own processes too, held to a single core. Then half-way a worker
-is killed, and then the driver, whose work a second command continues.
+24 drawn scenes of equal length go through the package's own tower by `neuroflow archive`: in one process, on one
+worker of Ray and on two, each computing on one thread. A worker also decodes ahead in a second thread, so one worker
+uses more than one core where it may; "on one core" is everything, Ray's own processes too, held to a single core. Then
+half-way a worker is killed, and then the driver, whose work a second command continues.
 
-Clips/s are counted from when every worker has written its first clip to the last one; starting Ray and loading the model
-show in the seconds alone. A run counts as the same if every file that it wrote, the table of all clips among them, has
-the bytes of the first run's.
+Clips/s are counted from when every worker has written its first clip to the last one; starting Ray and loading the
+model show in the seconds alone. A run counts as the same if every file that it wrote, the table of all clips among
+them, has the bytes of the first run's.
 """
 
 import argparse
