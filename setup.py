@@ -111,10 +111,12 @@ def extensions() -> dict:
 
 
 class SourceDistribution(sdist):
-    """With the kernels' sources wherever it is made: setuptools knows them only where they can be built."""
+    """With what setuptools leaves out: the kernels' sources, where they cannot be built, and what is no package's."""
 
     def make_release_tree(self, base_dir: str, files_found: list[str]) -> None:
-        super().make_release_tree(base_dir, sorted({*files_found, *files("**/*.*")}))
+        package = ROOT / "neuroflow_kernels"
+        beside = {str(path.relative_to(ROOT)) for path in (*package.glob("*.md"), *package.glob("hub/*.*"))}
+        super().make_release_tree(base_dir, sorted({*files_found, *files("**/*.*"), *beside}))
 
 
 if __name__ == "__main__":

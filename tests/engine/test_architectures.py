@@ -170,7 +170,7 @@ def test_layers_used_by_themselves_behave_as_before():
     anatomy = neuroflow.adapters.describe(model)
     before = [anatomy.layers[0](tokens, None), anatomy.pool[0](tokens)]
     neuroflow.enable_cache(model)
-    with pytest.warns(RuntimeWarning, match="accepted are calls of its forward; others run as without a patch") as said:
+    with pytest.warns(RuntimeWarning, match="accepted are calls of its forward; others run unpatched") as said:
         after = [anatomy.layers[0](tokens, None), anatomy.pool[0](tokens)]
         anatomy.layers[0](tokens, None)
     assert len(said) == 1

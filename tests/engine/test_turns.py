@@ -58,7 +58,7 @@ def test_they_are_noticed_after_a_few_frames():
 @pytest.mark.parametrize("name", [(), ("drone",)])
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({}, "a larger threshold, cut_share"), ({"budget": 30}, "a smaller budget, cut_share")],
+    [({}, "a larger threshold, with larger cut_share"), ({"budget": 30}, "a smaller budget, with larger cut_share")],
     ids=["threshold", "budget"],
 )
 def test_a_stream_that_never_skips_is_noticed_once(settings, said, name):

@@ -237,6 +237,10 @@ def _svg(draw: Callable[[Figure], None], height: float, title: str) -> Markup:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for axes in figure.axes:  # the layout's last bits vary, and names in the file are hashes of positions
+            axes.set_position([round(each, 5) for each in axes.get_position().bounds])
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
