@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import functools
 import importlib
 import re
 import shlex
@@ -153,9 +154,14 @@ def desk(hub, tmp_path, monkeypatch):
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(tmp_path / "frame.jpg")
 
 
+@functools.cache
+def question():
+    vlm = made("qwen3-vl")
+    return inputs_of(vlm, "qwen3-vl") | {"pixel_values_videos": video(vlm)}
+
+
 def given():
     """The names that a page may use without saying what they are: noisy footage of a camera that stands still."""
-    vlm = made("qwen3-vl")
     generator = torch.Generator().manual_seed(0)
     still = torch.rand(1, 3, SIDE // 16, SIDE // 16, generator=generator) * 2 - 1
     clip = still.repeat_interleave(16, 2).repeat_interleave(16, 3).repeat(16, 1, 1, 1)
@@ -167,7 +173,7 @@ def given():
         "frame": clip[:1],
         "frames": clip.split(1),
         "pixels": torch.cat((clip[:1], clip[5:6].flip(3), clip[:1].flip(2))),
-        "inputs": inputs_of(vlm, "qwen3-vl") | {"pixel_values_videos": video(vlm)},
+        "inputs": question(),
         "url": "file:///clip.mp4",
     }
 
